@@ -1,0 +1,33 @@
+"""The sparse MLP: route, dispatch, experts, combine."""
+
+from torch import Tensor, nn
+
+from .experts import Experts
+from .routing import Router
+
+
+class SparseMlp(nn.Module):
+    """A sparse mixture of expert MLPs in place of a transformer's MLP.
+
+    Instruments hook `router`, whose output is `(plan, losses)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        num_experts: int,
+        router: Router,
+        act_layer: type[nn.Module],
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.router = router.for_layer(in_features, num_experts)
+        self.experts = Experts(num_experts, in_features, hidden_features, act_layer, drop)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups."""
+        plan, losses = self.router(x, noise)
+        rows, ends = plan.dispatch(x.flatten(0, 1))
+        outputs = plan.combine(self.experts(rows, ends))
+        return outputs.reshape(x.shape).to(x.dtype), losses.auxiliary.mean()

@@ -1,0 +1,110 @@
+"""Where tokens go: capacity, slots, and the dispatch plan. Legend of axes: this folder's __init__.
+
+A plan has `dispatch(x) -> rows, ends` and `combine(rows) -> x`: rows [R, D] lie expert by expert, those of expert e
+being rows[ends[e-1]:ends[e]]. Dispatch is by index: nothing of shape [S, E, C] is ever made.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def capacity(
+    num_tokens: int, num_experts: int, factor: float, rounding: Literal["ceil", "round"] = "ceil", multiple_of: int = 4
+) -> int:
+    """Slots of one expert in one group: (num_tokens * factor) / E, rounded, then up to the next multiple.
+
+    num_tokens counts assignments, S*K for top-k routing. In double precision and in this order, as the reference has
+    it (100 tokens, factor 1.1, 10 experts: 12, not 11); `round` is Python's, half to even. Source: google-research/vmoe
+    vmoe/moe.py, compute_capacity. Raises ValueError: less than one slot.
+    """
+    slots = num_tokens * factor / num_experts
+    slots = math.ceil(slots) if rounding == "ceil" else round(slots)
+    if slots < 1:
+        raise ValueError(
+            f"router.capacity_factor={factor} leaves no slot for {num_tokens} assignments to {num_experts} experts; "
+            f"use at least {num_experts / num_tokens:.3g}"
+        )
+    return math.ceil(slots / multiple_of) * multiple_of
+
+
+def buffer_index(expert: Tensor, num_experts: int, priority: Tensor | None = None) -> Tensor:
+    """Each assignment's place in its expert's queue: [G, S, K] -> [G, S, K] int64. Those at or past C are dropped.
+
+    expert: [G, S, K] chosen experts, best first. All first choices queue before all second choices; within a choice
+    tokens queue in their order or, given `priority` [G, S], by decreasing priority, earlier tokens first on a tie
+    (batch-priority routing, arXiv:2106.05974 section 4.1). Dropped assignments keep their place.
+    """
+    num_groups, group_size, top_k = expert.shape
+    if priority is not None:
+        order = priority.argsort(dim=1, descending=True, stable=True)
+        order = order.unsqueeze(-1).expand_as(expert)
+        sorted_places = buffer_index(expert.gather(1, order), num_experts)
+        return torch.empty_like(expert).scatter(1, order, sorted_places)
+    queue = expert.transpose(1, 2).reshape(num_groups, top_k * group_size)
+    by_expert, order = queue.sort(dim=1, stable=True)
+    experts = torch.arange(num_experts, device=expert.device).expand(num_groups, -1).contiguous()
+    starts = torch.searchsorted(by_expert, experts)
+    places = torch.arange(top_k * group_size, device=expert.device) - starts.gather(1, by_expert)
+    places = torch.empty_like(queue).scatter(1, order, places)
+    return places.reshape(num_groups, top_k, group_size).transpose(1, 2)
+
+
+class TopKPlan(NamedTuple):
+    """Every token goes to K experts, fewer where a full expert dropped it."""
+
+    gates: Tensor  # [G, S, E] softmax the choice was made on
+    expert: Tensor  # [G, S, K] chosen experts, best first
+    weight: Tensor  # [G, S, K] combine weights, 0 where dropped
+    kept: Tensor  # [G, S, K] bool
+    order: Tensor  # [R] assignment (t * K + k) of each row
+    ends: Tensor  # [E] int32, rows up to and with each expert
+
+    @classmethod
+    def build(
+        cls, gates: Tensor, expert: Tensor, weight: Tensor, slots: int | None, batch_priority: bool
+    ) -> "TopKPlan":
+        """Plan for `slots` per expert and group, or without dropping when None.
+
+        A dropped assignment has weight 0. With slots, R = G * min(S*K, E*slots): never more rows than the padded
+        buffers of the reference, and a shape that does not depend on the data (no host sync). Rows left over by
+        experts with free slots hold dropped assignments and count for nothing.
+        """
+        num_groups, group_size, num_experts = gates.shape
+        rows_per_group = expert.shape[1] * expert.shape[2]
+        if slots is None:
+            kept, key = torch.ones_like(expert, dtype=torch.bool), expert
+        else:
+            # the largest gate, that of the first choice, also for later choices (not the sum, not the rank's own)
+            priority = gates.gather(-1, expert[..., :1]).squeeze(-1) if batch_priority else None
+            kept = buffer_index(expert, num_experts, priority) < slots
+            key = torch.where(kept, expert, num_experts)
+            weight = torch.where(kept, weight, 0.0)
+            rows_per_group = min(rows_per_group, num_experts * slots)
+        by_expert, order = key.reshape(-1).sort(stable=True)
+        rows = num_groups * rows_per_group
+        experts = torch.arange(num_experts, device=gates.device)
+        ends = torch.searchsorted(by_expert, experts, right=True)
+        ends = torch.where(experts == num_experts - 1, rows, ends)  # left-over rows lie with the last expert
+        return cls(gates, expert, weight, kept, order[:rows], ends.int())
+
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [T, D] -> rows [R, D], ends [E]."""
+        return x.index_select(0, self.order // self.expert.shape[-1]), self.ends
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """rows: [R, D], the experts' outputs -> [T, D], weighted sums over the kept choices; 0 where there is none."""
+        top_k = self.expert.shape[-1]
+        num_rows = self.order.shape[0]
+        # Gathering back by the inverse permutation sums in a fixed order; scattering would not, on a GPU.
+        where = torch.full_like(self.expert.reshape(-1), num_rows - 1)
+        where = where.scatter(0, self.order, torch.arange(num_rows, device=rows.device))
+        chosen = rows.index_select(0, where).reshape(-1, top_k, rows.shape[-1])
+        return (self.weight.reshape(-1, 1, top_k).to(rows.dtype) @ chosen).squeeze(1)
+
+    def assigned(self) -> Tensor:
+        """[G, S, E] bool: does this token reach this expert?"""
+        reached = torch.zeros_like(self.gates, dtype=torch.bool)
+        return reached.scatter(-1, self.expert, self.kept)

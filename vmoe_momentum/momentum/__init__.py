@@ -1,0 +1,7 @@
+"""Momentum across depth: (x, u, buffers) in, (new x, new buffers) out. Knows nothing of MoE, timm or Lightning."""
+
+from .carry import Carry
+from .coefficients import Coefficients
+from .rules import HeavyBall, MomentumRule, Residual
+
+__all__ = ["Carry", "Coefficients", "HeavyBall", "MomentumRule", "Residual"]
