@@ -1,0 +1,34 @@
+# `make demo` and `make test` do their own set-up. PYTHON=python3.12 picks another interpreter.
+PYTHON ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup:  ## create or update .venv (fast when nothing changed)
+	@bash scripts/setup.sh
+
+demo: setup  ## train Residual and HeavyBall side by side on real digit images
+	.venv/bin/python benchmarks/demo.py
+
+# All three checks run and any of them fails the target; pytest comes last so that the output ends with its summary.
+test: setup  ## ruff check, ruff format --check, pytest
+	@status=0; \
+	.venv/bin/python -m ruff check . || status=1; \
+	.venv/bin/python -m ruff format --check . || status=1; \
+	.venv/bin/python -m pytest || status=1; \
+	exit $$status
+
+lint: setup  ## fix what ruff can fix, and format
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+clean:  ## remove caches and build leftovers (keeps .venv, data/ and runs/)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean  ## also remove .venv
+	rm -rf .venv
