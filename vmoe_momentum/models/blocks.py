@@ -1,0 +1,75 @@
+"""Transformer blocks that thread the carry: `x, carry = block(x, carry)`.
+
+`carry` has no default, so any stock code path that would forget it raises instead of training without momentum.
+    B images, N tokens, D width. x: [B, N, D].
+"""
+
+import torch
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ..moe import Router, SparseMlp
+from ..momentum import Carry, Coefficients, MomentumRule
+
+
+class DenseBlock(Block):
+    """timm's block; the carry passes through unchanged."""
+
+    def forward(
+        self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Carry]:
+        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal), carry
+
+
+class MomentumBlock(Block):
+    """timm's block with a sparse MLP whose residual line is a momentum rule."""
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        router: Router,
+        rule: MomentumRule,
+        step: int,
+        expert_drop: float,
+        mlp_ratio: float,
+        act_layer: type[nn.Module],
+        **block: object,
+    ) -> None:
+        """step: t of the rule, 1 for the first MoE block. The other arguments are timm's Block's."""
+        super().__init__(mlp_ratio=mlp_ratio, act_layer=act_layer, **{**block, "mlp_layer": _NoMlp})
+        width = block["dim"]
+        self.mlp = SparseMlp(width, int(width * mlp_ratio), num_experts, router, act_layer, drop=expert_drop)
+        self.rule, self.step = rule, step
+        self.momentum = Coefficients(rule)
+
+    def forward(
+        self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Carry]:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        # Drawn once a block, however often the rule evaluates u.
+        noise, drop_mask = self.mlp.router.sample_noise(x), self._drop_path_mask(x)
+        aux_losses = []
+
+        def u(y: Tensor) -> Tensor:
+            update, aux_loss = self.mlp(self.norm2(y), noise)
+            aux_losses.append(aux_loss)
+            update = self.ls2(update)
+            return update if drop_mask is None else update * drop_mask
+
+        x, buffers = self.rule(x, u, carry.momentum, self.step, self.momentum())
+        return x, Carry(buffers, carry.aux_loss + aux_losses[-1])
+
+    def _drop_path_mask(self, x: Tensor) -> Tensor | None:
+        """[B, 1, 1]: 0 where this image skips u, 1 / (1 - rate) elsewhere. It drops u, not the momentum gathered."""
+        if not self.training or not isinstance(self.drop_path2, DropPath):
+            return None
+        return self.drop_path2(torch.ones_like(x[:, :1, :1]))
+
+
+class _NoMlp(nn.Module):
+    """Takes the place of the dense MLP, which a sparse block never builds (nor draws random numbers for)."""
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()

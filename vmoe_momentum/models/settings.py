@@ -1,0 +1,65 @@
+"""Settings objects as JSON and back: momentum rules and routers travel with every checkpoint this way.
+
+The JSON form is jsonargparse's: `{"class_path": "HeavyBall", "init_args": {"mu": 0.7, "gamma": 1.0}}`. A class is
+looked up among the *already imported* subclasses of the expected base, so a config or a checkpoint never imports code.
+"""
+
+import difflib
+import inspect
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def subclasses(base: type[T]) -> dict[str, type[T]]:
+    """Every imported subclass of `base` by bare name, abstract ones (with no `__call__`/`forward` of their own) too."""
+    found: dict[str, type[T]] = {}
+    for cls in base.__subclasses__():
+        found[cls.__name__] = cls
+        found |= subclasses(cls)
+    return found
+
+
+def did_you_mean(name: str, valid: typing.Iterable[str]) -> str:
+    """`; did you mean X?` when something close is valid, then the whole list."""
+    valid = sorted(set(valid))
+    close = difflib.get_close_matches(name, valid, n=1)
+    return (f"; did you mean {close[0]}?" if close else ";") + f" valid: {', '.join(valid)}"
+
+
+def to_spec(settings: object) -> dict[str, Any]:
+    """JSON form of an object whose constructor arguments are attributes of the same name."""
+    names = inspect.signature(type(settings).__init__).parameters
+    arguments = {name: getattr(settings, name) for name in names if name != "self"}
+    return {"class_path": type(settings).__name__, "init_args": arguments}
+
+
+def from_spec(spec: "T | dict[str, Any] | str", base: type[T], setting: str) -> T:
+    """The object itself, or the one that its JSON form or bare class name describes.
+
+    `setting` is the name to blame in messages. Raises ValueError: unknown class or argument, with the valid ones.
+    """
+    if isinstance(spec, base):
+        return spec
+    if isinstance(spec, str):
+        spec = {"class_path": spec}
+    if not isinstance(spec, dict) or set(spec) - {"class_path", "init_args"} or "class_path" not in spec:
+        raise ValueError(
+            f"{setting}={spec!r} is not a {base.__name__}; use a class name or "
+            f'{{"class_path": NAME, "init_args": {{...}}}}'
+        )
+    name, arguments = spec["class_path"].rpartition(".")[2], spec.get("init_args") or {}
+    known = subclasses(base)
+    if name not in known:
+        raise ValueError(f"{setting}={name}: no such {base.__name__}{did_you_mean(name, known)}")
+    accepted = set(inspect.signature(known[name].__init__).parameters) - {"self"}
+    for argument in arguments:
+        if argument not in accepted:
+            raise ValueError(f"{setting}: {name} takes no {argument!r}{did_you_mean(argument, accepted)}")
+    return known[name](**arguments)
+
+
+def describe(spec: dict[str, Any]) -> str:
+    """`HeavyBall(mu=0.7, gamma=1.0)`: a spec as people write it."""
+    return f"{spec['class_path']}({', '.join(f'{k}={v}' for k, v in spec.get('init_args', {}).items())})"

@@ -1,0 +1,167 @@
+"""timm's vision transformer with momentum through its sparse blocks.
+
+B images, N tokens, D width, K classes. One loop, `_run_blocks`, threads the carry; everything goes through it.
+"""
+
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import get_device_dtype
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..moe import Router
+from ..momentum import Carry, MomentumRule
+from .blocks import DenseBlock, MomentumBlock
+from .initialization import init_head, init_vmoe
+from .layers import moe_indices
+from .settings import from_spec, to_spec
+
+
+class MomentumVisionTransformer(VisionTransformer):
+    """V-MoE (arXiv:2106.05974) with a momentum rule across its MoE blocks (arXiv:2410.14574).
+
+    Without MoE layers it equals timm's VisionTransformer, bitwise, and shares its state dict.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: MomentumRule | dict[str, Any] | str = "Residual",
+        router: Router | dict[str, Any] | str = "TopKRouter",
+        moe_layers: str | list[int] = "last2",
+        num_experts: int = 8,
+        representation_size: int = 0,
+        expert_drop_rate: float = 0.0,
+        share_expert_init: bool = True,
+        depth: int = 12,
+        **timm_args: Any,
+    ) -> None:
+        """See `create_model` for the settings; timm_args are those of timm's VisionTransformer."""
+        _check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
+        self_rule = from_spec(rule, MomentumRule, "rule")
+        self_router = from_spec(router, Router, "router")
+        indices = moe_indices(moe_layers, depth)
+        if num_experts < 1:
+            raise ValueError(f"num_experts={num_experts}: a sparse layer needs at least one expert; V-MoE uses 8")
+
+        def block_fn(**block: Any) -> nn.Module:
+            index = block["depth"]
+            if index not in indices:
+                return DenseBlock(**block)
+            sparse = {"num_experts": num_experts, "router": self_router, "rule": self_rule}
+            return MomentumBlock(**block, **sparse, step=indices.index(index) + 1, expert_drop=expert_drop_rate)
+
+        super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", **timm_args)
+        self.rule, self.router, self.moe_layers, self.num_experts = self_rule, self_router, indices, num_experts
+        self.pre_logits: nn.Module = nn.Identity()
+        if representation_size:
+            dense = nn.Linear(self.embed_dim, representation_size, **get_device_dtype(self))
+            self.pre_logits = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
+            self.head_hidden_size = representation_size
+            self.reset_classifier(self.num_classes)
+        self.share_expert_init = share_expert_init
+        init_vmoe(self, share_expert_init)
+
+    def function_settings(self) -> dict[str, Any]:
+        """What changes the function but lies in no tensor, as JSON: it travels with every checkpoint."""
+        return {
+            "rule": to_spec(self.rule),
+            "router": to_spec(self.router),
+            "moe_layers": list(self.moe_layers),
+            "num_heads": self.blocks[0].attn.num_heads if len(self.blocks) else 0,
+            "global_pool": self.global_pool,
+            "patch_size": list(self.patch_embed.patch_size),
+        }
+
+    def _run_blocks(
+        self, images: Tensor, take: tuple[int, ...] = (), num_blocks: int | None = None, **attention: Any
+    ) -> tuple[Tensor, Carry, list[Tensor]]:
+        """images: [B, 3, H, W] -> tokens before the final norm [B, N, D], the carry, tokens after the blocks `take`."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        carry, taken = Carry(self.rule.init(x), x.new_zeros(())), []
+        for index, block in enumerate(self.blocks[:num_blocks]):
+            run = partial(checkpoint, block) if self.grad_checkpointing and torch.is_grad_enabled() else block
+            x, carry = run(x, carry, **attention)
+            if index in take:
+                taken.append(x)
+        return x, carry, taken
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """[B, 3, H, W] -> [B, N, D]."""
+        return self.norm(self._run_blocks(x, attn_mask=attn_mask, is_causal=is_causal)[0])
+
+    def forward_with_aux(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] -> logits [B, K] and the auxiliary loss [], summed over the MoE blocks."""
+        tokens, carry, _ = self._run_blocks(x)
+        return self.forward_head(self.norm(tokens)), carry.aux_loss
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, N, D] -> logits [B, K], or the head's input (after the tanh layer of `representation_size`)."""
+        x = self.head_drop(self.pre_logits(self.fc_norm(self.pool(x))))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's contract: see VisionTransformer.forward_intermediates."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt}; use NCHW or NLC")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        batch, _, height, width = x.shape
+        x, _, taken = self._run_blocks(
+            x, tuple(take), last + 1 if stop_early else None, attn_mask=attn_mask, is_causal=is_causal
+        )
+        taken = [self.norm(y) for y in taken] if norm else taken
+        prefix = [y[:, : self.num_prefix_tokens] for y in taken] if self.num_prefix_tokens else None
+        taken = [y[:, self.num_prefix_tokens :] for y in taken]
+        if output_fmt == "NCHW":
+            rows, columns = self.patch_embed.dynamic_feat_size((height, width))
+            taken = [y.reshape(batch, rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in taken]
+        with_prefix = return_prefix_tokens and prefix is not None
+        if output_dict:
+            result = {"image_intermediates": taken}
+            if with_prefix:
+                result["image_intermediates_prefix"] = prefix
+            return result if intermediates_only else {**result, "image_features": self.norm(x)}
+        taken = list(zip(taken, prefix, strict=True)) if with_prefix else taken
+        return taken if intermediates_only else (self.norm(x), taken)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head, initialised as V-MoE's, for num_classes (0: none)."""
+        super().reset_classifier(num_classes, global_pool)
+        if num_classes > 0:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
+            self.head.train(self.training)
+            init_head(self.head)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """timm's; positions are resampled to the new grid. Raises ValueError: not a multiple of the patch."""
+        _check_patches(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
+        super().set_input_size(img_size, patch_size)
+
+
+def _check_patches(image: int | tuple[int, int], patch: int | tuple[int, int]) -> None:
+    sizes = image if isinstance(image, list | tuple) else (image, image)
+    patches = patch if isinstance(patch, list | tuple) else (patch, patch)
+    for size, side in zip(sizes, patches, strict=True):
+        if size % side or size < side:
+            below = size // side * side
+            raise ValueError(
+                f"image_size={size} is not a multiple of the patch size {side}; use "
+                + (f"{below} or {below + side}" if below else f"{side}")
+            )
