@@ -31,7 +31,8 @@ def layers(count: int, width: int) -> list[Tensor]:
 
 def test_heavy_ball_without_momentum_is_residual_bitwise() -> None:
     x = torch.randn(2, 5, 8)
-    updates = [lambda y, w=w.float(): torch.tanh(y @ w) for w in layers(6, 8)]
+    weights = [w.float() for w in layers(6, 8)]
+    updates = [lambda y, w=w: torch.tanh(y @ w) for w in weights]
     assert torch.equal(roll_out(HeavyBall(mu=0.0, gamma=1.0), x, updates), roll_out(Residual(), x, updates))
 
 

@@ -1,0 +1,176 @@
+"""One entry point: `vmoe-momentum fit | validate | test | predict | data`.
+
+The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
+first word.
+"""
+
+import inspect
+import logging
+import pickle
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
+from .errors import one_line
+from .training import (
+    EpochSeconds,
+    ImageClassifier,
+    OptimizerSettings,
+    PredictionWriter,
+    RouterStats,
+    RunSummary,
+    ScheduleSettings,
+)
+
+HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
+
+Train, test and look into V-MoE vision transformers whose sparse layers carry momentum across depth.
+
+commands:
+  data       prepare and verify data (vmoe-momentum data --help)
+  fit        train:       vmoe-momentum fit --config configs/digits.yaml
+  validate   evaluate on the validation split
+  test       evaluate a checkpoint:  vmoe-momentum test --config configs/digits.yaml --ckpt_path runs/.../last.ckpt
+  predict    write class probabilities to predictions.csv
+
+options:
+  --debug    show the traceback of an error
+
+`vmoe-momentum COMMAND --help` lists a command's settings; `... fit --config FILE --print_config` shows the whole
+configuration; any setting can follow on the command line, e.g. --model.net.init_args.rule HeavyBall.
+"""
+
+CKPT_KEYWORDS = ("best", "last", "hpc")
+
+
+class VMoECLI(LightningCLI):
+    """LightningCLI with the data's class count, class names and image size linked to the model."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("num_classes", "image_size", "class_names"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is None or path in CKPT_KEYWORDS:
+            return
+        if "://" in str(path):
+            raise ValueError(f"ckpt_path={path}: checkpoints load from local files only; download it first")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"ckpt_path={path}: no such file; give a .ckpt that fit wrote, or leave it out")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's first look at the checkpoint, weights_only; what cannot be read is said in our words."""
+        try:
+            super()._parse_ckpt_path()
+        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+            path = self.config[self.config.subcommand].ckpt_path
+            raise ValueError(
+                f"ckpt_path={path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); "
+                "it may be cut off, of another program, or hold code, which is never run; give a .ckpt that fit wrote"
+            ) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks[:0] = [RouterStats(), EpochSeconds(), RunSummary(), PredictionWriter()]
+        _share_folder(trainer.loggers)
+        return trainer
+
+
+def _share_folder(loggers: list[Any]) -> None:
+    """CSV and TensorBoard logs of one run lie in one version_N, though each counts for itself."""
+    for logger in loggers[1:]:
+        if getattr(logger, "_version", 0) is None and logger.name == loggers[0].name:
+            logger._version = loggers[0].version
+
+
+def _sections() -> dict[str, list[str]]:
+    """The valid keys of each part of a config, for messages."""
+    keys = {
+        "model": list(inspect.signature(ImageClassifier).parameters),
+        "trainer": list(inspect.signature(Trainer).parameters),
+        "model.net": ["class_path", "init_args"],
+        "data": ["class_path", "init_args"],
+        "model.optimizer": list(inspect.signature(OptimizerSettings).parameters),
+        "model.schedule": list(inspect.signature(ScheduleSettings).parameters),
+    }
+    return {**keys, "": ["config", "seed_everything", "model", "data", "trainer", "ckpt_path"]}
+
+
+def run_lightning(argv: list[str]) -> None:
+    """fit, validate, test or predict."""
+    quiet = {"exit_on_error": False}  # errors are ours to print
+    VMoECLI(
+        ImageClassifier,
+        datasets.ImageDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        # the loaders split the data over ranks themselves; RunSummary says more than Lightning's table
+        trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
+        parser_kwargs={**quiet, **{name: dict(quiet) for name in LightningCLI.subcommands()}},
+        args=argv,
+    )
+
+
+def run_data(argv: list[str]) -> None:
+    from .datasets import commands
+
+    commands.run(argv)
+
+
+COMMANDS = {"data": run_data}
+
+
+def run(argv: list[str]) -> None:
+    """One command; errors are raised."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    command, *rest = argv
+    if command in COMMANDS:
+        COMMANDS[command](rest)
+    elif command in LightningCLI.subcommands():
+        run_lightning([command, *["--model.override_model=true" if a == "--override-model" else a for a in rest]])
+    else:
+        from .models.settings import did_you_mean
+
+        raise ValueError(f"command={command}{did_you_mean(command, [*COMMANDS, *LightningCLI.subcommands()])}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The console script. A mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    quieten()
+    try:
+        run(argv)
+    except Exception as error:
+        if debug:
+            raise
+        sys.stdout.flush()
+        print(f"vmoe-momentum: error: {one_line(error, {} if argv[0] in COMMANDS else _sections())}", file=sys.stderr)
+        sys.stderr.flush()
+        raise SystemExit(2) from None
+
+
+def quieten() -> None:
+    """Lightning's advertisements and remarks for its library users say nothing to ours."""
+    remarks = (
+        "LightningCLI's args parameter",
+        ".*does not have many workers",
+        ".*isinstance.treespec, LeafSpec",
+        "Couldn't infer the batch indices",
+    )
+    for message in remarks:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip:" not in record.getMessage())

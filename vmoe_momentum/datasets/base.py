@@ -1,0 +1,150 @@
+"""What both LightningDataModules share: classes, settings, the order of images, and where a checkpoint resumes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+
+from vmoe_momentum.datasets.batches import BatchPlan
+from vmoe_momentum.datasets.cores import usable_cores
+from vmoe_momentum.datasets.layout import read_classes
+from vmoe_momentum.datasets.loader import EpochLoader
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """What both backends share: classes, settings, order of images, and the position a checkpoint resumes from.
+
+    `num_classes`, `class_names` and `image_size` are there as soon as it is built. Arguments: see FolderDataModule.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        image_size: int,
+        batch_size: int,
+        eval_batch_size: int | None,
+        num_workers: int,
+        seed: int,
+        crop_scale: tuple[float, float],
+        crop_ratio: tuple[float, float],
+        hflip: bool,
+        eval_crop_ratio: float,
+    ) -> None:
+        super().__init__()
+        eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        for name, value in (
+            ("image_size", image_size),
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            require(value >= 1, name, value, "use 1 or more")
+        require(num_workers >= -1, "num_workers", num_workers, "use 0 or more, or -1 for one per usable core")
+        require(seed >= 0, "seed", seed, "use 0 or more")
+        require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "use 0 < low <= high <= 1")
+        require(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "use 0 < low <= high")
+        require(0 < eval_crop_ratio <= 1, "eval_crop_ratio", eval_crop_ratio, "use more than 0 and at most 1")
+        self.root = Path(root)
+        self.classes = read_classes(self.root)
+        self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
+        self.num_workers = usable_cores() if num_workers < 0 else num_workers
+        self.seed, self.hflip = seed, hflip
+        self.crop_scale, self.crop_ratio, self.eval_crop_ratio = crop_scale, crop_ratio, eval_crop_ratio
+        self._train_loader: EpochLoader | None = None
+        self._train_state: dict[str, int] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes in classes.json."""
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Display names in label order."""
+        return [entry.name for entry in self.classes]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Checks the splits `stage` reads, before anything is trained.
+
+        Raises FileNotFoundError for a missing split, ValueError for a damaged one.
+        """
+        for split in ("train", "val") if stage in ("fit", None) else ("val",):
+            self.check_split(split)
+
+    def train_dataloader(self) -> EpochLoader:
+        """Shuffled, augmented, full batches only. Raises ValueError for fewer images than one batch on each device."""
+        loader = self.build_loader("train", self._plan("train"))
+        if self._train_state is not None:
+            loader.load_state_dict(self._train_state)
+            self._train_state = None
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> EpochLoader:
+        """Each validation image once, in stored order, over all devices."""
+        return self.build_loader("val", self._plan("val"))
+
+    def test_dataloader(self) -> EpochLoader:
+        """The validation split."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> EpochLoader:
+        """The validation split."""
+        return self.val_dataloader()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's position. Lightning saves the loader's own state too, but does not restore it when
+        the loader was built early, for `trainer.estimated_stepping_batches` (Lightning issue 20550)."""
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps a saved position for the next training loader; testing a checkpoint has no use for it."""
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            self._train_state = state_dict.get("train")
+
+    @abstractmethod
+    def check_split(self, split: str) -> None:
+        """Raises when the files of `split` cannot be used."""
+
+    @abstractmethod
+    def count(self, split: str) -> int:
+        """Images in `split`, checked first where `setup` has not been called."""
+
+    @abstractmethod
+    def build_loader(self, split: str, plan: BatchPlan) -> EpochLoader:
+        """The backend's loader of `split`; training augmentation when `plan.training`."""
+
+    def _plan(self, split: str) -> BatchPlan:
+        training = split == "train"
+        # Lightning turns shuffling off for overfit_batches in torch's DataLoader only.
+        shuffled = self.trainer is None or self.trainer.overfit_batches == 0
+        rank, world_size = _rank_and_world_size(self.trainer)
+        return BatchPlan(
+            self.count(split),
+            self.batch_size if training else self.eval_batch_size,
+            training=training,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            reshuffle=shuffled,
+        )
+
+
+def require(condition: bool, name: str, value: object, way_out: str) -> None:
+    """Raises ValueError naming the setting, its value and the way out unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"data.{name}={value}: {way_out}")
+
+
+def _rank_and_world_size(trainer: Any) -> tuple[int, int]:
+    """This process's place among those that must see different images (tensor-parallel ranks share theirs)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    share = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None)
+    if share is not None:
+        return share["rank"], share["num_replicas"]
+    return dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,81 @@
+"""Which images make which batch: a pure function of (seed, epoch, rank), the same for both backends."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class BatchPlan:
+    """The batches of one process, as arrays of image indices.
+
+    Training shuffles by (seed, epoch), gives every process the same number of full batches and drops what is left.
+    Evaluation keeps the stored order and visits each image exactly once over all processes: no padding with
+    duplicates, which would bias a metric.
+
+    Args:
+        count: Images in the split.
+        batch_size: Images per batch in this process.
+        training: Shuffle and drop the incomplete last batch.
+        seed: Seed of the order; epochs of one seed and equal epochs of two seeds are independent.
+        rank: This process among `world_size`.
+        world_size: Processes that share the split.
+        reshuffle: Shuffle anew each epoch; False repeats epoch 0's order, for overfitting a few batches on purpose.
+
+    Raises:
+        ValueError: The split is too small for the batch size and number of processes.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        training: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        reshuffle: bool = True,
+    ) -> None:
+        self.count, self.batch_size, self.training, self.seed = count, batch_size, training, seed
+        self.rank, self.world_size, self.reshuffle = rank, world_size, reshuffle
+        if training and not len(self):
+            raise ValueError(
+                f"data.batch_size={batch_size} on {world_size} device(s) needs {batch_size * world_size} training"
+                f" images for one step, found {count}; lower data.batch_size or add images"
+            )
+        if not training and len(self) > count // world_size:
+            raise ValueError(
+                f"data.eval_batch_size={batch_size}: {count} images cannot give each of {world_size} devices"
+                f" {len(self)} non-empty batches; raise data.eval_batch_size or evaluate on one device"
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch, equal on every rank: collectives inside a forward would otherwise wait forever."""
+        if self.training:
+            return self.count // self.world_size // self.batch_size
+        largest_share = -(-self.count // self.world_size)
+        return -(-largest_share // self.batch_size)
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Index arrays (int64, each of at most `batch_size`) of one epoch, in order."""
+        indices = np.arange(self.count)
+        if self.training:
+            # A seed sequence, not seed + epoch: seed 0 at epoch 1 must not repeat seed 1 at epoch 0.
+            indices = np.random.default_rng([self.seed, epoch if self.reshuffle else 0]).permutation(indices)
+        share = np.ascontiguousarray(indices[self.rank :: self.world_size])
+        if self.training:
+            share = share[: len(self) * self.batch_size]
+        cuts = list(range(self.batch_size, len(share), self.batch_size))
+        if len(cuts) + 1 < len(self):
+            # This rank's share is one image short of starting another batch: split its last batch instead.
+            cuts.append(len(share) - 1)
+        return np.split(share, cuts)
+
+    def identity(self) -> dict[str, int]:
+        """What must agree for a position inside an epoch to mean the same images."""
+        return {
+            "data.seed": self.seed,
+            "data.batch_size": self.batch_size,
+            "images": self.count,
+            "devices": self.world_size,
+        }

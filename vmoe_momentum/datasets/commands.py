@@ -1,0 +1,72 @@
+"""The command line `vmoe-momentum data ...`."""
+
+from __future__ import annotations
+
+import inspect
+
+from jsonargparse import ArgumentParser
+
+from vmoe_momentum.datasets.prepare import prepare_digits, prepare_folder
+from vmoe_momentum.datasets.verify import verify
+
+_EXAMPLES = """examples:
+  vmoe-momentum data prepare digits --out data/digits
+  vmoe-momentum data prepare folder --source pictures --out data/pictures --images hardlink
+  vmoe-momentum data verify data/digits"""
+
+_FLAGS = {
+    "overwrite": "Replace a dataset prepared earlier.",
+    "exist_ok": "Succeed at once where OUT was already prepared with the same settings.",
+}
+
+
+def run(argv: list[str]) -> None:
+    """Runs `data prepare digits|folder` or `data verify ROOT`; argv is what follows `data`.
+
+    Mistakes come out as ValueError, FileNotFoundError or the parser's ArgumentError.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "verify":
+        report = verify(**arguments.verify.as_dict())
+        print(
+            f"{report.root}: sound ({report.classes} classes, {report.train} training and {report.val} validation"
+            f" images, {report.betons} betons, {report.decoded} images decoded)"
+        )
+        return
+    what = arguments.prepare.dataset
+    prepare = {"digits": prepare_digits, "folder": prepare_folder}[what]
+    done = prepare(**arguments.prepare[what].as_dict())
+    backends = "FFCVDataModule or FolderDataModule" if done.betons else "FolderDataModule (no betons: ffcv is missing)"
+    print(f"{done.root}: {done.classes} classes, {done.train} training and {done.val} validation images")
+    print(f"use it with --data {backends} --data.root {done.root}")
+
+
+def _parser() -> ArgumentParser:
+    parser = _new_parser("Prepare image data and check it.", prog="vmoe-momentum data")
+    commands = parser.add_subcommands(dest="command")
+    prepare = _new_parser("Turn pictures into a prepared dataset.")
+    commands.add_subcommand("prepare", prepare, help="turn pictures into a prepared dataset")
+    check = _new_parser(verify.__doc__.splitlines()[0])
+    check.add_function_arguments(verify, as_group=False, as_positional=True)
+    commands.add_subcommand("verify", check, help="check a prepared dataset against its manifest")
+    datasets = prepare.add_subcommands(dest="dataset")
+    for name, function in (("digits", prepare_digits), ("folder", prepare_folder)):
+        dataset = _new_parser(inspect.getdoc(function).split("Args:")[0].rstrip())
+        dataset.add_function_arguments(function, as_group=False, as_positional=False, skip=set(_FLAGS))
+        for flag, text in _FLAGS.items():
+            dataset.add_argument(f"--{flag}", action="store_true", help=text)
+        datasets.add_subcommand(name, dataset, help=function.__doc__.splitlines()[0])
+    return parser
+
+
+def _new_parser(description: str, **options) -> ArgumentParser:
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+        """Keeps the line breaks of the examples."""
+
+    return ArgumentParser(
+        description=description, epilog=_EXAMPLES, formatter_class=Formatter, exit_on_error=False, **options
+    )

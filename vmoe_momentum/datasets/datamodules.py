@@ -1,0 +1,167 @@
+"""The two LightningDataModules: one batch contract, two ways to read a prepared dataset (see layout.py).
+
+Batches are `(images uint8 [B, 3, H, W] channels_last, labels int64 [B])`, not normalised: the model does that. Test and
+predict use the validation split. Both modules visit the same images in the same order for equal settings.
+"""
+
+from __future__ import annotations
+
+from vmoe_momentum.datasets.base import ImageDataModule, require
+from vmoe_momentum.datasets.batches import BatchPlan
+from vmoe_momentum.datasets.beton import check_beton
+from vmoe_momentum.datasets.ffcv_support import ffcv_available, missing_ffcv, using_ffcv
+from vmoe_momentum.datasets.folder_loader import EvalTransform, FolderLoader, TrainTransform, rand_augment
+from vmoe_momentum.datasets.layout import PREPARE_HINT, beton_path, list_images, read_manifest
+from vmoe_momentum.datasets.loader import EpochLoader
+
+
+class FFCVDataModule(ImageDataModule):
+    """The fast backend: reads root/train.beton and root/val.beton through FFCV.
+
+    Resizing averages areas (OpenCV INTER_AREA), so pixels differ slightly from FolderDataModule's. Training pixels
+    depend only on (seed, epoch, image), not on threads. The first batch of a run waits for compilation (seconds).
+
+    Args:
+        root: Prepared dataset: a folder with classes.json, train.beton and val.beton.
+        image_size: Side of the square images given to the model, px.
+        batch_size: Training images per device and step.
+        eval_batch_size: Evaluation images per device and step; null: as batch_size.
+        num_workers: Threads decoding one batch, at most what numba offers; -1: one per usable core.
+        seed: Seed of the order of images and of the augmentation.
+        crop_scale: Range of the training crop's share of the image's area, within (0, 1].
+        crop_ratio: Range of the training crop's width / height.
+        hflip: Flip half of the training images horizontally.
+        eval_crop_ratio: Side of the centre crop over the image's shorter side, in evaluation.
+        os_cache: Leave caching to the operating system; false copies the whole file into this process's memory.
+        batches_ahead: Decoded batches that may wait for the model.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = -1,
+        seed: int = 0,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: bool = True,
+        eval_crop_ratio: float = 224 / 256,
+        os_cache: bool = True,
+        batches_ahead: int = 3,
+    ) -> None:
+        if not ffcv_available():
+            raise missing_ffcv()
+        super().__init__(
+            root=root,
+            image_size=image_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            crop_scale=crop_scale,
+            crop_ratio=crop_ratio,
+            hflip=hflip,
+            eval_crop_ratio=eval_crop_ratio,
+        )
+        require(batches_ahead >= 1, "batches_ahead", batches_ahead, "use 1 or more")
+        self.os_cache, self.batches_ahead = os_cache, batches_ahead
+        self._counts: dict[str, int] = {}
+
+    def check_split(self, split: str) -> None:
+        path = beton_path(self.root, split)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"data.root={self.root}: it holds no {path.name}, which FFCVDataModule reads; {PREPARE_HINT} with ffcv"
+                " installed, or use FolderDataModule"
+            )
+        recorded = read_manifest(self.root).get("splits", {}).get(split, {}).get("beton") or {}
+        self._counts[split] = len(check_beton(path, self.num_classes, recorded.get("bytes")).records)
+
+    def count(self, split: str) -> int:
+        if split not in self._counts:
+            self.check_split(split)
+        return self._counts[split]
+
+    def build_loader(self, split: str, plan: BatchPlan) -> EpochLoader:
+        with using_ffcv():
+            from vmoe_momentum.datasets.ffcv_loader import FFCVLoader
+
+            return FFCVLoader(
+                beton_path(self.root, split),
+                plan,
+                num_workers=max(1, self.num_workers),
+                os_cache=self.os_cache,
+                batches_ahead=self.batches_ahead,
+                size=self.image_size,
+                scale=self.crop_scale,
+                ratio=self.crop_ratio,
+                flip=0.5 * self.hflip,
+                eval_ratio=self.eval_crop_ratio,
+            )
+
+
+class FolderDataModule(ImageDataModule):
+    """The portable backend: reads the image files under root/train and root/val with Pillow.
+
+    Training pixels depend only on (seed, epoch, image), not on the number of workers.
+
+    Args:
+        root: Prepared dataset: a folder with classes.json, train/<class>/* and val/<class>/*.
+        image_size: Side of the square images given to the model, px.
+        batch_size: Training images per device and step.
+        eval_batch_size: Evaluation images per device and step; null: as batch_size.
+        num_workers: Processes decoding images; 0: decode in the training process; -1: one per usable core.
+        seed: Seed of the order of images and of the augmentation.
+        crop_scale: Range of the training crop's share of the image's area, within (0, 1].
+        crop_ratio: Range of the training crop's width / height.
+        hflip: Flip half of the training images horizontally.
+        eval_crop_ratio: Side of the centre crop over the image's shorter side, in evaluation.
+        randaugment: timm's RandAugment policy for training images, e.g. rand-m10-n2; null: none.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = -1,
+        seed: int = 0,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: bool = True,
+        eval_crop_ratio: float = 224 / 256,
+        randaugment: str | None = None,
+    ) -> None:
+        super().__init__(
+            root=root,
+            image_size=image_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            crop_scale=crop_scale,
+            crop_ratio=crop_ratio,
+            hflip=hflip,
+            eval_crop_ratio=eval_crop_ratio,
+        )
+        self.policy = None if randaugment is None else rand_augment(randaugment, image_size)
+        self._files: dict[str, list] = {}
+
+    def check_split(self, split: str) -> None:
+        self._files[split] = list_images(self.root / split, self.classes)
+
+    def count(self, split: str) -> int:
+        if split not in self._files:
+            self.check_split(split)
+        return len(self._files[split])
+
+    def build_loader(self, split: str, plan: BatchPlan) -> EpochLoader:
+        if plan.training:
+            flip = 0.5 * self.hflip
+            transform = TrainTransform(self.image_size, self.crop_scale, self.crop_ratio, flip, self.policy)
+        else:
+            transform = EvalTransform(self.image_size, self.eval_crop_ratio)
+        return FolderLoader(self._files[split], plan, transform=transform, num_workers=self.num_workers)

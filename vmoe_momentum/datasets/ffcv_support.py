@@ -1,0 +1,35 @@
+"""The one place that knows ffcv is optional, slow to load, and changes torch's thread count when loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def ffcv_available() -> bool:
+    """Whether the package ffcv is installed; it is not loaded."""
+    return importlib.util.find_spec("ffcv") is not None
+
+
+def missing_ffcv(problem: str = "is not installed") -> ValueError:
+    """The error for an ffcv that is needed and cannot be had."""
+    return ValueError(
+        f"data.class_path=FFCVDataModule: the package ffcv {problem}; pip install 'vmoe_momentum[ffcv]' (needs"
+        " pkg-config, libturbojpeg0-dev, libopencv-dev), or use FolderDataModule"
+    )
+
+
+@contextmanager
+def using_ffcv() -> Iterator[None]:
+    """Around `import ffcv` and the building of its loaders: torch keeps its thread count, which both would change for
+    the rest of the process. Raises ValueError when ffcv or a library under it does not load."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    except ImportError as error:
+        raise missing_ffcv(f"does not load ({error})") from error
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,86 @@
+"""An iterable over batches that Lightning can number, stop early, checkpoint and resume.
+
+Lightning calls `iter()` once to look and throws the result away, calls `set_epoch` after the first `iter()`,
+and stops at `len()` without ever exhausting the iterator. So nothing starts before the first `next`, the epoch is read
+then, and whatever was started is closed in a `finally`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from vmoe_momentum.datasets.batches import BatchPlan
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class EpochLoader(ABC):
+    """Yields `(images uint8 [B, 3, H, W] channels_last, labels int64 [B])`, batches safe to keep.
+
+    A backend implements `open`. Each `iter()` runs the epoch last given to `set_epoch` (0 at first).
+    """
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
+        self._epoch = 0
+        self._position = (0, 0)  # (epoch, batches yielded in it): what a checkpoint records
+        self._resume: dict[str, int] | None = None
+
+    @abstractmethod
+    def open(self, batches: list[np.ndarray], epoch: int) -> Generator[Batch, None, None]:
+        """Starts decoding `batches` of `epoch`; closing the generator must release every thread and process."""
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning finds `set_epoch`. A plain `sampler` would do too, but makes it suspect shuffling."""
+        return SimpleNamespace(sampler=self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch the next iteration runs."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        epoch, start = self._epoch, self._start(self._epoch)
+        self._position = (epoch, start)
+        source = self.open(self.plan.batches(epoch)[start:], epoch)
+        try:
+            for done, batch in enumerate(source, start=start + 1):
+                self._position = (epoch, done)
+                yield batch
+        finally:
+            source.close()
+
+    def state_dict(self) -> dict[str, int]:
+        """Position after the last batch handed out, with what identifies the order it is a position in."""
+        if self._resume is not None:
+            return dict(self._resume)
+        epoch, batch = self._position
+        return {"epoch": epoch, "batch": batch, "batches": len(self), **self.plan.identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continues at a saved position: the rest of that epoch's order, without decoding what came before.
+
+        The first batch raises ValueError when the position lies inside an epoch of a different order.
+        """
+        self._resume = state
+
+    def _start(self, epoch: int) -> int:
+        """First batch of `epoch` to yield. A position is used once, and at an epoch's boundary there is none."""
+        state, self._resume = self._resume, None
+        if state is None or state["epoch"] != epoch or state["batch"] in (0, state["batches"]):
+            return 0
+        for setting, value in self.plan.identity().items():
+            if state[setting] != value:
+                raise ValueError(
+                    f"{setting}={value}: the checkpoint was saved inside an epoch with {setting}={state[setting]};"
+                    f" resume with that value, or from a checkpoint saved at the end of an epoch"
+                )
+        return state["batch"]

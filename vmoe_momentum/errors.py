@@ -1,0 +1,96 @@
+"""Any error as one line that names setting, value and way out.
+
+Our own messages do so already. jsonargparse's are translated here: it reports a mistyped class or key as a list of
+every type that did not match.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from .models.settings import did_you_mean, subclasses
+
+KEY = re.compile(r'(?:Parser key )?"([\w.]+)":')
+REFUSED_OPTION = re.compile(r"given class_path '([^']+)': Option '([^']+)' is not accepted")
+REFUSED_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+BASE_CLASS = re.compile(r"Subtypes: \[<class '([\w.]+)'>")
+UNKNOWN_KEY = re.compile(r"does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
+WRONG_TYPE = re.compile(r"(?:Given|Got) value: (.*)$")
+
+
+def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
+    """The message for people. sections: the valid keys of each part of a config, `{"": [...], "model": [...]}`."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    for translate in (_wrapped, _option, _class, _key):
+        if translated := translate(message, sections):
+            return translated
+    if "Subtypes:" in message or "Got value:" in message:
+        return _type(message)
+    message = re.sub(r'Parser key "config": File does not exist: \'(.*)\'', r"config=\1: no such file", message)
+    return message.replace("Problems parsing config:", "config: not valid YAML:").replace("Parser key ", "")
+
+
+def _setting(message: str) -> str:
+    """`model.net.init_args.rule` from the parser's nested keys."""
+    keys = KEY.findall(message)
+    return ".init_args.".join(keys)
+
+
+def _wrapped(message: str, _: Any) -> str | None:
+    """An error of a constructor, reported among the types that did not match."""
+    if "Errors:" not in message:
+        return None
+    for part in message.partition("Errors:")[2].partition("Given value type:")[0].split(" - "):
+        part = part.strip(" -")
+        if part and not part.startswith(("Expected a", "Problem with given class_path", "Does not validate")):
+            return part
+    return None
+
+
+def _option(message: str, _: Any) -> str | None:
+    match = REFUSED_OPTION.search(message)
+    if not match:
+        return None
+    path, option = match.groups()
+    target = _find(path)
+    names = [name for name in inspect.signature(target).parameters if name != "self"] if target else []
+    setting = _setting(message.partition("given class_path")[0])
+    return f"{setting}: {path} takes no {option!r}{did_you_mean(option, names)}"
+
+
+def _class(message: str, _: Any) -> str | None:
+    match, base = REFUSED_CLASS.search(message), BASE_CLASS.search(message)
+    if not match or not base:
+        return None
+    cls = _find(base[1])
+    ours = [name for name, c in subclasses(cls).items() if c.__module__.startswith(__package__)] if cls else []
+    what = base[1].rpartition(".")[2]
+    return f"{_setting(message)}={match[1]}: no such {what}{did_you_mean(match[1], ours)}"
+
+
+def _key(message: str, sections: dict[str, Iterable[str]]) -> str | None:
+    match = UNKNOWN_KEY.search(message)
+    if not match:
+        return None
+    key = match[1] or match[2]
+    if not sections:
+        return f"--{key}: no such option; --help lists them"
+    section, _, name = key.rpartition(".")
+    valid = sections.get(section, sections.get("", ()))
+    return f"{key}: no such setting{did_you_mean(name if section in sections else key.partition('.')[0], valid)}"
+
+
+def _type(message: str) -> str:
+    """A value of the wrong type."""
+    value = WRONG_TYPE.search(message)
+    kinds = re.findall(r"Expected an? <class '([\w.]+)'>", message)
+    wanted = " or ".join(dict.fromkeys(kind.rpartition(".")[2] for kind in kinds)) or "another type"
+    return f"{_setting(message)}={value[1] if value else '?'}: expected {wanted.replace('NoneType', 'null')}"
+
+
+def _find(path: str) -> Any:
+    """A class or function among the modules already imported."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None) if module in sys.modules else None

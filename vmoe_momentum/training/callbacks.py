@@ -1,0 +1,151 @@
+"""Lightning callbacks: what is printed before a run, what is logged on validation, where predictions go."""
+
+import csv
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+from ..models.settings import describe
+from .identity import describe_network
+from .instruments import RouterWatch, watch_routers
+from .profile import measure_cost
+
+
+class RouterStats(Callback):
+    """Logs, per MoE block and validation pass: `val/block5/load_0` ... (share of assignments per expert), `dropped`,
+    `entropy` (of the gates, nats) and `momentum_norm`. Nothing for dense networks."""
+
+    def __init__(self) -> None:
+        self.stack, self.watch = ExitStack(), RouterWatch()
+
+    def _start(self, module: Any) -> None:
+        self.stack.close()
+        self.watch = self.stack.enter_context(watch_routers(module.model.net))
+
+    def _finish(self, module: Any, stage: str) -> None:
+        self.stack.close()
+        for block, stats in self.watch.result().items():
+            values = {f"load_{expert}": share for expert, share in enumerate(stats.load)}
+            values |= {"dropped": stats.dropped, "entropy": stats.entropy, "momentum_norm": stats.momentum_norm}
+            # batch_size: these are means over the whole pass already
+            module.log_dict({f"{stage}/{block}/{k}": v for k, v in values.items()}, batch_size=1, sync_dist=True)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._start(pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._finish(pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._start(pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._finish(pl_module, "test")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.stack.close()
+
+
+class EpochSeconds(Callback):
+    """Logs `train/epoch_seconds`, validation not counted. The first epoch includes compiling data pipelines."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            pl_module.log("train/epoch_seconds", time.perf_counter() - self.start, batch_size=1, sync_dist=True)
+
+
+class RunSummary(Callback):
+    """Prints what is about to be trained, and for how long, before the first step."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        cost = measure_cost(pl_module.model, pl_module.image_size)
+        facts = describe_network(pl_module)
+        steps = int(trainer.estimated_stepping_batches)
+        rows = {"network": f"{facts['architecture']}, {facts['num_classes']} classes, {facts['image_size']} pixels"}
+        for name in ("rule", "router"):
+            if name in facts["settings"]:
+                rows[name] = describe(facts["settings"][name])
+        rows["parameters"] = f"{cost.parameters:,} in all, {cost.active:,} active"
+        rows["per image"] = f"{cost.gflops:.3g} GFLOPs forward"
+        rows["steps"] = f"{steps:,}"
+        images = trainer.datamodule.batch_size if trainer.datamodule is not None else None
+        if images is not None:
+            batches = steps * trainer.accumulate_grad_batches
+            hours = batches * seconds_per_batch(pl_module, images) / 3600
+            rows["estimate"] = f"{_duration(hours)} of forward and backward passes on {pl_module.device}"
+        table = Table(show_header=False, box=None)
+        for name, value in rows.items():
+            table.add_row(f"[bold]{name}[/bold]", value)
+        Console().print(table)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        found = {"logs": trainer.log_dir}
+        if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
+            found |= {"best checkpoint": checkpoint.best_model_path, "last checkpoint": checkpoint.last_model_path}
+        if trainer.is_global_zero:
+            for name, path in found.items():
+                if path:
+                    Console().print(f"[bold]{name}[/bold]  {path}", soft_wrap=True, highlight=False)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes ({hours:.2g} hours)"
+
+
+def seconds_per_batch(module: Any, images: int) -> float:
+    """Forward and backward on at most 32 black images, scaled to `images`; gradients and generators are put back.
+
+    Without data loading and the optimizer's step.
+    """
+    model, few = module.model, min(images, 32)
+    pixels = torch.zeros(few, 3, module.image_size, module.image_size, dtype=torch.uint8, device=module.device)
+    devices = [module.device] if module.device.type == "cuda" else []
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng(devices=devices), module.trainer.precision_plugin.forward_context():
+        fastest = float("inf")
+        for _ in range(4):  # the first warms up; the fastest is the least disturbed
+            start = time.perf_counter()
+            logits, aux_loss = model.forward_with_aux(pixels)
+            torch.autograd.grad(logits.float().sum() + aux_loss, list(model.parameters()), allow_unused=True)
+            if devices:
+                torch.cuda.synchronize(module.device)
+            fastest = min(fastest, time.perf_counter() - start)
+    model.train(was_training)
+    return fastest * images / few
+
+
+class PredictionWriter(BasePredictionWriter):
+    """`predict` writes predictions.csv into the log folder: image number, label, then the five likeliest classes."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(self, trainer: pl.Trainer, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "predictions.csv"
+        names = pl_module.class_names or [str(index) for index in range(pl_module.num_classes)]
+        probabilities = torch.cat([batch[0] for batch in predictions])
+        labels = torch.cat([batch[1] for batch in predictions])
+        top = probabilities.topk(min(5, probabilities.shape[1]))
+        ranks = range(1, top.indices.shape[1] + 1)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "label", *[f"{what}_{r}" for r in ranks for what in ("class", "probability")]])
+            for image, (label, values, indices) in enumerate(zip(labels, top.values, top.indices, strict=True)):
+                pairs = [(names[i], f"{v:.6f}") for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+                writer.writerow([image, names[int(label)], *[cell for pair in pairs for cell in pair]])
+        Console().print(f"{len(labels)} predictions: {path}", soft_wrap=True)

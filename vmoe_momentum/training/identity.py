@@ -1,0 +1,76 @@
+"""What a checkpoint says of its network beyond the tensors, and the refusal to load it into another one.
+
+State dicts of different momentum rules are identical: without this, testing a HeavyBall checkpoint under a Residual
+config would silently give a wrong number.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..models.settings import describe
+
+if TYPE_CHECKING:
+    from .module import ImageClassifier
+
+KEY = "vmoe_momentum"
+
+
+def describe_network(module: "ImageClassifier") -> dict[str, Any]:
+    """JSON only, so that checkpoints load with `weights_only=True`."""
+    net = module.model.net
+    config = getattr(net, "pretrained_cfg", None) or {}
+    return {
+        "architecture": config.get("architecture") or type(net).__name__,
+        "settings": net.function_settings() if hasattr(net, "function_settings") else {},
+        "num_classes": module.num_classes,
+        "image_size": module.image_size,
+        "mean": [float(v) for v in module.model.mean.flatten()],
+        "std": [float(v) for v in module.model.std.flatten()],
+        "class_names": module.class_names,
+    }
+
+
+def check_checkpoint(module: "ImageClassifier", checkpoint: dict[str, Any]) -> None:
+    """Raises ValueError naming every setting that differs, or the tensors that do not fit."""
+    saved, ours = checkpoint.get(KEY), describe_network(module)
+    if saved is None:
+        raise ValueError("ckpt_path: this checkpoint was not written by vmoe-momentum fit (no model settings in it)")
+    differences = list(_differences("", saved, ours))
+    sizes = [line for line in differences if line.startswith(("architecture", "num_classes", "image_size"))]
+    if sizes or (differences and not module.override_model):
+        way_out = "use the config it was trained with" + ("" if sizes else ", or --override-model to load it anyway")
+        raise ValueError(f"ckpt_path: the checkpoint does not match this config: {'; '.join(differences)}; {way_out}")
+    _check_tensors(module, checkpoint["state_dict"])
+
+
+def _check_tensors(module: "ImageClassifier", tensors: dict[str, torch.Tensor]) -> None:
+    ours = module.state_dict()
+    wrong = [f"{name} missing" for name in ours.keys() - tensors.keys()]
+    wrong += [f"{name} unknown" for name in tensors.keys() - ours.keys()]
+    wrong += [
+        f"{name} {list(tensors[name].shape)} for {list(ours[name].shape)}"
+        for name in ours.keys() & tensors.keys()
+        if tensors[name].shape != ours[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"ckpt_path: {len(wrong)} tensors do not fit the network: {', '.join(sorted(wrong)[:5])}{more}; "
+            "use the config it was trained with"
+        )
+
+
+def _differences(prefix: str, saved: Any, ours: Any) -> Any:
+    """Lines `setting: checkpoint X, config Y`. Class names may differ: they change no function."""
+    is_spec = isinstance(saved, dict) and isinstance(ours, dict) and "class_path" in saved and "class_path" in ours
+    if is_spec and saved["class_path"] != ours["class_path"]:
+        yield f"{prefix}: checkpoint {describe(saved)}, config {describe(ours)}"
+    elif isinstance(saved, dict) and isinstance(ours, dict):
+        for key in {**saved, **ours}:
+            if key in ("class_names", "class_path"):
+                continue
+            name = prefix if key in ("settings", "init_args") else f"{prefix}.{key}".lstrip(".")
+            yield from _differences(name, saved.get(key), ours.get(key))
+    elif saved != ours:
+        yield f"{prefix}: checkpoint {saved}, config {ours}"

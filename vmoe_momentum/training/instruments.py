@@ -1,0 +1,86 @@
+"""Watching routers and momentum through forward hooks that are removed again.
+
+B images, N tokens, D width; E experts; a network is watched while it runs on evaluation batches.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models import MomentumBlock
+
+
+class BlockStats(NamedTuple):
+    """Means over all tokens watched, of one MoE block."""
+
+    load: list[float]  # E shares of the kept assignments, summing to 1
+    dropped: float  # share of assignments dropped
+    entropy: float  # of the gates, in nats; log(E) when undecided
+    momentum_norm: float  # mean Euclidean norm of the first momentum buffer; 0 for rules without one
+
+
+class RouterWatch:
+    """Sums up what passes; `result()` reads it (one host sync for all)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
+
+    def add(self, block: str, name: str, value: Tensor) -> None:
+        value = value.detach().double()
+        known = self.sums[block]
+        known[name] = known[name] + value if name in known else value
+
+    def result(self) -> dict[str, BlockStats]:
+        found = {}
+        for block, sums in self.sums.items():
+            values = {name: value.cpu() for name, value in sums.items()}
+            tokens = float(values["tokens"])
+            kept, chosen = values["load"].sum().clamp_min(1.0), float(values["chosen"])
+            found[block] = BlockStats(
+                load=(values["load"] / kept).tolist(),
+                dropped=1.0 - float(values["load"].sum()) / chosen,
+                entropy=float(values["entropy"]) / tokens,
+                momentum_norm=float(values["momentum_norm"]) / tokens,
+            )
+        return found
+
+
+@contextmanager
+def watch_routers(net: nn.Module) -> Iterator[RouterWatch]:
+    """Everything `net` runs inside is counted, block by block (`block5`). Hooks are gone afterwards."""
+    watch, handles = RouterWatch(), []
+    for name, block in net.named_modules():
+        if isinstance(block, MomentumBlock):
+            label = "block" + name.rpartition(".")[2]
+            handles.append(block.mlp.router.register_forward_hook(_router_hook(watch, label)))
+            handles.append(block.register_forward_hook(_block_hook(watch, label)))
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _router_hook(watch: RouterWatch, label: str):
+    def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
+        plan, _ = output
+        gates = plan.gates.flatten(0, 1)  # [T, E]
+        watch.add(label, "load", plan.assigned().flatten(0, 1).sum(dim=0))
+        watch.add(label, "chosen", torch.tensor(plan.kept.numel()))
+        watch.add(label, "tokens", torch.tensor(gates.shape[0]))
+        watch.add(label, "entropy", torch.special.entr(gates).sum())
+
+    return hook
+
+
+def _block_hook(watch: RouterWatch, label: str):
+    def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
+        x, carry = output
+        norm = carry.momentum[0].norm(dim=-1).sum() if carry.momentum else x.new_zeros(())
+        watch.add(label, "momentum_norm", norm)
+
+    return hook

@@ -1,0 +1,146 @@
+"""Training and evaluating any timm classifier, ours included.
+
+B images, K classes. Batches: uint8 images [B, 3, H, W] (or float in [0, 1]) and int64 labels [B].
+"""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup, mixup_target
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from ..models import PixelModel
+from .identity import check_checkpoint, describe_network
+from .optimization import OptimizerSettings, ScheduleSettings
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(pl.LightningModule):
+    """Cross-entropy plus the routers' auxiliary loss; top-1 and top-5 over the whole evaluation set.
+
+    Args:
+        net: The network: any timm classifier. Networks that offer `forward_with_aux` add their auxiliary loss.
+        num_classes: Classes of the data; linked to it. A network with another number gets a fresh head.
+        image_size: Side of the images in pixels; linked to the data. The network is resized to it.
+        class_names: Names of the classes in label order; linked to the data, kept with checkpoints.
+        loss: softmax cross-entropy, or sigmoid (binary cross-entropy summed over classes, as V-MoE trains).
+        label_smoothing: Share of the target spread evenly over all classes.
+        mixup: Beta parameter of mixup on the device; 0 for none. Needs an even batch.
+        cutmix: Beta parameter of cutmix; 0 for none. With both, each batch draws one.
+        aux_loss_weight: Factor on the routers' auxiliary loss (which has its own weights inside).
+        optimizer: How weights move.
+        schedule: The learning rate over steps.
+        compile: Compile the network with torch.compile.
+        override_model: Load a checkpoint although it was trained with other model settings than these.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int = 1000,
+        image_size: int = 224,
+        class_names: list[str] | None = None,
+        loss: Literal["softmax", "sigmoid"] = "softmax",
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        aux_loss_weight: float = 1.0,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (a frozen default; jsonargparse reads it)
+        schedule: ScheduleSettings = ScheduleSettings(),  # noqa: B008
+        compile: bool = False,
+        override_model: bool = False,
+    ) -> None:
+        super().__init__()
+        self._fit_network_to_data(net, num_classes, image_size)
+        self.model = PixelModel(net)
+        self.num_classes, self.image_size, self.class_names = num_classes, image_size, class_names
+        self.loss, self.label_smoothing, self.aux_loss_weight = loss, label_smoothing, aux_loss_weight
+        self.optimizer_settings, self.schedule_settings = optimizer, schedule
+        self.override_model = override_model
+        self.mixup: Mixup | None = None
+        if mixup > 0 or cutmix > 0:
+            self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+        top_k = {"top1": 1} | ({"top5": 5} if num_classes > 5 else {})
+        accuracy = MetricCollection(
+            {name: MulticlassAccuracy(num_classes, k, average="micro") for name, k in top_k.items()}
+        )
+        self.val_accuracy, self.test_accuracy = accuracy.clone("val/"), accuracy.clone("test/")
+        if compile:
+            self.model.compile()  # in place: no `_orig_mod.` in state dicts
+
+    @staticmethod
+    def _fit_network_to_data(net: nn.Module, num_classes: int, image_size: int) -> None:
+        if getattr(net, "num_classes", num_classes) != num_classes:
+            net.reset_classifier(num_classes)
+        embed = getattr(net, "patch_embed", None)
+        size = getattr(embed, "img_size", None)
+        if size is not None and tuple(size) != (image_size, image_size):
+            if not hasattr(net, "set_input_size"):
+                raise ValueError(
+                    f"data.image_size={image_size}: {type(net).__name__} takes {size[0]} pixels and cannot be resized"
+                )
+            net.set_input_size(img_size=(image_size, image_size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] -> logits [B, K]."""
+        return self.model(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.mixup is None:
+            targets = mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
+        else:
+            images = images.float() / 255 if images.dtype == torch.uint8 else images.clone()  # mixup works in place
+            images, targets = self.mixup(images, labels)
+        logits, aux_loss = self.model.forward_with_aux(images)
+        main_loss = self.main_loss(logits, targets)
+        loss = main_loss + self.aux_loss_weight * aux_loss
+        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("train/main_loss", main_loss)
+        self.log("train/aux_loss", aux_loss)
+        return loss
+
+    def main_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits, targets (rows sum to 1): [B, K] -> []."""
+        logits = logits.float()
+        if self.loss == "sigmoid":
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=-1).mean()
+        return F.cross_entropy(logits, targets)
+
+    def _evaluate(self, batch: Batch, accuracy: MetricCollection, stage: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy.update(logits, labels)
+        loss = self.main_loss(logits, mixup_target(labels, self.num_classes))
+        self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=True)
+        self.log_dict(accuracy, prog_bar=True, batch_size=len(labels))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.val_accuracy, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.test_accuracy, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Class probabilities [B, K] and labels [B]. Sigmoid networks are ranked by softmax too: the order is equal."""
+        images, labels = batch
+        return self(images).float().softmax(dim=-1), labels
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer_settings.build(self.model.net)
+        scheduler = self.schedule_settings.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.global_step)  # timm's: the rate of the step to come
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["vmoe_momentum"] = describe_network(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_checkpoint(self, checkpoint)
