@@ -6,7 +6,6 @@ first word.
 
 import inspect
 import logging
-import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ from .training import (
     RouterStats,
     RunSummary,
     ScheduleSettings,
+    check_readable,
 )
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
@@ -55,8 +55,11 @@ class VMoECLI(LightningCLI):
         for name in ("num_classes", "image_size", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+    def _parse_ckpt_path(self) -> None:
+        """A first look at the checkpoint, before anything is built.
+
+        In place of Lightning's, which would let hyperparameters of the checkpoint override the config (issue 21455).
+        """
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is None or path in CKPT_KEYWORDS:
             return
@@ -64,17 +67,7 @@ class VMoECLI(LightningCLI):
             raise ValueError(f"ckpt_path={path}: checkpoints load from local files only; download it first")
         if not Path(path).is_file():
             raise FileNotFoundError(f"ckpt_path={path}: no such file; give a .ckpt that fit wrote, or leave it out")
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning's first look at the checkpoint, weights_only; what cannot be read is said in our words."""
-        try:
-            super()._parse_ckpt_path()
-        except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-            path = self.config[self.config.subcommand].ckpt_path
-            raise ValueError(
-                f"ckpt_path={path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); "
-                "it may be cut off, of another program, or hold code, which is never run; give a .ckpt that fit wrote"
-            ) from error
+        check_readable(Path(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -105,7 +98,7 @@ def _sections() -> dict[str, list[str]]:
 
 def run_lightning(argv: list[str]) -> None:
     """fit, validate, test or predict."""
-    quiet = {"exit_on_error": False}  # errors are ours to print
+    quiet = {"exit_on_error": False, "allow_abbrev": False}  # errors are ours to print; a cut-off name is a mistake
     VMoECLI(
         ImageClassifier,
         datasets.ImageDataModule,
@@ -169,6 +162,7 @@ def quieten() -> None:
         ".*does not have many workers",
         ".*isinstance.treespec, LeafSpec",
         "Couldn't infer the batch indices",
+        "The dirpath has changed",
     )
     for message in remarks:
         warnings.filterwarnings("ignore", message=message)

@@ -109,6 +109,18 @@ def test_evaluation_is_deterministic_and_ignores_batch_mates() -> None:
         torch.testing.assert_close(layer(x[image : image + 1])[0], together[image : image + 1], atol=1e-14, rtol=0)
 
 
+def test_capacity_for_every_token_is_dropless() -> None:
+    """V-MoE-S/32's evaluation, factor E/K: no group can overflow, so none is formed and any batch size will do."""
+    published = make(TopKRouter(2, group_size=20, eval_capacity_factor=E / 2, capacity_multiple_of=1)).eval()
+    dropless = make(TopKRouter(2)).eval()
+    dropless.load_state_dict(published.state_dict())
+    x = torch.randn(B, N, D, dtype=torch.float64)
+    assert torch.equal(published(x)[0], dropless(x)[0])
+    published.router.eval_capacity_factor = E / 2 - 0.1
+    with pytest.raises(ValueError, match="router.group_size=20 does not divide"):
+        published(x)
+
+
 def test_bfloat16_autocast_runs_experts_in_bfloat16_and_routing_in_float32() -> None:
     layer = make(TopKRouter(2), torch.float32).eval()
     x = torch.randn(B, N, D)

@@ -68,5 +68,10 @@ def _new_parser(description: str, **options) -> ArgumentParser:
         """Keeps the line breaks of the examples."""
 
     return ArgumentParser(
-        description=description, epilog=_EXAMPLES, formatter_class=Formatter, exit_on_error=False, **options
+        description=description,
+        epilog=_EXAMPLES,
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+        **options,
     )

@@ -57,8 +57,9 @@ class TopKRouter(Router):
         renormalize: Divide a token's combine weights by their sum over its K choices. Not in V-MoE.
         capacity_factor: While training, an expert takes about S*K*factor/E assignments of a group; the rest is dropped.
             "dropless" drops nothing.
-        eval_capacity_factor: The same in evaluation. The default, "dropless", routes each image by itself, whatever
-            group_size says: a logit never depends on batch mates. V-MoE evaluates with a finite factor.
+        eval_capacity_factor: The same in evaluation. Where nothing can be dropped ("dropless", the default, or a
+            factor of E/K and more) each image is routed by itself, whatever group_size says: a logit never depends on
+            batch mates. V-MoE-S/32 evaluates with 4.0 = E/K.
         capacity_multiple_of: Capacity is rounded up to a multiple of this; the reference's default is 4.
         capacity_rounding: How S*K*factor/E becomes an integer before that.
         batch_priority: Full experts keep the tokens with the largest gate instead of the first ones (BPR).
@@ -141,8 +142,8 @@ class TopKRouter(Router):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
-        group_size = self.group_size
-        if group_size == "image" or (not self.training and self.eval_capacity_factor == "dropless"):
+        group_size, num_experts = self.group_size, logits.shape[-1]
+        if group_size == "image" or (not self.training and self.slots(group_size, num_experts) is None):
             return logits
         num_tokens = logits.shape[0] * logits.shape[1]
         if num_tokens % group_size:
@@ -150,7 +151,7 @@ class TopKRouter(Router):
                 f"router.group_size={group_size} does not divide the batch's {num_tokens} tokens "
                 f"({logits.shape[0]} images of {logits.shape[1]}); change the batch size, or use group_size=image"
             )
-        return logits.reshape(-1, group_size, logits.shape[-1])
+        return logits.reshape(-1, group_size, num_experts)
 
     def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
         """Everything after the gate's matrix product. logits, noise: [G, S, E]."""
@@ -176,11 +177,13 @@ class TopKRouter(Router):
         return plan, RouterLosses(sum(wanted, torch.zeros_like(parts["importance"])), parts)
 
     def slots(self, group_size: int, num_experts: int) -> int | None:
-        """Capacity C in this mode, None when dropless."""
+        """Capacity C in this mode; None where nothing can be dropped, as a token asks an expert at most once."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor == "dropless":
             return None
-        return capacity(group_size * self.top_k, num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
+        assignments = group_size * self.top_k
+        slots = capacity(assignments, num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
+        return None if slots >= group_size else slots
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}, capacity_factor={self.capacity_factor}, group_size={self.group_size}"

@@ -1,6 +1,7 @@
 """Lightning: the module, optimisation, callbacks, and what a checkpoint says of its network."""
 
 from .callbacks import EpochSeconds, PredictionWriter, RouterStats, RunSummary
+from .identity import check_readable
 from .module import ImageClassifier
 from .optimization import OptimizerSettings, ScheduleSettings
 
@@ -12,4 +13,5 @@ __all__ = [
     "RouterStats",
     "RunSummary",
     "ScheduleSettings",
+    "check_readable",
 ]

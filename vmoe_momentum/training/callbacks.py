@@ -92,8 +92,11 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         found = {"logs": trainer.log_dir}
-        if isinstance(checkpoint := trainer.checkpoint_callback, ModelCheckpoint):
-            found |= {"best checkpoint": checkpoint.best_model_path, "last checkpoint": checkpoint.last_model_path}
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint):
+                found["last checkpoint" if checkpoint.monitor is None else "best checkpoint"] = (
+                    checkpoint.best_model_path
+                )
         if trainer.is_global_zero:
             for name, path in found.items():
                 if path:

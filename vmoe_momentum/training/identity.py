@@ -4,6 +4,9 @@ State dicts of different momentum rules are identical: without this, testing a H
 config would silently give a wrong number.
 """
 
+import pickle
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +34,26 @@ def describe_network(module: "ImageClassifier") -> dict[str, Any]:
     }
 
 
+def check_readable(path: Path) -> None:
+    """Raises ValueError unless `path` is a whole checkpoint of ours, tensors and plain data only; runs no code."""
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(
+            f"ckpt_path={path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); it is cut off, "
+            "of another program, or holds code, which is never run; give a .ckpt that fit wrote"
+        ) from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={path}: not written by vmoe-momentum fit (no model settings in it); give a .ckpt that fit wrote"
+        )
+
+
 def check_checkpoint(module: "ImageClassifier", checkpoint: dict[str, Any]) -> None:
     """Raises ValueError naming every setting that differs, or the tensors that do not fit."""
     saved, ours = checkpoint.get(KEY), describe_network(module)
     if saved is None:
-        raise ValueError("ckpt_path: this checkpoint was not written by vmoe-momentum fit (no model settings in it)")
+        raise ValueError("ckpt_path: not written by vmoe-momentum fit (no model settings in it)")
     differences = list(_differences("", saved, ours))
     sizes = [line for line in differences if line.startswith(("architecture", "num_classes", "image_size"))]
     if sizes or (differences and not module.override_model):

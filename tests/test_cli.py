@@ -1,0 +1,240 @@
+"""The command line on real data, and what it says when something is wrong."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from dataset_helpers import decoding_threads, requires_ffcv
+
+from vmoe_momentum import cli
+from vmoe_momentum.datasets.beton import FIELD, HEADER, RECORD
+
+CONFIG = Path(__file__).parent.parent / "configs" / "digits.yaml"
+RULE = "--model.net.init_args.rule"
+
+
+def arguments(root: Path, backend: str = "FolderDataModule", *extra: str) -> list[str]:
+    """The demo's config on little data, in the current folder."""
+    short = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.max_epochs=2"]
+    quiet = ["--model.schedule.warmup_steps=2", "--trainer.enable_progress_bar=false", "--data.num_workers=0"]
+    return [f"--config={CONFIG}", f"--data={backend}", f"--data.root={root}", *short, *quiet, *extra]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits: Path, tmp_path_factory) -> Path:
+    """last.ckpt of a short HeavyBall run."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        cli.run(["fit", *arguments(digits), RULE, "HeavyBall"])
+    return folder / "runs/digits/version_0/checkpoints/last.ckpt"
+
+
+def fails(argv: list[str], capsys) -> str:
+    """Runs main and gives the last line on stderr; the exit code must be 2, without traceback or usage dump."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(argv)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    for text in (captured.out, captured.err):
+        assert "Traceback" not in text
+        assert "usage:" not in text
+    return captured.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([RULE, "HeavyBal"], r"model.net.init_args.rule=HeavyBal: no such MomentumRule; did you mean HeavyBall?"),
+        ([RULE, "HeavyBall", f"{RULE}.mu", "1.5"], "HeavyBall.mu=1.5 is outside [0, 1)"),
+        ([f"{RULE}.nu", "1"], "takes no 'nu'"),
+        (["--model.net.init_args.rul", "X"], "takes no 'rul'; did you mean rule?"),
+        (["--model.net.init_args.moe_layers=[3,9]"], "moe_layers=[3, 9]: index 9 is past depth=8; use 0..7"),
+        (
+            ["--model.net.init_args.router=TopKRouter", "--model.net.init_args.router.top_k=9"],
+            "router.top_k=9 is more than num_experts=4; use 1..4",
+        ),
+        (["--model.net.init_args.name=vmoe_tiny_patch4_1"], "did you mean vmoe_tiny_patch4_16?"),
+        (["--data.image_size=18"], "image_size=18 is not a multiple of the patch size 4; use 16 or 20"),
+        (["--data.root=nowhere"], "data.root=nowhere: no such folder; prepare one with"),
+        (["--data=FolderDataModul"], "data=FolderDataModul: no such ImageDataModule; did you mean FolderDataModule?"),
+        (["--data.rooot=x"], "takes no 'rooot'; did you mean root?"),
+        (["--data.batch_size=5000"], "data.batch_size=5000"),
+        (["--model.bogus=1"], "model.bogus: no such setting; valid:"),
+        (["--model.optimizer.lrr=1"], "model.optimizer.lrr: no such setting; did you mean lr?"),
+        (["--model.optimizer.name=adamv"], "model.optimizer.name=adamv; did you mean"),
+        (["--trainer.max_epochs=many"], "trainer.max_epochs=many: expected int or null"),
+        (["--trainer.max_epoch=2"], "trainer.max_epoch: no such setting; did you mean max_epochs?"),
+        (["--ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),
+        (["--ckpt_path=http://example.org/a.ckpt"], "local files only"),
+        (["--config=nowhere.yaml"], "nowhere.yaml: no such file"),
+    ],
+    ids=lambda value: " ".join(value).replace("--", "") if isinstance(value, list) else "",
+)
+def test_mistakes_are_one_line(extra: list[str], message: str, digits: Path, here: Path, capsys) -> None:
+    assert message in fails(["fit", *arguments(digits), *extra], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {nett: 3}", "model.nett: no such setting; did you mean net?"),
+        ("optimiser: 3", "optimiser: no such setting"),
+        ("model: [", "config: not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line(text: str, message: str, digits: Path, here: Path, capsys) -> None:
+    (here / "bad.yaml").write_text(text)
+    assert message in fails(["fit", *arguments(digits), "--config=bad.yaml"], capsys)
+
+
+def test_unknown_commands_are_one_line(capsys) -> None:
+    assert "command=fitt; did you mean fit?" in fails(["fitt"], capsys)
+    assert "--outt: no such option" in fails(["data", "prepare", "digits", "--outt=x"], capsys)
+
+
+def test_ffcv_asked_for_and_missing(digits: Path, here: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("vmoe_momentum.datasets.datamodules.ffcv_available", lambda: False)
+    line = fails(["fit", *arguments(digits, "FFCVDataModule")], capsys)
+    assert "data.class_path=FFCVDataModule: the package ffcv is not installed; pip install" in line
+    assert "FolderDataModule" in line
+
+
+@requires_ffcv
+@pytest.mark.parametrize("damage", ["truncated", "label"])
+def test_a_damaged_beton_is_refused_before_the_first_step(damage: str, digits: Path, here: Path, capsys) -> None:
+    root = Path(shutil.copytree(digits, here / "data"))
+    beton = root / "train.beton"
+    if damage == "truncated":
+        beton.write_bytes(beton.read_bytes()[: beton.stat().st_size // 2])
+    else:
+        records = np.memmap(beton, RECORD, "r+", offset=HEADER.itemsize + 2 * FIELD.itemsize, shape=(1437,))
+        records["label"][7] = 10
+        records.flush()
+    line = fails(["fit", *arguments(root, "FFCVDataModule")], capsys)
+    assert "train.beton: not a sound beton" in line
+    assert ("bytes where manifest.json says" if damage == "truncated" else "labels from 0 to 10") in line
+    assert "data prepare" in line
+    assert not list(here.rglob("*.ckpt"))
+
+
+@requires_ffcv
+def test_a_decoding_error_ends_fit_within_seconds(pictures: Path, here: Path, capsys) -> None:
+    """A JPEG that turns bad after preparation is found while decoding, in FFCV's thread."""
+    root = Path(shutil.copytree(pictures, here / "data"))
+    beton = root / "train.beton"
+    data = beton.read_bytes()
+    start = data.index(b"\xff\xd8\xff")  # the first JPEG: its header stays, its tables go
+    beton.write_bytes(data[: start + 2] + bytes(300) + data[start + 302 :])
+    started = time.perf_counter()
+    line = fails(["fit", *arguments(root, "FFCVDataModule"), "--data.batch_size=8", "--data.eval_batch_size=9"], capsys)
+    assert time.perf_counter() - started < 30
+    assert "decoding failed" in line
+    assert "do not decode" in line
+    assert decoding_threads() == []
+
+
+def test_a_broken_or_foreign_checkpoint_is_refused(checkpoint: Path, digits: Path, here: Path, capsys) -> None:
+    (here / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:5000])
+    (here / "text.ckpt").write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, here / "foreign.ckpt")
+    for name, message in (
+        ("cut", "not a checkpoint"),
+        ("text", "not a checkpoint"),
+        ("foreign", "foreign.ckpt: not written by vmoe-momentum fit"),
+    ):
+        assert message in fails(["test", *arguments(digits), f"--ckpt_path={name}.ckpt"], capsys)
+
+
+def test_a_poisoned_checkpoint_runs_no_code(here: Path, digits: Path, capsys) -> None:
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (here / "exploded",)
+
+    torch.save({"state_dict": {}, "hyper_parameters": Bomb()}, here / "bomb.ckpt")
+    assert "is never run" in fails(["test", *arguments(digits), "--ckpt_path=bomb.ckpt"], capsys)
+    assert not (here / "exploded").exists()
+
+
+def test_another_rule_is_refused_with_both_values(checkpoint: Path, digits: Path, here: Path, capsys) -> None:
+    line = fails(["test", *arguments(digits), f"--ckpt_path={checkpoint}"], capsys)
+    assert "rule: checkpoint HeavyBall(mu=0.7, gamma=1.0, learn=False), config Residual(gamma=1.0)" in line
+    assert "--override-model" in line
+    cli.main(["test", *arguments(digits), f"--ckpt_path={checkpoint}", "--override-model"])
+    cli.main(["test", *arguments(digits), f"--ckpt_path={checkpoint}", RULE, "HeavyBall"])
+    assert "test/top1" in capsys.readouterr().out
+
+
+def test_fit_leaves_logs_checkpoints_and_a_summary(digits: Path, here: Path, capsys) -> None:
+    cli.main(["fit", *arguments(digits)])
+    printed = capsys.readouterr().out
+    for words in ("476,938 in all, 344,330 active", "GFLOPs", "hours", "Residual(gamma=1.0)", "last checkpoint"):
+        assert words in printed, words
+    folder = here / "runs/digits/version_0"
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert (folder / "config.yaml").is_file()
+    assert list(folder.glob("events.out.tfevents*"))
+    saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["epoch"] == 1  # the last epoch, not the best
+    assert saved["vmoe_momentum"]["class_names"] == [str(digit) for digit in range(10)]
+    json.dumps(saved["vmoe_momentum"])
+    with (folder / "metrics.csv").open() as file:
+        columns = csv.DictReader(file).fieldnames
+    assert {"train/loss_epoch", "val/top1", "val/block7/load_3", "val/block7/momentum_norm"} <= set(columns)
+
+
+def test_predict_writes_probabilities(checkpoint: Path, digits: Path, here: Path) -> None:
+    cli.main(["predict", *arguments(digits), f"--ckpt_path={checkpoint}", RULE, "HeavyBall"])
+    (path,) = here.rglob("predictions.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 360
+    assert float(rows[0]["probability_1"]) >= float(rows[0]["probability_2"]) > 0
+    assert rows[0]["class_1"] in {str(digit) for digit in range(10)}
+
+
+def test_later_configs_and_flags_win_and_print_config_shows_it(digits: Path, here: Path, capsys) -> None:
+    (here / "overlay.yaml").write_text("model: {label_smoothing: 0.25}\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fit", *arguments(digits), "--config=overlay.yaml", RULE, "HeavyBall", "--print_config"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "label_smoothing: 0.25" in printed
+    assert "class_path: vmoe_momentum.HeavyBall" in printed
+    assert "num_classes" not in yaml.safe_load(printed)["model"]  # linked to the data, not repeated
+
+
+def test_help_lists_every_command(capsys) -> None:
+    cli.main(["--help"])
+    printed = capsys.readouterr().out
+    for command in ("data", "fit", "validate", "test", "predict", "--debug"):
+        assert command in printed
+
+
+@pytest.mark.parametrize("backend", [pytest.param("FFCVDataModule", marks=requires_ffcv), "FolderDataModule"])
+def test_a_whole_process_ends_with_one_line(backend: str, here: Path) -> None:
+    """The console script itself: exit code, and the last line of stderr."""
+    command = [sys.executable, "-m", "vmoe_momentum", "fit", *arguments(here / "nowhere", backend)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("vmoe-momentum: error: data.root=")
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_debug_restores_the_traceback(digits: Path, here: Path) -> None:
+    with pytest.raises(ValueError, match="past depth"):
+        cli.main(["fit", *arguments(digits), "--model.net.init_args.moe_layers=[9]", "--debug"])

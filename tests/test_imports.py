@@ -1,0 +1,60 @@
+"""Imports go one way only, and maths reads no environment."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "vmoe_momentum"
+ALLOWED = {  # room -> rooms it may import
+    "momentum": set(),
+    "moe": set(),
+    "datasets": set(),
+    "models": {"momentum", "moe"},
+    "training": {"models", "momentum", "moe"},
+    "errors": {"models"},
+    "cli": {"datasets", "errors", "models", "moe", "momentum", "training"},
+    "__main__": {"cli"},
+    "__init__": {"models", "moe", "momentum"},
+}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of ours that a file imports, absolute or relative, wherever in the file."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*parts[: len(parts) - node.level]] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("vmoe_momentum.")}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert rooms_imported(path) - {room} <= ALLOWED[room]
+
+
+def test_the_check_sees_both_forms(tmp_path: Path) -> None:
+    bad = PACKAGE / "momentum" / "x.py"
+    tree = "from ..moe import Router\nfrom vmoe_momentum.training import ImageClassifier\nimport vmoe_momentum.cli\n"
+    copy = tmp_path / "x.py"
+    copy.write_text(tree)
+    # read as if it lay in momentum/
+    parsed = type("P", (), {"relative_to": lambda self, root: bad.relative_to(root), "read_text": lambda self: tree})()
+    assert rooms_imported(parsed) == {"moe", "training", "cli"}
+
+
+def test_maths_reads_no_environment() -> None:
+    for room in ("momentum", "moe", "models"):
+        for path in (PACKAGE / room).glob("*.py"):
+            assert "environ" not in path.read_text(), path
