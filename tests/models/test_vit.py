@@ -241,6 +241,15 @@ def test_timm_contract() -> None:
     assert net(images(2, 32)).shape == (2, 9)
 
 
+def test_the_representation_layer_is_a_tanh_before_the_head() -> None:
+    net = tiny(representation_size=24).eval()
+    features = net.forward_head(net.forward_features(images()), pre_logits=True)
+    assert features.shape == (4, 24)
+    assert features.abs().max() < 1
+    assert net.head_hidden_size == net.head.in_features == 24
+    torch.testing.assert_close(net.pre_logits.fc.bias, torch.zeros(24))
+
+
 def test_parameter_counts_of_the_published_sizes() -> None:
     """By hand for S/32 last 2: see the arithmetic."""
     d, f, e, layers = 512, 2048, 8, 8

@@ -223,9 +223,9 @@ def test_cost_by_hand() -> None:
     assert cost.parameters == sum(p.numel() for p in net.parameters())
     assert cost.active == cost.parameters - 4 * (e - k) * expert
     attention = n * (4 * d * d) + 2 * n * n * d
-    dense, sparse = n * 2 * d * f, n * (k * 2 * d * f + d * e + 2 * e * k * 0)
-    stem, heads = 16 * 48 * d, d * d + 10 * d
-    products = 8 * attention + 4 * dense + 4 * sparse + stem + heads
+    dense, sparse = n * 2 * d * f, n * (k * 2 * d * f + d * e)
+    stem, head = 16 * 48 * d, 10 * d
+    products = 8 * attention + 4 * dense + 4 * sparse + stem + head
     extras = 4 * (n * k * e * (f + d) + n * k * d)  # biases as products with the membership matrix; combining
     assert cost.gflops * 1e9 == pytest.approx(2 * (products + extras), rel=1e-6)
 

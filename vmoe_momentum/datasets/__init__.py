@@ -4,9 +4,9 @@ Reading order: `batches.py` (which images make which batch), `loader.py` (epochs
 `folder_loader.py` and `ffcv_loader.py`. Importing this package loads neither ffcv nor scikit-learn.
 """
 
-from vmoe_momentum.datasets.base import ImageDataModule
-from vmoe_momentum.datasets.datamodules import FFCVDataModule, FolderDataModule
-from vmoe_momentum.datasets.prepare import prepare_digits, prepare_folder
-from vmoe_momentum.datasets.verify import verify
+from .base import ImageDataModule
+from .datamodules import FFCVDataModule, FolderDataModule
+from .prepare import prepare_digits, prepare_folder
+from .verify import verify
 
 __all__ = ["FFCVDataModule", "FolderDataModule", "ImageDataModule", "prepare_digits", "prepare_folder", "verify"]

@@ -9,10 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
-from vmoe_momentum.datasets.batches import BatchPlan
-from vmoe_momentum.datasets.cores import usable_cores
-from vmoe_momentum.datasets.layout import read_classes
-from vmoe_momentum.datasets.loader import EpochLoader
+from .batches import BatchPlan
+from .cores import usable_cores
+from .layout import read_classes
+from .loader import EpochLoader
 
 
 class ImageDataModule(LightningDataModule, ABC):

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from vmoe_momentum.datasets.ffcv_support import using_ffcv
-from vmoe_momentum.datasets.layout import ImageFile
+from .ffcv_support import using_ffcv
+from .layout import ImageFile
 
 _MIN_PAGE_BYTES = 1 << 23  # FFCV's default
 _WINDOW_PER_THREAD = 32

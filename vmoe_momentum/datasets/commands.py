@@ -6,8 +6,8 @@ import inspect
 
 from jsonargparse import ArgumentParser
 
-from vmoe_momentum.datasets.prepare import prepare_digits, prepare_folder
-from vmoe_momentum.datasets.verify import verify
+from .prepare import prepare_digits, prepare_folder
+from .verify import verify
 
 _EXAMPLES = """examples:
   vmoe-momentum data prepare digits --out data/digits

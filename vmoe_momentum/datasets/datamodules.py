@@ -6,13 +6,13 @@ predict use the validation split. Both modules visit the same images in the same
 
 from __future__ import annotations
 
-from vmoe_momentum.datasets.base import ImageDataModule, require
-from vmoe_momentum.datasets.batches import BatchPlan
-from vmoe_momentum.datasets.beton import check_beton
-from vmoe_momentum.datasets.ffcv_support import ffcv_available, missing_ffcv, using_ffcv
-from vmoe_momentum.datasets.folder_loader import EvalTransform, FolderLoader, TrainTransform, rand_augment
-from vmoe_momentum.datasets.layout import PREPARE_HINT, beton_path, list_images, read_manifest
-from vmoe_momentum.datasets.loader import EpochLoader
+from .base import ImageDataModule, require
+from .batches import BatchPlan
+from .beton import check_beton
+from .ffcv_support import ffcv_available, missing_ffcv, using_ffcv
+from .folder_loader import EvalTransform, FolderLoader, TrainTransform, rand_augment
+from .layout import PREPARE_HINT, beton_path, list_images, read_manifest
+from .loader import EpochLoader
 
 
 class FFCVDataModule(ImageDataModule):
@@ -86,7 +86,7 @@ class FFCVDataModule(ImageDataModule):
 
     def build_loader(self, split: str, plan: BatchPlan) -> EpochLoader:
         with using_ffcv():
-            from vmoe_momentum.datasets.ffcv_loader import FFCVLoader
+            from .ffcv_loader import FFCVLoader
 
             return FFCVLoader(
                 beton_path(self.root, split),

@@ -18,7 +18,7 @@ from ffcv.libffcv import imdecode, resize_crop
 from ffcv.pipeline.allocation_query import AllocationQuery
 from numba import njit, prange
 
-from vmoe_momentum.datasets.beton import JPEG
+from .beton import JPEG
 
 # splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a counter-based generator needs no state shared between threads.
 _GAMMA, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

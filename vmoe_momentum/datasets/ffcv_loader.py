@@ -21,9 +21,9 @@ from ffcv.loader import Loader
 from ffcv.loader.epoch_iterator import select_buffer
 from ffcv.transforms import ToTensor, ToTorchImage
 
-from vmoe_momentum.datasets.batches import BatchPlan
-from vmoe_momentum.datasets.ffcv_decoder import CropDecoder, require_thread_safe_numba, usable_threads
-from vmoe_momentum.datasets.loader import Batch, EpochLoader
+from .batches import BatchPlan
+from .ffcv_decoder import CropDecoder, require_thread_safe_numba, usable_threads
+from .loader import Batch, EpochLoader
 
 _POLL_SECONDS = 0.2
 

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from vmoe_momentum.datasets.batches import BatchPlan
-from vmoe_momentum.datasets.layout import ImageFile
-from vmoe_momentum.datasets.loader import Batch, EpochLoader
+from .batches import BatchPlan
+from .layout import ImageFile
+from .loader import Batch, EpochLoader
 
 _IMAGENET_MEAN = (124, 116, 104)  # RGB of 255, what timm fills uncovered corners with
 

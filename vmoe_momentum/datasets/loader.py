@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vmoe_momentum.datasets.batches import BatchPlan
+from .batches import BatchPlan
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

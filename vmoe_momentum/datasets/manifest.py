@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vmoe_momentum.datasets.beton import check_beton
-from vmoe_momentum.datasets.beton_writer import Encoding, check_images, write_beton
-from vmoe_momentum.datasets.ffcv_support import ffcv_available
-from vmoe_momentum.datasets.layout import SPLITS, ClassEntry, ImageFile, beton_path, list_images, write_json
+from .beton import check_beton
+from .beton_writer import Encoding, check_images, write_beton
+from .ffcv_support import ffcv_available
+from .layout import SPLITS, ClassEntry, ImageFile, beton_path, list_images, write_json
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vmoe_momentum.datasets.beton_writer import Encoding
-from vmoe_momentum.datasets.cores import usable_cores
-from vmoe_momentum.datasets.ffcv_support import ffcv_available
-from vmoe_momentum.datasets.layout import (
+from .beton_writer import Encoding
+from .cores import usable_cores
+from .ffcv_support import ffcv_available
+from .layout import (
     SPLITS,
     ClassEntry,
     ImageFile,
@@ -22,8 +22,8 @@ from vmoe_momentum.datasets.layout import (
     read_manifest,
     write_classes,
 )
-from vmoe_momentum.datasets.manifest import seal
-from vmoe_momentum.datasets.staging import refuse_existing, staged
+from .manifest import seal
+from .staging import refuse_existing, staged
 
 _DIGITS_VAL = 360  # of 1,797 images, so 1,437 to train on
 _MAX_RESOLUTION = 1 << 14

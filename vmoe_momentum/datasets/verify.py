@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmoe_momentum.datasets.beton import check_beton, decode_beton
-from vmoe_momentum.datasets.beton_writer import check_images
-from vmoe_momentum.datasets.layout import SPLITS, ClassEntry, beton_path, list_images, read_classes, read_manifest
-from vmoe_momentum.datasets.manifest import describe_files, sha256
+from .beton import check_beton, decode_beton
+from .beton_writer import check_images
+from .layout import SPLITS, ClassEntry, beton_path, list_images, read_classes, read_manifest
+from .manifest import describe_files, sha256
 
 
 class Report(NamedTuple):

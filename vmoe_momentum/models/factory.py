@@ -9,7 +9,6 @@ from torch import nn
 from ..moe import Router
 from ..momentum import MomentumRule
 from .settings import did_you_mean, to_spec
-from .vit import MomentumVisionTransformer
 
 OURS = "vmoe*"
 
@@ -71,11 +70,19 @@ def create_model(
     for key in ("rule", "router"):
         if key in given:
             given[key] = to_spec(given[key])
-    size_key = {"img_size": image_size} if name.startswith("v") else {"img_size": image_size}
+    if image_size is not None and is_model(name) and _is_ours(name):
+        given["img_size"] = image_size  # at once: resampling would blur freshly drawn positions
     net = timm.create_model(
-        name, pretrained=pretrained, num_classes=num_classes, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
-        global_pool=global_pool, **size_key, **given,
-    )  # fmt: skip
+        name,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+        global_pool=global_pool,
+        **given,
+    )
+    if image_size is not None and "img_size" not in given and hasattr(net, "set_input_size"):
+        net.set_input_size(img_size=(image_size, image_size))  # convolutional networks take any size as they are
     if grad_checkpointing:
         net.set_grad_checkpointing()
     return net
@@ -88,8 +95,3 @@ def _is_ours(name: str) -> bool:
 def _candidates(name: str) -> list[str]:
     """Names to offer for a typo: ours, and timm's that start alike (it has over a thousand)."""
     return timm.list_models(OURS) + timm.list_models(f"{name[:8]}*")[:20]
-
-
-def is_sparse(net: nn.Module) -> bool:
-    """Has this network MoE blocks?"""
-    return isinstance(net, MomentumVisionTransformer) and len(net.moe_layers) > 0

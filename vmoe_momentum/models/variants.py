@@ -51,12 +51,10 @@ def _create(variant: str, pretrained: bool, size: dict[str, Any], given: dict[st
 
 @register_model
 def vmoe_tiny_patch4_16(pretrained: bool = False, **kwargs: Any) -> MomentumVisionTransformer:
-    """For 16-pixel images; ours: width 64, 8 blocks, MLP 128, 4 experts in every odd block, K 2."""
-    size = {
-        "img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_heads": 4, "mlp_ratio": 2.0,
-        "moe_layers": "every2", "num_experts": 4,
-    }  # fmt: skip
-    return _create("vmoe_tiny_patch4_16", pretrained, size, kwargs)
+    """For 16-pixel images; ours: width 64, 8 blocks, MLP 128, 4 experts in every odd block, K 2, no tanh layer."""
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 8, "num_heads": 4, "mlp_ratio": 2.0}
+    sparse = {"moe_layers": "every2", "num_experts": 4, "representation_size": 0}
+    return _create("vmoe_tiny_patch4_16", pretrained, {**shape, **sparse}, kwargs)
 
 
 @register_model

@@ -32,7 +32,7 @@ class StackedLinear(nn.Module):
         """rows: [R, in], sorted by expert; ends: [E]; member: [R, E] one-hot of each row's expert -> [R, out]."""
         weight, bias = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
         # The bias as a product: its gradient is one small matrix product, where gathering would scatter-add rows.
-        return grouped_mm(rows, weight.transpose(1, 2), ends, member) + member @ bias
+        return grouped_mm(rows, weight.transpose(1, 2), ends, member).addmm_(member, bias)
 
 
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, member: Tensor) -> Tensor:

@@ -68,8 +68,7 @@ class RunSummary(Callback):
     """Prints what is about to be trained, and for how long, before the first step."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
-            return
+        # every rank measures, though one prints: with sharded weights a forward pass is a collective
         cost = measure_cost(pl_module.model, pl_module.image_size)
         facts = describe_network(pl_module)
         steps = int(trainer.estimated_stepping_batches)
@@ -88,7 +87,8 @@ class RunSummary(Callback):
         table = Table(show_header=False, box=None)
         for name, value in rows.items():
             table.add_row(f"[bold]{name}[/bold]", value)
-        Console().print(table)
+        if trainer.is_global_zero:
+            Console().print(table)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         found = {"logs": trainer.log_dir}

@@ -56,6 +56,7 @@ class ImageClassifier(pl.LightningModule):
         override_model: bool = False,
     ) -> None:
         super().__init__()
+        _check_ranges(label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, aux_loss_weight=aux_loss_weight)
         self._fit_network_to_data(net, num_classes, image_size)
         self.model = PixelModel(net)
         self.num_classes, self.image_size, self.class_names = num_classes, image_size, class_names
@@ -85,6 +86,14 @@ class ImageClassifier(pl.LightningModule):
                     f"data.image_size={image_size}: {type(net).__name__} takes {size[0]} pixels and cannot be resized"
                 )
             net.set_input_size(img_size=(image_size, image_size))
+
+    def on_fit_start(self) -> None:
+        batch_size = getattr(self.trainer.datamodule, "batch_size", 2)
+        if self.mixup is not None and batch_size % 2:
+            raise ValueError(
+                f"data.batch_size={batch_size}: mixup and cutmix pair the images of a batch; use an even number, or "
+                "model.mixup=0 and model.cutmix=0"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] -> logits [B, K]."""
@@ -144,3 +153,10 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(self, checkpoint)
+
+
+def _check_ranges(**settings: float) -> None:
+    for name, value in settings.items():
+        if value < 0 or (name == "label_smoothing" and value >= 1):
+            ways = "use 0 (none) to less than 1" if name == "label_smoothing" else "use 0 (none) or more"
+            raise ValueError(f"model.{name}={value}: {ways}")

@@ -1,0 +1,57 @@
+"""The README's tables from the committed CSVs: `python benchmarks/tables.py` rewrites them between their markers."""
+
+import csv
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def digits() -> str:
+    """Mean and sample standard deviation over seeds, a row a rule."""
+    groups: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in read("digits"):
+        groups[row["rule"]].append(row)
+    lines = ["| rule | seeds | epochs | top-1 on 360 held-out images | s / epoch |", "|---|---|---|---|---|"]
+    for rule, rows in groups.items():
+        top1 = [100 * float(row["top1"]) for row in rows]
+        seconds = statistics.mean(float(row["seconds_per_epoch"]) for row in rows)
+        score = f"{statistics.mean(top1):.2f} % ± {statistics.stdev(top1):.2f}"
+        lines.append(f"| {rule} | {len(rows)} | {rows[0]['epochs']} | {score} | {seconds:.1f} |")
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """Ratios, each measured side by side in one process."""
+    lines = ["| what | ratio | measured on |", "|---|---|---|"]
+    for row in read("moe_layer"):
+        what = f"sparse layer ({row['layer']}) over a dense MLP on K T tokens, {row['pass']}"
+        lines.append(f"| {what} | {float(row['ratio']):.2f} | {row['device']} |")
+    for row in read("train_step"):
+        what = f"HeavyBall over Residual, training step of {row['network']}, {row['images']} images"
+        lines.append(f"| {what} | {float(row['ratio']):.2f} | {row['device']} |")
+    return "\n".join(lines)
+
+
+TABLES = {"digits": digits, "speed": speed}
+
+
+def fill(text: str) -> str:
+    """`text` with the lines between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text()))

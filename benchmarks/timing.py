@@ -1,0 +1,51 @@
+"""Timing two things side by side in one process, and writing what came out."""
+
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def side_by_side(ours: Callable[[], None], peer: Callable[[], None], repeats: int) -> tuple[float, float, float]:
+    """Median seconds of each and the median of the ratios of neighbouring runs, after two warm-up rounds.
+
+    Alternating cancels drift of the clock and of what else the machine does.
+    """
+    pairs = []
+    for _ in range(repeats + 2):
+        pairs.append(tuple(_seconds(function) for function in (ours, peer)))
+    pairs = pairs[2:]
+    mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return mine, theirs, statistics.median(a / b for a, b in pairs)
+
+
+def _seconds(function: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's and the number of threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    """One CSV, the device and torch's version in every row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**row, "device": device_name(), "torch": torch.__version__} for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
