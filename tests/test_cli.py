@@ -238,6 +238,17 @@ def test_a_whole_process_ends_with_one_line(backend: str, here: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_a_bug_says_so(capsys, monkeypatch) -> None:
+    def broken(argv: list[str]) -> None:
+        raise KeyError("state")
+
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fit"])
+    assert stopped.value.code == 1
+    assert "KeyError: 'state'; this is a bug: run again with --debug" in capsys.readouterr().err
+
+
 def test_debug_restores_the_traceback(digits: Path, here: Path) -> None:
     with pytest.raises(ValueError, match="past depth"):
         cli.main(["fit", *arguments(digits), "--model.net.init_args.moe_layers=[9]", "--debug"])

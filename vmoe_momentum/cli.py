@@ -11,8 +11,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
 from .errors import one_line
@@ -45,6 +48,8 @@ options:
 configuration; any setting can follow on the command line, e.g. --model.net.init_args.rule HeavyBall.
 """
 
+# What a user's mistake or machine can cause; anything else is a bug.
+EXPECTED = (ArgumentError, MisconfigurationException, OSError, RuntimeError, ValueError)
 CKPT_KEYWORDS = ("best", "last", "hpc")
 
 
@@ -60,7 +65,10 @@ class VMoECLI(LightningCLI):
 
         In place of Lightning's, which would let hyperparameters of the checkpoint override the config (issue 21455).
         """
-        path = self.config[self.config.subcommand].get("ckpt_path")
+        command = self.config.subcommand
+        path = self.config[command].get("ckpt_path")
+        if path is None and command != "fit":
+            rank_zero_only(print)(f"{command}: no --ckpt_path, so the network is used as built", file=sys.stderr)
         if path is None or path in CKPT_KEYWORDS:
             return
         if "://" in str(path):
@@ -108,7 +116,7 @@ def run_lightning(argv: list[str]) -> None:
         save_config_kwargs={"overwrite": True},
         # the loaders split the data over ranks themselves; RunSummary says more than Lightning's table
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
-        parser_kwargs={**quiet, **{name: dict(quiet) for name in LightningCLI.subcommands()}},
+        parser_kwargs={"prog": "vmoe-momentum", **quiet, **{name: dict(quiet) for name in LightningCLI.subcommands()}},
         args=argv,
     )
 
@@ -149,10 +157,13 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        line = one_line(error, {} if argv[0] in COMMANDS else _sections())
+        expected = isinstance(error, EXPECTED)
+        if not expected:  # ours to mend, not the user's
+            line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"
         sys.stdout.flush()
-        print(f"vmoe-momentum: error: {one_line(error, {} if argv[0] in COMMANDS else _sections())}", file=sys.stderr)
-        sys.stderr.flush()
-        raise SystemExit(2) from None
+        print(f"vmoe-momentum: error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(2 if expected else 1) from None
 
 
 def quieten() -> None:

@@ -28,6 +28,8 @@ def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
             return translated
     if "Subtypes:" in message or "Got value:" in message:
         return _type(message)
+    if "arguments are required" in message and sections:
+        return f"{message}; start from a config, such as --config configs/digits.yaml"
     message = re.sub(r'Parser key "config": File does not exist: \'(.*)\'', r"config=\1: no such file", message)
     return message.replace("Problems parsing config:", "config: not valid YAML:").replace("Parser key ", "")
 

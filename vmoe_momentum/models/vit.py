@@ -43,8 +43,7 @@ class MomentumVisionTransformer(VisionTransformer):
     ) -> None:
         """See `create_model` for the settings; timm_args are those of timm's VisionTransformer."""
         _check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
-        self_rule = from_spec(rule, MomentumRule, "rule")
-        self_router = from_spec(router, Router, "router")
+        rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts}: a sparse layer needs at least one expert; V-MoE uses 8")
@@ -53,25 +52,24 @@ class MomentumVisionTransformer(VisionTransformer):
             index = block["depth"]
             if index not in indices:
                 return DenseBlock(**block)
-            sparse = {"num_experts": num_experts, "router": self_router, "rule": self_rule}
+            sparse = {"num_experts": num_experts, "router": router, "rule": rule}
             return MomentumBlock(**block, **sparse, step=indices.index(index) + 1, expert_drop=expert_drop_rate)
 
         super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", **timm_args)
-        self.rule, self.router, self.moe_layers, self.num_experts = self_rule, self_router, indices, num_experts
+        self.rule, self.router_spec, self.moe_layers = rule, to_spec(router), indices
         self.pre_logits: nn.Module = nn.Identity()
         if representation_size:
             dense = nn.Linear(self.embed_dim, representation_size, **get_device_dtype(self))
             self.pre_logits = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
             self.head_hidden_size = representation_size
             self.reset_classifier(self.num_classes)
-        self.share_expert_init = share_expert_init
         init_vmoe(self, share_expert_init)
 
     def function_settings(self) -> dict[str, Any]:
         """What changes the function but lies in no tensor, as JSON: it travels with every checkpoint."""
         return {
             "rule": to_spec(self.rule),
-            "router": to_spec(self.router),
+            "router": self.router_spec,
             "moe_layers": list(self.moe_layers),
             "num_heads": self.blocks[0].attn.num_heads if len(self.blocks) else 0,
             "global_pool": self.global_pool,
