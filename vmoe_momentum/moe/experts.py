@@ -38,11 +38,12 @@ class StackedLinear(nn.Module):
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, member: Tensor) -> Tensor:
     """Each row times its own expert's matrix. rows: [R, in]; weight: [E, in, out]; -> [R, out].
 
-    torch's grouped product wants 16-byte aligned rows and no float64; anything else goes through a loop over the
-    experts, all rows each, which costs E times as much: for tests and odd widths, not for training.
+    torch's grouped product wants a CPU or CUDA device, 16-byte aligned rows and no float64; anything else goes through
+    a loop over the experts, all rows each, which costs E times as much: for tests and odd widths, not for training.
     """
     aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
-    if aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    known = rows.device.type in ("cpu", "cuda") and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if aligned and known:
         return F.grouped_mm(rows, weight, offs=ends)
     return sum((rows * member[:, e : e + 1]) @ weight[e] for e in range(weight.shape[0]))
 
