@@ -1,6 +1,7 @@
 """The network: equal to timm's without experts, and equal to itself however it is run."""
 
 import copy
+import inspect
 
 import pytest
 import timm
@@ -279,6 +280,46 @@ def test_parameter_counts_of_the_published_sizes() -> None:
 def test_impossible_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model("vmoe_tiny_patch4_16", **settings)
+
+
+CHANGES = {
+    "name": "vmoe_small_patch32_224",
+    "rule": HeavyBall(),
+    "router": TopKRouter(top_k=1),
+    "moe_layers": "last2",
+    "num_experts": 5,
+    "representation_size": 24,
+    "expert_drop_rate": 0.5,
+    "share_expert_init": False,
+    "drop_rate": 0.5,
+    "drop_path_rate": 0.5,
+    "global_pool": "avg",
+    "num_classes": 7,
+    "image_size": 32,
+    "grad_checkpointing": True,
+}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_every_setting_changes_something(setting: str) -> None:
+    """The training-mode logits of the same pixels, their shape, or what happens in the backward pass."""
+    assert set(CHANGES) | {"pretrained"} == set(inspect.signature(create_model).parameters)
+    outputs, nets = [], []
+    for changed in ({}, {setting: CHANGES[setting]}):
+        torch.manual_seed(2)
+        net = create_model(**{"name": "vmoe_tiny_patch4_16", "num_classes": 10, **changed}).train()
+        torch.manual_seed(2)
+        nn.init.normal_(net.head.weight)
+        pixels = torch.linspace(-1, 1, 4 * 3 * net.patch_embed.img_size[0] ** 2)
+        outputs.append(net(pixels.view(4, 3, *net.patch_embed.img_size)))
+        nets.append(net)
+    same_logits = outputs[0].shape == outputs[1].shape and torch.equal(*outputs)
+    assert not same_logits or nets[0].grad_checkpointing != nets[1].grad_checkpointing
+
+
+def test_weights_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="no weights are published for vmoe_tiny_patch4_16"):
+        create_model("vmoe_tiny_patch4_16", pretrained=True)
 
 
 def test_other_timm_models_take_no_sparse_settings() -> None:
