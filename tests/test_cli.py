@@ -80,6 +80,7 @@ def fails(argv: list[str], capsys) -> str:
         (["--model.mixup=0.2", "--data.batch_size=33"], "data.batch_size=33: mixup and cutmix pair"),
         (["--model.label_smoothing=1.5"], "model.label_smoothing=1.5: use 0 (none) to less than 1"),
         (["--model.aux_loss_weight=-1"], "model.aux_loss_weight=-1"),
+        (["--trainer.max_epochs=-1"], "trainer.max_epochs=-1: the schedule decays to the last step"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs=many: expected int or null"),
         (["--trainer.max_epoch=2"], "trainer.max_epoch: no such setting; did you mean max_epochs?"),
         (["--ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: no such file"),

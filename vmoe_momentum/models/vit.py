@@ -18,7 +18,7 @@ from ..moe import Router
 from ..momentum import Carry, MomentumRule
 from .blocks import DenseBlock, MomentumBlock
 from .initialization import init_head, init_vmoe
-from .layers import moe_indices
+from .placement import moe_indices
 from .settings import from_spec, to_spec
 
 

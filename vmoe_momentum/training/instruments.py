@@ -30,14 +30,14 @@ class RouterWatch:
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
 
     def add(self, block: str, name: str, value: Tensor) -> None:
-        value = value.detach().double()
+        value = value.detach()
         known = self.sums[block]
         known[name] = known[name] + value if name in known else value
 
     def result(self) -> dict[str, BlockStats]:
         found = {}
         for block, sums in self.sums.items():
-            values = {name: value.cpu() for name, value in sums.items()}
+            values = {name: value.cpu().double() for name, value in sums.items()}
             tokens = float(values["tokens"])
             kept, chosen = values["load"].sum().clamp_min(1.0), float(values["chosen"])
             found[block] = BlockStats(
@@ -80,7 +80,7 @@ def _router_hook(watch: RouterWatch, label: str):
 def _block_hook(watch: RouterWatch, label: str):
     def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
         x, carry = output
-        norm = carry.momentum[0].norm(dim=-1).sum() if carry.momentum else x.new_zeros(())
+        norm = carry.momentum[0].float().norm(dim=-1).sum() if carry.momentum else x.new_zeros(())
         watch.add(label, "momentum_norm", norm)
 
     return hook

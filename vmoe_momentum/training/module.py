@@ -3,6 +3,7 @@
 B images, K classes. Batches: uint8 images [B, 3, H, W] (or float in [0, 1]) and int64 labels [B].
 """
 
+import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -141,8 +142,14 @@ class ImageClassifier(pl.LightningModule):
         return self(images).float().softmax(dim=-1), labels
 
     def configure_optimizers(self) -> dict[str, Any]:
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError(
+                f"trainer.max_epochs={self.trainer.max_epochs}: the schedule decays to the last step, so there must be "
+                "one; set trainer.max_epochs or trainer.max_steps"
+            )
         optimizer = self.optimizer_settings.build(self.model.net)
-        scheduler = self.schedule_settings.build(optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = self.schedule_settings.build(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
