@@ -9,8 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "vmoe_momentum"
 ALLOWED = {  # room -> rooms it may import
     "momentum": set(),
     "moe": set(),
-    "datasets": set(),
-    "models": {"momentum", "moe"},
+    "staging": set(),
+    "parsers": set(),
+    "datasets": {"parsers", "staging"},
+    "models": {"momentum", "moe", "parsers", "staging"},
     "training": {"models", "momentum", "moe"},
     "errors": {"models"},
     "cli": {"datasets", "errors", "models", "moe", "momentum", "training"},

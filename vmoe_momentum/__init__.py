@@ -3,8 +3,22 @@
 net = vmoe_momentum.create_model("vmoe_small_patch32_224", rule=vmoe_momentum.HeavyBall(mu=0.7))
 """
 
-from .models import PixelModel, create_model
-from .moe import TopKRouter
-from .momentum import HeavyBall, Residual
+from .models import PixelModel, UpcycledViT, create_model, from_flax, read_flax
+from .moe import ExpertChoiceRouter, GShardRouter, M6TRouter, SoftRouter, TopKRouter
+from .momentum import Adam, HeavyBall, Residual
 
-__all__ = ["HeavyBall", "PixelModel", "Residual", "TopKRouter", "create_model"]
+__all__ = [
+    "Adam",
+    "ExpertChoiceRouter",
+    "GShardRouter",
+    "HeavyBall",
+    "M6TRouter",
+    "PixelModel",
+    "Residual",
+    "SoftRouter",
+    "TopKRouter",
+    "UpcycledViT",
+    "create_model",
+    "from_flax",
+    "read_flax",
+]

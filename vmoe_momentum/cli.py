@@ -1,4 +1,4 @@
-"""One entry point: `vmoe-momentum fit | validate | test | predict | data`.
+"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
 first word.
@@ -36,6 +36,7 @@ Train, test and look into V-MoE vision transformers whose sparse layers carry mo
 
 commands:
   data       prepare and verify data (vmoe-momentum data --help)
+  import     bring weights in: V-MoE checkpoints, or dense timm models made sparse (vmoe-momentum import --help)
   fit        train:       vmoe-momentum fit --config configs/digits.yaml
   validate   evaluate on the validation split
   test       evaluate a checkpoint:  vmoe-momentum test --config configs/digits.yaml --ckpt_path runs/.../last.ckpt
@@ -127,7 +128,13 @@ def run_data(argv: list[str]) -> None:
     commands.run(argv)
 
 
-COMMANDS = {"data": run_data}
+def run_import(argv: list[str]) -> None:
+    from .models import commands
+
+    commands.run(argv)
+
+
+COMMANDS = {"data": run_data, "import": run_import}
 
 
 def run(argv: list[str]) -> None:

@@ -116,7 +116,7 @@ def test_overwrite_never_deletes_what_it_did_not_make(source):
     precious = source.parent / "out" / "thesis.tex"
     precious.parent.mkdir()
     precious.write_text("ten years")
-    with pytest.raises(ValueError, match="not a prepared dataset"):
+    with pytest.raises(ValueError, match="no manifest.json"):
         prepare(source, overwrite=True)
     for name in ("source", "source/out", "."):
         with pytest.raises(ValueError, match="overlaps"):

@@ -6,6 +6,7 @@ import inspect
 
 from jsonargparse import ArgumentParser
 
+from ..parsers import new_parser
 from .prepare import prepare_digits, prepare_folder
 from .verify import verify
 
@@ -42,36 +43,18 @@ def run(argv: list[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = _new_parser("Prepare image data and check it.", prog="vmoe-momentum data")
+    parser = new_parser("Prepare image data and check it.", _EXAMPLES, prog="vmoe-momentum data")
     commands = parser.add_subcommands(dest="command")
-    prepare = _new_parser("Turn pictures into a prepared dataset.")
+    prepare = new_parser("Turn pictures into a prepared dataset.", _EXAMPLES)
     commands.add_subcommand("prepare", prepare, help="turn pictures into a prepared dataset")
-    check = _new_parser(verify.__doc__.splitlines()[0])
+    check = new_parser(verify.__doc__.splitlines()[0], _EXAMPLES)
     check.add_function_arguments(verify, as_group=False, as_positional=True)
     commands.add_subcommand("verify", check, help="check a prepared dataset against its manifest")
     datasets = prepare.add_subcommands(dest="dataset")
     for name, function in (("digits", prepare_digits), ("folder", prepare_folder)):
-        dataset = _new_parser(inspect.getdoc(function).split("Args:")[0].rstrip())
+        dataset = new_parser(inspect.getdoc(function).split("Args:")[0].rstrip(), _EXAMPLES)
         dataset.add_function_arguments(function, as_group=False, as_positional=False, skip=set(_FLAGS))
         for flag, text in _FLAGS.items():
             dataset.add_argument(f"--{flag}", action="store_true", help=text)
         datasets.add_subcommand(name, dataset, help=function.__doc__.splitlines()[0])
     return parser
-
-
-def _new_parser(description: str, **options) -> ArgumentParser:
-    from argparse import RawDescriptionHelpFormatter
-
-    from jsonargparse import DefaultHelpFormatter
-
-    class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-        """Keeps the line breaks of the examples."""
-
-    return ArgumentParser(
-        description=description,
-        epilog=_EXAMPLES,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-        **options,
-    )

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..staging import refuse_existing, staged
 from .beton_writer import Encoding
 from .cores import usable_cores
 from .ffcv_support import ffcv_available
@@ -23,8 +24,8 @@ from .layout import (
     write_classes,
 )
 from .manifest import seal
-from .staging import refuse_existing, staged
 
+MARK = "manifest.json"  # what a finished dataset has
 _DIGITS_VAL = 360  # of 1,797 images, so 1,437 to train on
 _MAX_RESOLUTION = 1 << 14
 
@@ -60,7 +61,7 @@ def prepare_digits(
     settings = {"dataset": "digits", "size": size}
     if exist_ok and (found := _already_prepared(target, settings)):
         return found
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, MARK)
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -70,7 +71,7 @@ def prepare_digits(
         np.arange(len(digits.target)), test_size=_DIGITS_VAL, stratify=digits.target, random_state=0
     )
     classes = [ClassEntry(str(digit), str(digit)) for digit in range(10)]
-    with staged(target, overwrite) as work:
+    with staged(target, overwrite, MARK) as work:
         for split, members in zip(SPLITS, indices, strict=True):
             for index in members:
                 folder = work / split / classes[digits.target[index]].id
@@ -134,10 +135,10 @@ def prepare_folder(
     if exist_ok and (found := _already_prepared(target, settings)):
         return found
     _refuse_overlap(Path(source), target)
-    refuse_existing(target, overwrite)
+    refuse_existing(target, overwrite, MARK)
     classes, splits = _find_images(Path(source), val_fraction, seed)
     encoding = Encoding(write_mode, max_resolution, jpeg_quality, compress_probability, seed)
-    with staged(target, overwrite) as work:
+    with staged(target, overwrite, MARK) as work:
         for split, files in splits.items():
             for path, label in files:
                 _place(path, work / split / classes[label].id / path.name, images)

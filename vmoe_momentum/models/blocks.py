@@ -4,8 +4,11 @@
     B images, N tokens, D width. x: [B, N, D].
 """
 
+import copy
+from typing import Any
+
 import torch
-from timm.layers import DropPath
+from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -13,8 +16,28 @@ from ..moe import Router, SparseMlp
 from ..momentum import Carry, Coefficients, MomentumRule
 
 
+class QkNormAttention(Attention):
+    """timm's attention; with `qk_norm` queries and keys are normalised as in flax, without a bias (as in ViT-22B)."""
+
+    def __init__(self, *args: Any, qk_norm: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if qk_norm:
+            self.q_norm, self.k_norm = qk_norms(self.head_dim, self.qkv.weight)
+
+
+def qk_norms(head_dim: int, like: Tensor) -> tuple[nn.Module, nn.Module]:
+    """Scale-only layer norms on the device and in the dtype of `like`."""
+    options = {"eps": 1e-6, "bias": False, "device": like.device, "dtype": like.dtype}
+    return nn.LayerNorm(head_dim, **options), nn.LayerNorm(head_dim, **options)
+
+
 class DenseBlock(Block):
     """timm's block; the carry passes through unchanged."""
+
+    @classmethod
+    def adopt(cls, block: Block) -> "DenseBlock":
+        """The same parts in a block that threads the carry."""
+        return _adopt(cls, dict(block.named_children()))
 
     def forward(
         self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -41,8 +64,27 @@ class MomentumBlock(Block):
         super().__init__(mlp_ratio=mlp_ratio, act_layer=act_layer, **{**block, "mlp_layer": _NoMlp})
         width = block["dim"]
         self.mlp = SparseMlp(width, int(width * mlp_ratio), num_experts, router, act_layer, drop=expert_drop)
+        self._carry_momentum(rule, step)
+
+    def _carry_momentum(self, rule: MomentumRule, step: int) -> None:
         self.rule, self.step = rule, step
         self.momentum = Coefficients(rule)
+
+    @classmethod
+    def adopt(
+        cls, block: Block, *, num_experts: int, router: Router, rule: MomentumRule, step: int, expert_drop: float
+    ) -> "MomentumBlock":
+        """The parts of a dense block, its MLP copied into every expert (sparse upcycling, arXiv:2212.05055)."""
+        dense = block.mlp
+        width, hidden = dense.fc1.in_features, dense.fc1.out_features
+        mlp = SparseMlp(width, hidden, num_experts, router, lambda: copy.deepcopy(dense.act), drop=expert_drop)
+        with torch.no_grad():
+            for layer, source in ((mlp.experts.fc1, dense.fc1), (mlp.experts.fc2, dense.fc2)):
+                layer.weight.copy_(source.weight.expand_as(layer.weight))
+                layer.bias.copy_(torch.zeros(()) if source.bias is None else source.bias.expand_as(layer.bias))
+        new = _adopt(cls, {**dict(block.named_children()), "mlp": mlp})
+        new._carry_momentum(rule, step)
+        return new
 
     def forward(
         self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -66,6 +108,14 @@ class MomentumBlock(Block):
         if not self.training or not isinstance(self.drop_path2, DropPath):
             return None
         return self.drop_path2(torch.ones_like(x[:, :1, :1]))
+
+
+def _adopt(cls: type[Block], parts: dict[str, nn.Module]) -> Any:
+    block = cls.__new__(cls)
+    nn.Module.__init__(block)
+    for name, part in parts.items():
+        setattr(block, name, part)
+    return block
 
 
 class _NoMlp(nn.Module):

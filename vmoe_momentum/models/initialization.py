@@ -3,7 +3,7 @@
 import math
 
 import torch
-from timm.layers import lecun_normal_
+from timm.layers import AttentionPoolLatent, lecun_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -26,6 +26,8 @@ def init_vmoe(net: VisionTransformer, share_expert_init: bool) -> None:
         nn.init.zeros_(net.cls_token)
     if net.reg_token is not None:
         nn.init.zeros_(net.reg_token)
+    if isinstance(net.attn_pool, AttentionPoolLatent):
+        _init_map_head(net.attn_pool)
     for block in net.blocks:
         for weight in block.attn.qkv.weight.chunk(3):  # query, key and value are separate layers in the reference
             nn.init.xavier_uniform_(weight)
@@ -37,13 +39,28 @@ def init_vmoe(net: VisionTransformer, share_expert_init: bool) -> None:
             for layer in (block.mlp.experts.fc1, block.mlp.experts.fc2):
                 layer.reset_parameters(share=share_expert_init)
         else:
-            for layer in (block.mlp.fc1, block.mlp.fc2):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.normal_(layer.bias, std=1e-6)
+            _init_mlp(block.mlp)
     if isinstance(net.pre_logits, nn.Sequential):
         lecun_normal_(net.pre_logits.fc.weight)
         nn.init.zeros_(net.pre_logits.fc.bias)
     init_head(net.head)
+
+
+def _init_mlp(mlp: nn.Module) -> None:
+    for layer in (mlp.fc1, mlp.fc2):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(layer.bias, std=1e-6)
+
+
+def _init_map_head(pool: AttentionPoolLatent) -> None:
+    """Xavier for the probe (as one row of D), the projections and the MLP."""
+    bound = math.sqrt(6 / (1 + pool.latent.shape[-1]))
+    nn.init.uniform_(pool.latent, -bound, bound)
+    for weight in (pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight):
+        nn.init.xavier_uniform_(weight)
+    for layer in (pool.q, pool.kv, pool.proj):
+        nn.init.zeros_(layer.bias)
+    _init_mlp(pool.mlp)
 
 
 @torch.no_grad()

@@ -13,10 +13,11 @@ T = TypeVar("T")
 
 
 def subclasses(base: type[T]) -> dict[str, type[T]]:
-    """Every imported subclass of `base` by bare name, abstract ones (with no `__call__`/`forward` of their own) too."""
+    """Every imported subclass of `base` that can be made, by bare name."""
     found: dict[str, type[T]] = {}
     for cls in base.__subclasses__():
-        found[cls.__name__] = cls
+        if not inspect.isabstract(cls):
+            found[cls.__name__] = cls
         found |= subclasses(cls)
     return found
 

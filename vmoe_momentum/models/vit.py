@@ -5,7 +5,7 @@ B images, N tokens, D width, K classes. One loop, `_run_blocks`, threads the car
 
 from collections import OrderedDict
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.layers import get_device_dtype
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..moe import Router
 from ..momentum import Carry, MomentumRule
-from .blocks import DenseBlock, MomentumBlock
+from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .initialization import init_head, init_vmoe
 from .placement import moe_indices
+from .positions import sincos2d
 from .settings import from_spec, to_spec
 
 
@@ -38,10 +39,13 @@ class MomentumVisionTransformer(VisionTransformer):
         representation_size: int = 0,
         expert_drop_rate: float = 0.0,
         share_expert_init: bool = True,
+        pos_embed: Literal["learn", "sincos2d", "none"] = "learn",
         depth: int = 12,
         **timm_args: Any,
     ) -> None:
         """See `create_model` for the settings; timm_args are those of timm's VisionTransformer."""
+        if pos_embed not in ("learn", "sincos2d", "none"):
+            raise ValueError(f"pos_embed={pos_embed}: use learn, sincos2d or none")
         _check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
         rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
@@ -55,15 +59,28 @@ class MomentumVisionTransformer(VisionTransformer):
             sparse = {"num_experts": num_experts, "router": router, "rule": rule}
             return MomentumBlock(**block, **sparse, step=indices.index(index) + 1, expert_drop=expert_drop_rate)
 
-        super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", **timm_args)
-        self.rule, self.router_spec, self.moe_layers = rule, to_spec(router), indices
-        self.pre_logits: nn.Module = nn.Identity()
+        table = "learn" if pos_embed == "learn" else "none"
+        super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
+        self.positions: str = pos_embed
+        self._keep_settings(rule, router)
+        if self.attn_pool is not None and timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm"):
+            pool = self.attn_pool  # timm's would go without
+            pool.q_norm, pool.k_norm = qk_norms(pool.head_dim, pool.q.weight)
         if representation_size:
             dense = nn.Linear(self.embed_dim, representation_size, **get_device_dtype(self))
             self.pre_logits = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
             self.head_hidden_size = representation_size
             self.reset_classifier(self.num_classes)
         init_vmoe(self, share_expert_init)
+
+    def _keep_settings(self, rule: MomentumRule, router: Router) -> None:
+        self.rule, self.router_spec = rule, to_spec(router)
+        self.pre_logits: nn.Module = nn.Identity()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the sparse blocks."""
+        return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, MomentumBlock))
 
     def function_settings(self) -> dict[str, Any]:
         """What changes the function but lies in no tensor, as JSON: it travels with every checkpoint."""
@@ -73,6 +90,7 @@ class MomentumVisionTransformer(VisionTransformer):
             "moe_layers": list(self.moe_layers),
             "num_heads": self.blocks[0].attn.num_heads if len(self.blocks) else 0,
             "global_pool": self.global_pool,
+            "pos_embed": self.positions,
             "patch_size": list(self.patch_embed.patch_size),
         }
 
@@ -88,6 +106,14 @@ class MomentumVisionTransformer(VisionTransformer):
             if index in take:
                 taken.append(x)
         return x, carry, taken
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Patches [B, N, D] (or [B, h, w, D]) -> tokens with positions, class token first."""
+        if self.positions == "sincos2d":  # the class token has none
+            rows, columns = x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
+            table = sincos2d(rows, columns, x.shape[-1], x.device, x.dtype)
+            x = x + table.reshape(*x.shape[1:])
+        return super()._pos_embed(x)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """[B, 3, H, W] -> [B, N, D]."""
@@ -146,6 +172,24 @@ class MomentumVisionTransformer(VisionTransformer):
             self.head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
             self.head.train(self.training)
             init_head(self.head)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's; a pruned head takes the tanh layer along."""
+        kept = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if prune_head:
+            self.pre_logits, self.head_hidden_size = nn.Identity(), self.embed_dim
+        return kept
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """timm's, and what routers want spared."""
+        spared = super().no_weight_decay()
+        for name, module in self.named_modules():
+            if isinstance(module, Router):
+                spared |= {f"{name}.{own}" for own in module.no_weight_decay()}
+        return spared
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """timm's; positions are resampled to the new grid. Raises ValueError: not a multiple of the patch."""

@@ -5,9 +5,28 @@ Axis letters, everywhere in this folder: B images, N tokens an image, D width, G
 width of an expert, R rows handed to the experts.
 """
 
+from .expert_choice import ExpertChoicePlan, ExpertChoiceRouter
 from .experts import Experts
 from .layer import SparseMlp
 from .plan import TopKPlan, buffer_index, capacity
-from .routing import Router, RouterLosses, TopKRouter
+from .routing import Plan, Router, RouterLosses
+from .soft import SoftPlan, SoftRouter
+from .token_choice import GShardRouter, M6TRouter, TopKRouter
 
-__all__ = ["Experts", "Router", "RouterLosses", "SparseMlp", "TopKPlan", "TopKRouter", "buffer_index", "capacity"]
+__all__ = [
+    "ExpertChoicePlan",
+    "ExpertChoiceRouter",
+    "Experts",
+    "GShardRouter",
+    "M6TRouter",
+    "Plan",
+    "Router",
+    "RouterLosses",
+    "SoftPlan",
+    "SoftRouter",
+    "SparseMlp",
+    "TopKPlan",
+    "TopKRouter",
+    "buffer_index",
+    "capacity",
+]

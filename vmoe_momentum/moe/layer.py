@@ -28,6 +28,9 @@ class SparseMlp(nn.Module):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups."""
         plan, losses = self.router(x, noise)
-        rows, ends = plan.dispatch(x.flatten(0, 1))
-        outputs = plan.combine(self.experts(rows, ends))
+        rows, ends = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
+        outputs = plan.combine(self._on_the_wire(self.experts(rows, ends)))
         return outputs.reshape(x.shape).to(x.dtype), losses.auxiliary.mean()
+
+    def _on_the_wire(self, x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype) if self.router.bfloat16_dispatch else x

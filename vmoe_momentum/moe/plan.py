@@ -64,25 +64,36 @@ class TopKPlan(NamedTuple):
 
     @classmethod
     def build(
-        cls, gates: Tensor, expert: Tensor, weight: Tensor, slots: int | None, batch_priority: bool
+        cls,
+        gates: Tensor,
+        expert: Tensor,
+        weight: Tensor,
+        slots: int | None,
+        batch_priority: bool = False,
+        wanted: Tensor | None = None,
     ) -> "TopKPlan":
         """Plan for `slots` per expert and group, or without dropping when None.
 
-        A dropped assignment has weight 0. With slots, R = G * min(S*K, E*slots): never more rows than the padded
-        buffers of the reference, and a shape that does not depend on the data (no host sync). Rows left over by
-        experts with free slots hold dropped assignments and count for nothing.
+        wanted: [G, S, K] bool; assignments that are not go nowhere and take no slot. A token's choices are different
+        experts. A dropped assignment has weight 0.
+
+        With slots, R = G * min(S*K, E*slots): never more rows than the padded buffers of the reference, and a shape
+        that does not depend on the data (no host sync). Rows left over by experts with free slots hold dropped
+        assignments and count for nothing.
         """
         num_groups, group_size, num_experts = gates.shape
         rows_per_group = expert.shape[1] * expert.shape[2]
-        if slots is None:
-            kept, key = torch.ones_like(expert, dtype=torch.bool), expert
-        else:
+        # E stands for nowhere: a queue of its own, and last in the order of rows
+        queue = expert if wanted is None else torch.where(wanted, expert, num_experts)
+        kept = torch.ones_like(expert, dtype=torch.bool) if wanted is None else wanted
+        if slots is not None:
             # the largest gate, that of the first choice, also for later choices (not the sum, not the rank's own)
             priority = gates.gather(-1, expert[..., :1]).squeeze(-1) if batch_priority else None
-            kept = buffer_index(expert, num_experts, priority) < slots
-            key = torch.where(kept, expert, num_experts)
-            weight = torch.where(kept, weight, 0.0)
+            kept = kept & (buffer_index(queue, num_experts + 1, priority) < slots)
             rows_per_group = min(rows_per_group, num_experts * slots)
+        key = expert
+        if slots is not None or wanted is not None:
+            key, weight = torch.where(kept, expert, num_experts), torch.where(kept, weight, 0.0)
         by_expert, order = key.reshape(-1).sort(stable=True)
         rows = num_groups * rows_per_group
         experts = torch.arange(num_experts, device=gates.device)
@@ -108,3 +119,11 @@ class TopKPlan(NamedTuple):
         """[G, S, E] bool: does this token reach this expert?"""
         reached = torch.zeros_like(self.gates, dtype=torch.bool)
         return reached.scatter(-1, self.expert, self.kept)
+
+    def load(self) -> Tensor:
+        """[E] assignments kept."""
+        return self.assigned().sum(dim=(0, 1))
+
+    def dropped(self) -> Tensor:
+        """[] share of assignments dropped."""
+        return 1.0 - self.kept.float().mean()

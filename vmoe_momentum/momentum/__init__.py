@@ -2,6 +2,6 @@
 
 from .carry import Carry
 from .coefficients import Coefficients
-from .rules import HeavyBall, MomentumRule, Residual
+from .rules import Adam, HeavyBall, MomentumRule, Residual
 
-__all__ = ["Carry", "Coefficients", "HeavyBall", "MomentumRule", "Residual"]
+__all__ = ["Adam", "Carry", "Coefficients", "HeavyBall", "MomentumRule", "Residual"]

@@ -17,8 +17,8 @@ from ..models import MomentumBlock
 class BlockStats(NamedTuple):
     """Means over all tokens watched, of one MoE block."""
 
-    load: list[float]  # E shares of the kept assignments, summing to 1
-    dropped: float  # share of assignments dropped
+    load: list[float]  # E shares of what the experts received, summing to 1
+    dropped: float  # share lost: of assignments to full experts, or (expert choice) of tokens that no expert took
     entropy: float  # of the gates, in nats; log(E) when undecided
     momentum_norm: float  # mean Euclidean norm of the first momentum buffer; 0 for rules without one
 
@@ -39,10 +39,9 @@ class RouterWatch:
         for block, sums in self.sums.items():
             values = {name: value.cpu().double() for name, value in sums.items()}
             tokens = float(values["tokens"])
-            kept, chosen = values["load"].sum().clamp_min(1.0), float(values["chosen"])
             found[block] = BlockStats(
-                load=(values["load"] / kept).tolist(),
-                dropped=1.0 - float(values["load"].sum()) / chosen,
+                load=(values["load"] / values["load"].sum().clamp_min(1e-12)).tolist(),
+                dropped=float(values["dropped"]) / tokens,
                 entropy=float(values["entropy"]) / tokens,
                 momentum_norm=float(values["momentum_norm"]) / tokens,
             )
@@ -69,8 +68,8 @@ def _router_hook(watch: RouterWatch, label: str):
     def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
         plan, _ = output
         gates = plan.gates.flatten(0, 1)  # [T, E]
-        watch.add(label, "load", plan.assigned().flatten(0, 1).sum(dim=0))
-        watch.add(label, "chosen", torch.tensor(plan.kept.numel()))
+        watch.add(label, "load", plan.load())
+        watch.add(label, "dropped", plan.dropped() * gates.shape[0])
         watch.add(label, "tokens", torch.tensor(gates.shape[0]))
         watch.add(label, "entropy", torch.special.entr(gates).sum())
 

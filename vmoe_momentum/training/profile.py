@@ -12,7 +12,7 @@ from ..moe import SparseMlp
 
 class Cost(NamedTuple):
     parameters: int  # in all
-    active: int  # those that one token touches: K of E experts
+    active: int  # those that one token touches, on average: K of E experts
     gflops: float  # per image, multiply and add counted as two
 
 
@@ -29,7 +29,7 @@ def measure_cost(model: PixelModel, image_size: int) -> Cost:
         if isinstance(layer, SparseMlp):
             experts = sum(p.numel() for p in layer.experts.parameters())
             num_experts = layer.experts.fc1.weight.shape[0]
-            idle += experts * (num_experts - getattr(layer.router, "top_k", num_experts)) // num_experts
+            idle += round(experts * (1 - layer.router.experts_per_token(num_experts) / num_experts))
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)

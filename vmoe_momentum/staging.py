@@ -1,4 +1,4 @@
-"""All or nothing: a dataset is built in a hidden sibling folder and takes its name only when it is complete."""
+"""All or nothing: a folder is built under a hidden sibling name and takes its own only when it is complete."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from pathlib import Path
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool) -> Iterator[Path]:
+def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     """Gives a folder to fill; renames it to `out` when the block succeeds, removes it when it raises.
 
-    Raises ValueError when `out` exists and `overwrite` is False, or is True and `out` is not a prepared dataset: what
-    it would delete may be anything.
+    mark: a file that every finished folder of this kind has. Raises ValueError when `out` exists and `overwrite` is
+    False, or is True and `out` lacks the mark: what it would delete may be anything.
     """
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, mark)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         yield work
         umask = os.umask(0)
         os.umask(umask)
-        work.chmod(0o777 & ~umask)  # mkdtemp's 0700 is right for secrets, not for a dataset others read
+        work.chmod(0o777 & ~umask)  # mkdtemp's 0700 is right for secrets, not for what others read
         _swap(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raises ValueError unless `out` is free, or may be overwritten and is a prepared dataset."""
+def refuse_existing(out: Path, overwrite: bool, mark: str) -> None:
+    """Raises ValueError unless `out` is free, or may be overwritten and is of the kind that has `mark`."""
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
         raise ValueError(f"--out={out}: it exists; choose another folder, or replace it with --overwrite")
-    if not (out / "manifest.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"--out={out}: not a prepared dataset (no manifest.json), so it is not overwritten; remove it")
+    if not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out={out}: not written by this command (no {mark}), so it is not overwritten; remove it")
 
 
 def _swap(work: Path, out: Path) -> None:

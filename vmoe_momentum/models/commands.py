@@ -1,0 +1,130 @@
+"""The command line `vmoe-momentum import ...`: weights from elsewhere into a directory that timm loads."""
+
+import inspect
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+
+from ..moe import Router
+from ..momentum import MomentumRule
+from ..parsers import new_parser
+from . import directory
+from .flax_checkpoint import read_flax
+from .flax_import import describe_import, from_flax
+from .upcycling import UpcycledViT, differences
+from .vit import MomentumVisionTransformer
+
+_EXAMPLES = """examples:
+  vmoe-momentum import flax --source vmoe_s32_last2 --out weights/vmoe_s32 --router TopKRouter --router.top_k 2
+  vmoe-momentum import flax --source params.npz --out weights/v --router TopKRouter --image_size 384 --num_classes 10
+  vmoe-momentum import timm --source vit_small_patch16_224 --out weights/up --moe_layers last2 --num_experts 8
+  vmoe-momentum import timm --source local-dir:weights/dense --out weights/up --rule HeavyBall --rule.mu 0.5
+
+then, in Python:
+  import timm, vmoe_momentum
+  net = timm.create_model("local-dir:weights/vmoe_s32", pretrained=True)"""
+
+
+def import_flax(
+    source: str,
+    out: str,
+    router: Router | None = None,
+    rule: MomentumRule | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    num_heads: int | None = None,
+    pos_embed: Literal["sincos2d", "none"] | None = None,
+    overwrite: bool = False,
+) -> MomentumVisionTransformer:
+    """A V-MoE or Soft MoE checkpoint of google-research/vmoe, without jax.
+
+    Depth, width, experts, sparse blocks, positions and head are read off the tensors. What lies in no tensor (how many
+    experts a token takes, capacity, groups) is said with --router. Every tensor must be there, known and of its shape.
+
+    Args:
+        source: A .npz with /-joined names, or the prefix of PREFIX.index and PREFIX.data-nnnnn-of-NNNNN.
+        out: New directory for config.json and model.safetensors.
+        router: How tokens are routed, such as TopKRouter; needed unless the routers are soft.
+        rule: Momentum across the sparse blocks. Left out: Residual, as the weights were trained.
+        image_size: Side in pixels, or [height, width], if it is to differ from the checkpoint's.
+        num_classes: 0 drops the head; another number than the checkpoint's gives a fresh one.
+        num_heads: Attention heads, where the tensors do not say it.
+        pos_embed: Kind of positions, where the checkpoint has no learned ones.
+        overwrite: Replace such a directory written earlier.
+    """
+    target = Path(out)
+    directory.check_target(target, overwrite)
+    net = from_flax(read_flax(source), router, rule, image_size, num_classes, num_heads, pos_embed)
+    directory.save(net, target, overwrite)
+    return net
+
+
+def import_timm(
+    source: str,
+    out: str,
+    moe_layers: str | list[int] = "last2",
+    num_experts: int = 8,
+    rule: MomentumRule | None = None,
+    router: Router | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    overwrite: bool = False,
+) -> UpcycledViT:
+    """Sparse upcycling: a dense timm ViT or DeiT whose MLPs are copied into experts.
+
+    Args:
+        source: A timm model name, or local-dir:PATH.
+        out: New directory for config.json and model.safetensors.
+        moe_layers: Sparse blocks: "last2" (the last two odd blocks), "every2", or a list of indices from 0.
+        num_experts: Experts of a sparse block.
+        rule: Momentum across the sparse blocks. Left out: Residual, which keeps the dense network's logits.
+        router: Router of the sparse blocks. Left out: TopKRouter, K 2, renormalised gates, which keeps the logits too.
+        pretrained: Start from timm's weights for a plain name (downloads them), or from the directory's.
+        num_classes: Another number than the source's gives a fresh head.
+        image_size: Side in pixels, if it is to differ from the source's.
+        overwrite: Replace such a directory written earlier.
+    """
+    target = Path(out)
+    directory.check_target(target, overwrite)
+    sizes = {"num_classes": num_classes, "image_size": image_size}
+    try:
+        net = UpcycledViT(source, pretrained, moe_layers, num_experts, rule, router, **sizes)
+    except ValueError as error:  # by the name that the setting has here
+        raise ValueError(str(error).replace("backbone=", "source=", 1)) from error
+    directory.save(net, target, overwrite)
+    return net
+
+
+def run(argv: list[str]) -> None:
+    """Runs `import flax|timm`; argv is what follows `import`. Mistakes come out as exceptions."""
+    arguments = _parser().parse_args(argv)
+    command = arguments.command
+    settings = _parser().instantiate_classes(arguments)[command].as_dict()
+    if command == "flax":
+        net = import_flax(**settings)
+        for name, fact in describe_import(net).items():
+            print(f"{name:8} {fact}")
+    else:
+        net = import_timm(**settings)
+        reasons = differences(net)
+        print("in evaluation its logits " + ("differ from" if reasons else "equal") + " the dense network's")
+        for reason in reasons:
+            print(f"  {reason}")
+    total = sum(parameter.numel() for parameter in net.parameters())
+    print(f"{settings['out']}: {total:,} parameters; load it with timm.create_model(")
+    print(f'    "local-dir:{settings["out"]}", pretrained=True)  # after `import vmoe_momentum`')
+
+
+def _parser() -> ArgumentParser:
+    parser = new_parser(
+        "Bring weights in, as a directory that timm.create_model loads.", _EXAMPLES, prog="vmoe-momentum import"
+    )
+    commands = parser.add_subcommands(dest="command")
+    for name, function in (("flax", import_flax), ("timm", import_timm)):
+        command = new_parser(inspect.getdoc(function).split("Args:")[0].rstrip(), _EXAMPLES)
+        command.add_function_arguments(function, as_group=False, as_positional=False, skip={"overwrite"})
+        command.add_argument("--overwrite", action="store_true", help="Replace such a directory written earlier.")
+        commands.add_subcommand(name, command, help=function.__doc__.splitlines()[0])
+    return parser

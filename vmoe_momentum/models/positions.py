@@ -1,0 +1,19 @@
+"""Fixed position embeddings."""
+
+import torch
+from torch import Tensor
+
+
+def sincos2d(rows: int, columns: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[rows * columns, width]: sin x, cos x, sin y, cos y at width/4 frequencies from 1 to 1/10000.
+
+    Source: google-research/vmoe, vmoe/nn/vit_moe.py, add_position_emb at 942a78b (MoCo v3's; timm's of that name spaces
+    the frequencies otherwise). Raises ValueError: width is no multiple of 4 or below 8.
+    """
+    if width % 4 or width < 8:
+        raise ValueError(f"pos_embed=sincos2d needs a width that is a multiple of 4 and at least 8, not {width}")
+    quarter = width // 4
+    frequency = 10_000.0 ** -(torch.arange(quarter, device=device, dtype=torch.float32) / (quarter - 1))
+    y = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns).unsqueeze(1) * frequency
+    x = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows).unsqueeze(1) * frequency
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).to(dtype)

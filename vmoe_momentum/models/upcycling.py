@@ -1,0 +1,173 @@
+"""Sparse upcycling: a dense timm ViT whose MLPs become experts (arXiv:2212.05055)."""
+
+from typing import Any
+
+import timm
+from timm.layers import Mlp
+from timm.models import VisionTransformer, is_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from ..moe import Router, TopKRouter
+from ..momentum import MomentumRule, Residual
+from .blocks import DenseBlock, MomentumBlock
+from .placement import moe_indices
+from .settings import describe, did_you_mean, from_spec, to_spec
+from .vit import MomentumVisionTransformer
+
+ARCHITECTURE = "vmoe_upcycled"
+
+
+class UpcycledViT(MomentumVisionTransformer):
+    """Any dense timm ViT or DeiT with its MLP copied into every expert of the sparse blocks.
+
+    With renormalised gates and dropless routing (the default in evaluation) under the Residual rule the logits are
+    those of the dense network: every expert is its MLP, and a token's combine weights sum to one. Raw V-MoE gates
+    (renormalize=False) scale a layer's output by the sum of the chosen gates, dropping loses tokens, and another rule
+    moves differently: then the network starts elsewhere and has to be trained.
+
+    Args:
+        backbone: A timm ViT or DeiT by name, or "local-dir:PATH". Distilled ones (two tokens) are refused.
+        pretrained: Start from the backbone's weights (downloads those of a plain name).
+        moe_layers: Sparse blocks: "last2" (the last two odd blocks), "every2", or a list of indices from 0.
+        num_experts: Experts of a sparse layer.
+        rule: Momentum rule across the sparse blocks; Residual where nothing is said.
+        router: Router of every sparse block; where nothing is said TopKRouter with renormalised gates.
+        expert_drop_rate: Dropout inside the experts.
+        num_classes: Classes; another number than the backbone's gives a fresh head. `fit` sets it from the data.
+        image_size: Side of the square input; `fit` sets it from the data.
+        drop_rate: Dropout before the head.
+        drop_path_rate: Stochastic depth at the last block, growing linearly from 0.
+        grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
+        backbone_args: Further arguments of the backbone.
+
+    Raises ValueError: a backbone that is no plain ViT, with the reason.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "vit_tiny_patch16_224",
+        pretrained: bool = False,
+        moe_layers: str | list[int] = "last2",
+        num_experts: int = 8,
+        rule: MomentumRule | None = None,
+        router: Router | None = None,
+        expert_drop_rate: float = 0.0,
+        num_classes: int | None = None,
+        image_size: int | None = None,
+        drop_rate: float | None = None,
+        drop_path_rate: float | None = None,
+        grad_checkpointing: bool = False,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        rule = from_spec(rule or Residual(), MomentumRule, "rule")
+        router = from_spec(router or TopKRouter(renormalize=True), Router, "router")
+        given = {"num_classes": num_classes, "img_size": image_size, "drop_rate": drop_rate}
+        dense = _dense(backbone, pretrained, {**(backbone_args or {}), **given, "drop_path_rate": drop_path_rate})
+        indices = moe_indices(moe_layers, len(dense.blocks))
+        for index in indices:
+            _check_block(dense.blocks[index], backbone)
+
+        nn.Module.__init__(self)  # not the ViT's: every part and setting is the dense network's
+        self.__dict__.update({key: value for key, value in vars(dense).items() if key != "training"})
+        self.positions = "learn" if self.pos_embed is not None else "none"
+        self._keep_settings(rule, router)
+        sparse = {"num_experts": num_experts, "router": router, "rule": rule, "expert_drop": expert_drop_rate}
+        self.blocks = nn.Sequential(
+            *(
+                MomentumBlock.adopt(block, **sparse, step=indices.index(index) + 1)
+                if index in indices
+                else DenseBlock.adopt(block)
+                for index, block in enumerate(dense.blocks)
+            )
+        )
+        self.set_grad_checkpointing(grad_checkpointing)
+        self.backbone_cfg = {**dense.pretrained_cfg, "architecture": ARCHITECTURE}
+        self.pretrained_cfg = self.default_cfg = self.backbone_cfg
+        self._model_args = {
+            "backbone": dense.pretrained_cfg["architecture"],
+            "backbone_args": {k: v for k, v in dense._model_args.items() if k not in given and k != "drop_path_rate"},
+            "moe_layers": list(indices),
+            "num_experts": num_experts,
+            "rule": to_spec(rule),
+            "router": to_spec(router),
+        }
+
+    @classmethod
+    def for_timm(
+        cls,
+        in_chans: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        global_pool: str | None = None,
+        backbone_args: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> "UpcycledViT":
+        """The same from timm's names for the settings."""
+        theirs = {"in_chans": in_chans, "global_pool": global_pool}
+        theirs = {**(backbone_args or {}), **{key: value for key, value in theirs.items() if value is not None}}
+        return cls(**settings, image_size=img_size, backbone_args=theirs)
+
+    def function_settings(self) -> dict[str, Any]:
+        """With the backbone, whose options (norms, activation, scale) lie in no tensor either."""
+        return {**super().function_settings(), "backbone": self._model_args["backbone"]}
+
+
+def _dense(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> VisionTransformer:
+    """The dense network. Raises ValueError: not a plain ViT."""
+    is_path = backbone.startswith(("local-dir:", "hf-hub:"))
+    if not is_path and not is_model(backbone.partition(".")[0]):
+        candidates = timm.list_models(f"{backbone[:8]}*")[:20] + timm.list_models("deit*_224")
+        raise ValueError(f"backbone={backbone}: no such timm model{did_you_mean(backbone, candidates)}")
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    try:
+        net = timm.create_model(backbone, pretrained=pretrained, **arguments)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"backbone={backbone} with pretrained=true: its weights could not be had ({str(error).splitlines()[0]}); "
+            "use pretrained=false for random ones, or local-dir:PATH with weights on this machine"
+        ) from error
+    if isinstance(net, MomentumVisionTransformer):
+        raise ValueError(f"backbone={backbone}: it has experts already; create it by name instead")
+    if isinstance(net, VisionTransformerDistilled):
+        raise ValueError(
+            f"backbone={backbone}: distilled networks read two tokens with two heads, which the sparse network has "
+            f"not; use {backbone.replace('_distilled', '')}"
+        )
+    if not isinstance(net, VisionTransformer):
+        raise ValueError(f"backbone={backbone}: a {type(net).__name__}; only timm's VisionTransformer can be upcycled")
+    for block in net.blocks:
+        if type(block) is not Block:
+            raise ValueError(f"backbone={backbone}: its blocks are {type(block).__name__}; only plain ones fit")
+    return net
+
+
+def _check_block(block: Block, backbone: str) -> None:
+    mlp = block.mlp
+    plain = type(mlp) is Mlp and isinstance(mlp.norm, nn.Identity) and isinstance(mlp.fc1, nn.Linear)
+    if not plain:
+        raise ValueError(
+            f"backbone={backbone}: its MLP is a {type(mlp).__name__} with more than two layers and an activation, "
+            "which the experts have not; use a plain ViT"
+        )
+
+
+def differences(net: UpcycledViT) -> list[str]:
+    """Why its logits in evaluation are not those of the dense network; empty where they are."""
+    rule, router = to_spec(net.rule), net.router_spec
+    settings, found = router["init_args"], []
+    if rule != to_spec(Residual()):
+        found.append(f"rule={describe(rule)} moves the residual stream otherwise than x + u(x)")
+    if router["class_path"] not in ("TopKRouter", "GShardRouter"):
+        found.append(f"router={router['class_path']}: a token's combine weights do not sum to one over single experts")
+    elif settings.get("renormalize") is False:
+        found.append(
+            "router.renormalize=False scales a layer's output by the sum of the chosen gates, which is below one"
+        )
+    if settings.get("eval_capacity_factor", "dropless") != "dropless" or settings.get("capacity"):
+        found.append("router.eval_capacity_factor or capacity: full experts drop tokens")
+    if settings.get("bfloat16_dispatch"):
+        found.append("router.bfloat16_dispatch rounds tokens on their way")
+    return found

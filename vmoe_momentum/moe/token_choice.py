@@ -1,0 +1,293 @@
+"""Routers in which tokens choose experts: V-MoE's top-k, GShard's top-2, M6-T's prototypes.
+
+Legend of axes: this folder's __init__.
+"""
+
+import math
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import losses
+from .plan import TopKPlan, capacity
+from .routing import LinearGate, RouterLosses
+
+Factor = float | Literal["dropless"]
+Rounding = Literal["ceil", "round"]
+
+
+class TokenChoice(LinearGate):
+    """What they share: each token asks K experts once each, and experts with finite capacity drop the surplus.
+
+    A subclass keeps the settings named here as attributes and says how many choices a token has.
+    """
+
+    capacity_factor: Factor
+    eval_capacity_factor: Factor
+    capacity_multiple_of: int
+    capacity_rounding: Rounding
+
+    @abstractmethod
+    def choices(self) -> int:
+        """K, the experts one token asks."""
+
+    def experts_per_token(self, num_experts: int) -> float:
+        return self.choices()
+
+    def check_capacity(self) -> None:
+        self.check_group_size()
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            if factor != "dropless" and (isinstance(factor, str) or not (math.isfinite(factor) and factor > 0)):
+                self.refuse(name, 'use a number > 0 or "dropless"')
+        if self.capacity_rounding not in ("ceil", "round"):
+            self.refuse("capacity_rounding", "use ceil or round")
+        if self.capacity_multiple_of < 1:
+            self.refuse("capacity_multiple_of", "use 1 (no rounding) or more")
+
+    def slots(self, group_size: int, num_experts: int) -> int | None:
+        """Capacity C in this mode; None where nothing can be dropped, as a token asks an expert at most once."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor == "dropless":
+            return None
+        assignments = group_size * self.choices()
+        slots = capacity(assignments, num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
+        return None if slots >= group_size else slots
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
+        logits = self.logits(x)
+        # In evaluation without dropping each image is a group of its own: then any batch size will do.
+        size = self.group_size
+        if size != "image" and (self.training or self.slots(size, logits.shape[-1]) is not None):
+            logits = self.grouped(logits)
+        return self.route(logits, None if noise is None else noise.reshape(*logits.shape[:2], -1))
+
+    @abstractmethod
+    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
+        """Everything after the gate's matrix product. logits: [G, S, E]; noise: this router's, [G, S, any]."""
+
+
+class TopKRouter(TokenChoice):
+    """V-MoE's noisy top-k token choice (arXiv:2106.05974, section 2 and appendix A.2).
+
+    gates = softmax(x W + noise) over all experts, *before* the choice; each token takes the K largest (the lower expert
+    on a tie) and combines their outputs with the raw gates.
+
+    Args:
+        top_k: Experts chosen by each token, 1 to E.
+        noise_std: Noise on the logits while training, N(0, (noise_std / E)^2).
+        renormalize: Divide a token's combine weights by their sum over its K choices. Not in V-MoE.
+        capacity_factor: While training, an expert takes about S*K*factor/E assignments of a group; the rest is dropped.
+            "dropless" drops nothing.
+        eval_capacity_factor: The same in evaluation. Where nothing can be dropped ("dropless", the default, or a
+            factor of E/K and more) each image is routed by itself, whatever group_size says: a logit never depends on
+            batch mates. V-MoE-S/32 evaluates with 4.0 = E/K.
+        capacity_multiple_of: Capacity is rounded up to a multiple of this; the reference's default is 4.
+        capacity_rounding: How S*K*factor/E becomes an integer before that.
+        capacity: This many slots an expert and group, in both modes and whatever the factors say; 0 for the factors.
+        batch_priority: Full experts keep the tokens with the largest gate instead of the first ones (BPR).
+        group_size: Tokens routed together, with capacity and losses of their own: "image", or a number that divides
+            B*N (the reference trains with 8 images a group, so 8*N). A group may cut through images.
+        importance_loss_weight: Weight of the importance loss in the auxiliary loss; <= 0 leaves it out.
+        load_loss_weight: The same for the load loss, which exists only while noise is added.
+        gshard_loss_weight: The same for the GShard balance loss.
+        bfloat16_dispatch: Round tokens to bfloat16 on their way to the experts and back, as the reference's TPU
+            recipes do; the experts compute in the network's own type.
+    """
+
+    def __init__(
+        self,
+        top_k: int = 2,
+        noise_std: float = 1.0,
+        renormalize: bool = False,
+        capacity_factor: Factor = 1.05,
+        eval_capacity_factor: Factor = "dropless",
+        capacity_multiple_of: int = 4,
+        capacity_rounding: Rounding = "ceil",
+        capacity: int = 0,
+        batch_priority: bool = False,
+        group_size: int | Literal["image"] = "image",
+        importance_loss_weight: float = 0.005,
+        load_loss_weight: float = 0.005,
+        gshard_loss_weight: float = 0.0,
+        bfloat16_dispatch: bool = False,
+    ) -> None:
+        super().__init__()
+        self.top_k, self.noise_std, self.renormalize = top_k, noise_std, renormalize
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
+        self.capacity = capacity
+        self.batch_priority, self.group_size = batch_priority, group_size
+        self.importance_loss_weight, self.load_loss_weight = importance_loss_weight, load_loss_weight
+        self.gshard_loss_weight, self.bfloat16_dispatch = gshard_loss_weight, bfloat16_dispatch
+        self.check_capacity()
+        if top_k < 1:
+            self.refuse("top_k", "a token needs at least one expert; use 1 or 2")
+        if noise_std < 0:
+            self.refuse("noise_std", "use 0 (no noise) or more")
+        if capacity < 0:
+            self.refuse("capacity", "use a number of slots, or 0 to take them from capacity_factor")
+
+    def choices(self) -> int:
+        return self.top_k
+
+    def add_weights(self, width: int, num_experts: int) -> None:
+        if self.top_k > num_experts:
+            raise ValueError(f"router.top_k={self.top_k} is more than num_experts={num_experts}; use 1..{num_experts}")
+        super().add_weights(width, num_experts)
+
+    def slots(self, group_size: int, num_experts: int) -> int | None:
+        if self.capacity:
+            return self.capacity if self.capacity < group_size else None
+        return super().slots(group_size, num_experts)
+
+    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
+        """logits, noise: [G, S, E]."""
+        noisy = logits if noise is None else logits + noise
+        clean_gates = logits.softmax(dim=-1)
+        gates = clean_gates if noise is None else noisy.softmax(dim=-1)
+        # A stable sort, not topk: on equal gates the lower expert wins, everywhere.
+        sorted_gates, sorted_index = gates.sort(dim=-1, descending=True, stable=True)
+        weight, expert = sorted_gates[..., : self.top_k], sorted_index[..., : self.top_k]
+        if self.renormalize:
+            weight = weight / weight.sum(dim=-1, keepdim=True)
+        plan = TopKPlan.build(gates, expert, weight, self.slots(*gates.shape[1:]), self.batch_priority)
+
+        parts = {
+            "importance": losses.importance_loss(clean_gates),
+            "gshard": losses.gshard_loss(gates, expert),
+        }
+        if noise is not None:
+            parts["load"] = losses.load_loss(logits, noisy, expert, self.noise_std / logits.shape[-1])
+        weights = {name: getattr(self, f"{name}_loss_weight") for name in parts}
+        # Left out rather than multiplied by zero: a loss that is not wanted may be ill-defined.
+        wanted = [weights[name] * parts[name] for name in parts if weights[name] > 0]
+        return plan, RouterLosses(sum(wanted, torch.zeros_like(parts["importance"])), parts)
+
+
+class GShardRouter(TokenChoice):
+    """GShard's top-2 gating with random routing (arXiv:2006.16668, section 3.1 and Algorithm 1).
+
+    Each token takes its two best experts with weights g1, g2 divided by g1 + g2. While training the second is used with
+    probability 2 g2 only, and takes no slot when it is not (so their released code; Algorithm 1 lets it keep its place
+    in the queue). All first choices queue before all second ones. In evaluation, ours: always both, nothing random.
+
+    Args:
+        capacity_factor: As for TopKRouter with K = 2; the paper's 2N/E slots are a factor of 1.
+        eval_capacity_factor: As for TopKRouter.
+        capacity_multiple_of: As for TopKRouter; the released code rounds up to 4.
+        capacity_rounding: As for TopKRouter.
+        group_size: As for TopKRouter.
+        gshard_loss_weight: Weight of the balance loss, E * sum_e f_e m_e; <= 0 leaves it out. 0.01 in their code.
+        bfloat16_dispatch: As for TopKRouter.
+    """
+
+    def __init__(
+        self,
+        capacity_factor: Factor = 1.0,
+        eval_capacity_factor: Factor = "dropless",
+        capacity_multiple_of: int = 4,
+        capacity_rounding: Rounding = "ceil",
+        group_size: int | Literal["image"] = "image",
+        gshard_loss_weight: float = 0.01,
+        bfloat16_dispatch: bool = False,
+    ) -> None:
+        super().__init__()
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
+        self.group_size, self.gshard_loss_weight = group_size, gshard_loss_weight
+        self.bfloat16_dispatch = bfloat16_dispatch
+        self.check_capacity()
+
+    def choices(self) -> int:
+        return 2
+
+    def add_weights(self, width: int, num_experts: int) -> None:
+        if num_experts < 2:
+            raise ValueError(f"num_experts={num_experts}: GShardRouter sends a token to two experts; use 2 or more")
+        super().add_weights(width, num_experts)
+
+    def sample_noise(self, x: Tensor) -> Tensor | None:
+        """[B, N] uniform in [0, 1), while training."""
+        return torch.rand(x.shape[:2], device=x.device) if self.training else None
+
+    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
+        """logits: [G, S, E]; noise: [G, S, 1], uniform."""
+        gates = logits.softmax(dim=-1)
+        sorted_gates, sorted_index = gates.sort(dim=-1, descending=True, stable=True)
+        weight, expert = sorted_gates[..., :2], sorted_index[..., :2]
+        weight = weight / weight.sum(dim=-1, keepdim=True)
+        wanted = None
+        if noise is not None:
+            second = noise < 2.0 * weight[..., 1:]
+            wanted = torch.cat([torch.ones_like(second), second], dim=-1)
+        plan = TopKPlan.build(gates, expert, weight, self.slots(*gates.shape[1:]), wanted=wanted)
+        balance = losses.gshard_loss(gates, expert)
+        auxiliary = self.gshard_loss_weight * balance if self.gshard_loss_weight > 0 else torch.zeros_like(balance)
+        return plan, RouterLosses(auxiliary, {"gshard": balance})
+
+
+class M6TRouter(TokenChoice):
+    """M6-T's prototypes: k groups of E/k experts, top-1 in each, outputs summed (arXiv:2105.15082, section 3.2).
+
+    Each prototype has a softmax of its own over its own experts; the combine weight is the raw gate. Experts
+    i*E/k ... (i+1)*E/k - 1 form prototype i. The auxiliary loss is the mean over prototypes of the GShard balance loss.
+
+    Args:
+        num_prototypes: k, a divisor of the number of experts; a token reaches one expert in each.
+        capacity_factor: As for TopKRouter with K = num_prototypes.
+        eval_capacity_factor: As for TopKRouter.
+        capacity_multiple_of: As for TopKRouter.
+        capacity_rounding: As for TopKRouter.
+        group_size: As for TopKRouter.
+        gshard_loss_weight: Weight of the balance loss; <= 0 leaves it out (the paper finds it dispensable).
+        bfloat16_dispatch: As for TopKRouter.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int = 2,
+        capacity_factor: Factor = 1.25,
+        eval_capacity_factor: Factor = "dropless",
+        capacity_multiple_of: int = 4,
+        capacity_rounding: Rounding = "ceil",
+        group_size: int | Literal["image"] = "image",
+        gshard_loss_weight: float = 0.01,
+        bfloat16_dispatch: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_prototypes = num_prototypes
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
+        self.group_size, self.gshard_loss_weight = group_size, gshard_loss_weight
+        self.bfloat16_dispatch = bfloat16_dispatch
+        self.check_capacity()
+        if num_prototypes < 1:
+            self.refuse("num_prototypes", "use 1 or more")
+
+    def choices(self) -> int:
+        return self.num_prototypes
+
+    def add_weights(self, width: int, num_experts: int) -> None:
+        if num_experts % self.num_prototypes:
+            raise ValueError(
+                f"router.num_prototypes={self.num_prototypes} does not divide num_experts={num_experts}; change either"
+            )
+        super().add_weights(width, num_experts)
+
+    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
+        """logits: [G, S, E]."""
+        prototypes = logits.unflatten(-1, (self.num_prototypes, -1)).softmax(dim=-1)  # [G, S, k, E/k]
+        size = prototypes.shape[-1]
+        # argmax of equal values is not fixed by torch; a stable sort is
+        sorted_gates, sorted_index = prototypes.sort(dim=-1, descending=True, stable=True)
+        best = sorted_index[..., 0]
+        first = torch.arange(self.num_prototypes, device=logits.device) * size
+        gates = prototypes.flatten(-2)
+        plan = TopKPlan.build(gates, best + first, sorted_gates[..., 0], self.slots(*gates.shape[1:]))
+        each = [losses.gshard_loss(prototypes[:, :, i], best[..., i : i + 1]) for i in range(self.num_prototypes)]
+        balance = torch.stack(each).mean(dim=0)
+        auxiliary = self.gshard_loss_weight * balance if self.gshard_loss_weight > 0 else torch.zeros_like(balance)
+        return plan, RouterLosses(auxiliary, {"gshard": balance})
