@@ -137,6 +137,7 @@ CHANGES = {
     "top_k": 1, "noise_std": 3.0, "renormalize": True, "capacity_factor": 0.3, "eval_capacity_factor": 0.3,
     "capacity_multiple_of": 1, "capacity_rounding": "round", "batch_priority": True, "group_size": N * B,
     "importance_loss_weight": 0.5, "load_loss_weight": 0.5, "gshard_loss_weight": 0.5,
+    "capacity": 2, "bfloat16_dispatch": True,
 }  # fmt: skip
 
 

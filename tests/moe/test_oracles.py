@@ -1,14 +1,24 @@
-"""The top-k router and the sparse layer against Google's V-MoE (tests/oracles)."""
+"""Routers and the sparse layer against Google's V-MoE (tests/oracles)."""
 
 import pytest
 import torch
 from oracle_files import Oracle, assert_gradient
 from torch import Tensor, nn
 
-from vmoe_momentum.moe import SparseMlp, TopKPlan, TopKRouter, buffer_index, capacity
+from vmoe_momentum.moe import (
+    ExpertChoiceRouter,
+    Router,
+    SoftRouter,
+    SparseMlp,
+    TopKPlan,
+    TopKRouter,
+    buffer_index,
+    capacity,
+)
 from vmoe_momentum.moe.losses import gshard_loss, importance_loss, load_loss
 
 ROUTING, LOAD, LAYER = (Oracle(f"{name}.npz") for name in ("routing_top_experts", "load_loss", "moe_layer"))
+CHOICE, SOFT = Oracle("experts_choice.npz"), Oracle("soft_moe.npz")
 CASES = [name.removesuffix("/kept") for name in ROUTING.arrays if name.endswith("/kept")]
 ATOL = 3e-6
 
@@ -128,6 +138,39 @@ def test_capacity_table() -> None:
         assert ours == row["capacity"], row
 
 
+def load_layer(oracle: Oracle, case: str, router: Router) -> tuple[SparseMlp, dict]:
+    """The layer with the oracle's weights; flax name -> (parameter, its flax view)."""
+    facts = oracle.meta["cases"][case]
+    layer = SparseMlp(facts["D"], facts["mlp_dim"], facts["E"], router, lambda: nn.GELU(approximate="tanh")).eval()
+    views = {
+        "Mlp/Dense_0/kernel": (layer.experts.fc1.weight, lambda x: x.mT),
+        "Mlp/Dense_0/bias": (layer.experts.fc1.bias, lambda x: x),
+        "Mlp/Dense_1/kernel": (layer.experts.fc2.weight, lambda x: x.mT),
+        "Mlp/Dense_1/bias": (layer.experts.fc2.bias, lambda x: x),
+    }
+    if isinstance(router, SoftRouter):
+        views["Router/mu"] = (layer.router.mu, lambda x: x.permute(2, 0, 1))
+        views["Router/scale"] = (layer.router.scale, lambda x: x)
+    else:
+        views["Router/dense/kernel"] = (layer.router.weight, lambda x: x.mT)
+    with torch.no_grad():
+        for name, (parameter, view) in views.items():
+            view(parameter).copy_(oracle[f"{case}/params/{name}"])
+    return layer, views
+
+
+def check_layer(oracle: Oracle, case: str, layer: SparseMlp, views: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, and the gradients of their summed squares -> inputs, outputs, auxiliary loss."""
+    inputs = oracle[f"{case}/inputs"].requires_grad_()
+    outputs, auxiliary = layer(inputs)
+    torch.testing.assert_close(outputs, oracle[f"{case}/outputs"], atol=1e-5, rtol=0)
+    outputs.square().sum().backward(retain_graph=True)
+    for name, (parameter, view) in views.items():
+        assert_gradient(view(parameter.grad), oracle[f"{case}/grad_sum_sq/params/{name}"])
+    assert_gradient(inputs.grad, oracle[f"{case}/grad_sum_sq/inputs"])
+    return inputs, outputs, auxiliary
+
+
 @pytest.mark.parametrize("case", LAYER.meta["cases"])
 def test_layer_outputs_and_gradients(case: str) -> None:
     facts = LAYER.meta["cases"][case]
@@ -135,34 +178,72 @@ def test_layer_outputs_and_gradients(case: str) -> None:
     settings = settings_of(arguments.pop("dispatcher"))
     top_k = arguments.pop("num_selected_experts")
     router = TopKRouter(top_k, group_size=facts["group_size"], **settings, **arguments)
-    layer = SparseMlp(facts["D"], facts["mlp_dim"], facts["E"], router, lambda: nn.GELU(approximate="tanh")).eval()
-    ours = {
-        "Router/dense/kernel": layer.router.weight,
-        "Mlp/Dense_0/kernel": layer.experts.fc1.weight,
-        "Mlp/Dense_0/bias": layer.experts.fc1.bias,
-        "Mlp/Dense_1/kernel": layer.experts.fc2.weight,
-        "Mlp/Dense_1/bias": layer.experts.fc2.bias,
-    }
-    for name, parameter in ours.items():
-        value = LAYER[f"{case}/params/{name}"]
-        parameter.data = (value.mT if name.endswith("kernel") else value).contiguous()
-    inputs = LAYER[f"{case}/inputs"].requires_grad_()
-
-    outputs, auxiliary = layer(inputs)
-    torch.testing.assert_close(outputs, LAYER[f"{case}/outputs"], atol=1e-5, rtol=0)
+    layer, views = load_layer(LAYER, case, router)
+    inputs, _, auxiliary = check_layer(LAYER, case, layer, views)
     torch.testing.assert_close(auxiliary, LAYER[f"{case}/auxiliary_loss"].mean(), atol=ATOL, rtol=0)
     plan, _ = layer.router(inputs, None)
     torch.testing.assert_close(plan.gates, LAYER[f"{case}/gates_softmax"], atol=ATOL, rtol=0)
     assert int((~plan.kept).sum()) == facts["num_dropped"] > 0
-
-    outputs.square().sum().backward(retain_graph=True)
-    for name, parameter in ours.items():
-        expected = LAYER[f"{case}/grad_sum_sq/params/{name}"]
-        assert_gradient(parameter.grad, expected.mT if name.endswith("kernel") else expected)
-    assert_gradient(inputs.grad, LAYER[f"{case}/grad_sum_sq/inputs"])
     gradients = torch.autograd.grad(auxiliary, (inputs, layer.router.weight))
     assert_gradient(gradients[0], LAYER[f"{case}/grad_mean_aux/inputs"])
     assert_gradient(gradients[1].T, LAYER[f"{case}/grad_mean_aux/params/Router/dense/kernel"])
+
+
+@pytest.mark.parametrize("case", LAYER.meta["cases"])
+def test_bfloat16_dispatch(case: str) -> None:
+    """Rounding to bfloat16 can turn a difference of 1e-7 into one of its steps, so: close, and closer than without."""
+    facts = LAYER.meta["cases"][case]
+    settings = settings_of(facts["router"]["dispatcher"])
+    router = TopKRouter(2, group_size=facts["group_size"], bfloat16_dispatch=True, **settings)
+    layer, _ = load_layer(LAYER, case, router)
+    outputs, expected = layer(LAYER[f"{case}/inputs"])[0], LAYER[f"{case}/outputs_bfloat16_dispatcher"]
+    exact = LAYER[f"{case}/outputs"]
+    assert (outputs - expected).abs().mean() < 0.01 * (exact - expected).abs().mean()
+    assert ((outputs - expected).abs() <= 1e-5).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("case", CHOICE.meta["cases"])
+def test_expert_choice(case: str) -> None:
+    facts = CHOICE.meta["cases"][case]
+    dispatcher = facts["router"]["dispatcher"]
+    router = ExpertChoiceRouter(
+        dispatcher["capacity_factor"],
+        capacity_multiple_of=dispatcher.get("capacity_multiple_of", 4),
+        capacity_rounding=dispatcher.get("capacity_ceil_or_round", "ceil"),
+        group_size=facts["group_size"],
+    )
+    layer, views = load_layer(CHOICE, case, router)
+    inputs, _, auxiliary = check_layer(CHOICE, case, layer, views)
+    assert auxiliary == CHOICE[f"{case}/metrics/auxiliary_loss"] == 0
+    plan, _ = layer.router(inputs, None)
+    torch.testing.assert_close(plan.gates, CHOICE[f"{case}/gates_softmax"], atol=ATOL, rtol=0)
+    assert torch.equal(plan.token, CHOICE[f"{case}/item_index"].long())
+    expected = CHOICE[f"{case}/combine_weights"]  # [G, S, E, C]
+    ours = torch.zeros_like(expected).scatter(1, plan.token.unsqueeze(1), plan.weight.unsqueeze(1))
+    torch.testing.assert_close(ours, expected, atol=ATOL, rtol=0)
+    assert torch.equal(plan.assigned(), (expected > 0).any(-1))
+    processed = CHOICE[f"{case}/metrics/ratio_processed_items_by_at_least_1_experts"].mean()
+    torch.testing.assert_close(1 - plan.dropped(), processed)
+
+
+@pytest.mark.parametrize("case", SOFT.meta["cases"])
+def test_soft_moe(case: str) -> None:
+    facts = SOFT.meta["cases"][case]
+    router = SoftRouter(facts["num_slots_per_expert"], group_size=facts["group_size"])
+    layer, views = load_layer(SOFT, case, router)
+    inputs, _, auxiliary = check_layer(SOFT, case, layer, views)
+    assert auxiliary == SOFT[f"{case}/metrics/auxiliary_loss"] == 0
+    plan, _ = layer.router(inputs, None)
+    for name in ("dispatch_weights", "combine_weights"):
+        torch.testing.assert_close(getattr(plan, name), SOFT[f"{case}/{name}"], atol=ATOL, rtol=0)
+    rows, ends = plan.dispatch(inputs.flatten(0, 1))
+    expected = SOFT[f"{case}/slots"]  # [E, G*P, D]
+    torch.testing.assert_close(rows.reshape(expected.shape), expected, atol=1e-5, rtol=0)
+    assert ends.tolist() == [expected.shape[1] * (e + 1) for e in range(expected.shape[0])]
+    layer.router.bfloat16_dispatch = True  # the reference as it is
+    outputs, reference = layer(inputs)[0], SOFT[f"{case}/outputs_reference_bfloat16_dispatcher"]
+    exact = SOFT[f"{case}/outputs"]
+    assert (outputs - reference).abs().mean() < 0.02 * (exact - reference).abs().mean()
 
 
 def test_losses_by_hand() -> None:

@@ -99,9 +99,10 @@ def import_timm(
 
 def run(argv: list[str]) -> None:
     """Runs `import flax|timm`; argv is what follows `import`. Mistakes come out as exceptions."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     command = arguments.command
-    settings = _parser().instantiate_classes(arguments)[command].as_dict()
+    settings = parser.instantiate(arguments)[command].as_dict()
     if command == "flax":
         net = import_flax(**settings)
         for name, fact in describe_import(net).items():

@@ -1,5 +1,7 @@
 """Building a network from explicit, typed settings: what YAML's `net` calls."""
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -10,7 +12,7 @@ from ..moe import Router
 from ..momentum import MomentumRule
 from .settings import did_you_mean, to_spec
 
-OURS = "vmoe*"
+OURS = "*moe*"
 
 
 def create_model(
@@ -20,6 +22,7 @@ def create_model(
     moe_layers: str | list[int] | None = None,
     num_experts: int | None = None,
     representation_size: int | None = None,
+    pos_embed: Literal["learn", "sincos2d", "none"] | None = None,
     expert_drop_rate: float | None = None,
     share_expert_init: bool | None = None,
     drop_rate: float | None = None,
@@ -27,7 +30,7 @@ def create_model(
     global_pool: Literal["token", "avg", "map"] | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
-    pretrained: bool = False,
+    pretrained: bool | None = None,
     grad_checkpointing: bool = False,
 ) -> nn.Module:
     """Any timm classifier by name; for V-MoE names also what is said about experts and momentum.
@@ -35,42 +38,49 @@ def create_model(
     None, everywhere, means the named model's own default.
 
     Args:
-        name: A timm model name; `timm.list_models("vmoe*")` shows ours.
-        rule: Momentum rule across the MoE blocks, by class name: Residual (the default), HeavyBall.
-        router: Router of every MoE block: TopKRouter.
+        name: A timm model name; `timm.list_models("*moe*")` shows ours. "local-dir:PATH" with pretrained: what
+            `vmoe-momentum import` wrote.
+        rule: Momentum rule across the MoE blocks, by class name: Residual (the default), HeavyBall, Adam.
+        router: Router of every MoE block: TopKRouter, ExpertChoiceRouter, SoftRouter, GShardRouter, M6TRouter.
         moe_layers: Sparse blocks: a list of indices from 0, "last2" (the last two odd blocks), "every2" (every odd
             block) or "none".
         num_experts: Experts of a sparse layer.
         representation_size: Width of the tanh layer before the head; 0 for none.
+        pos_embed: Learned positions, fixed sines and cosines, or none.
         expert_drop_rate: Dropout inside the experts.
         share_expert_init: Start all experts of a layer equal, as the published recipes do.
         drop_rate: Dropout before the head.
         drop_path_rate: Stochastic depth at the last block, growing linearly from 0.
-        global_pool: What the head reads: the class token, the mean over patches, or attention pooling.
+        global_pool: What the head reads: the class token, the mean over patches, or attention pooling. Only the first
+            has a class token in V-MoE.
         num_classes: Classes; `fit` sets it from the data.
         image_size: Side of the square input, a multiple of the patch; `fit` sets it from the data.
-        pretrained: Load timm's weights (downloads them; V-MoE names have none).
+        pretrained: Load weights: a directory's (its default), or timm's (downloads them; V-MoE names have none).
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
 
     Raises ValueError: an unknown name, or a sparse setting for a network without sparse layers.
+    FileNotFoundError: no such directory.
     """
-    if not name.startswith(("hf-hub:", "local-dir:")) and not is_model(name.partition(".")[0]):
-        raise ValueError(f"name={name}: no such timm model{did_you_mean(name, _candidates(name))}")
+    architecture = _architecture(name)
+    if architecture == "vmoe_upcycled" == name:
+        raise ValueError("name=vmoe_upcycled: use the class UpcycledViT, which takes the backbone")
+    is_directory = name.startswith(("local-dir:", "hf-hub:"))
+    pretrained = is_directory if pretrained is None else pretrained
     sparse: dict[str, Any] = {
         "rule": rule, "router": router, "moe_layers": moe_layers, "num_experts": num_experts,
-        "representation_size": representation_size, "expert_drop_rate": expert_drop_rate,
+        "representation_size": representation_size, "pos_embed": pos_embed, "expert_drop_rate": expert_drop_rate,
         "share_expert_init": share_expert_init,
     }  # fmt: skip
     given = {key: value for key, value in sparse.items() if value is not None}
-    if given and is_model(name) and not _is_ours(name):
+    if given and not _is_ours(architecture):
         key, value = next(iter(given.items()))
         raise ValueError(f"{key}={value}: {name} has no sparse layers; leave it out, or use one of timm's {OURS} names")
-    if pretrained and is_model(name) and _is_ours(name):
+    if pretrained and not is_directory and _is_ours(name):
         raise ValueError(f"pretrained=True: no weights are published for {name}; leave it out")
     for key in ("rule", "router"):
         if key in given:
             given[key] = to_spec(given[key])
-    if image_size is not None and is_model(name) and _is_ours(name):
+    if image_size is not None and not is_directory and _is_ours(name):
         given["img_size"] = image_size  # at once: resampling would blur freshly drawn positions
     net = timm.create_model(
         name,
@@ -88,8 +98,23 @@ def create_model(
     return net
 
 
-def _is_ours(name: str) -> bool:
-    return model_entrypoint(name.partition(".")[0]).__module__.startswith(__package__)
+def _architecture(name: str) -> str:
+    """The registered name behind a name or a directory; a hub repository is left as it is."""
+    if name.startswith("local-dir:"):
+        path = Path(name.partition(":")[2]) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"name={name}: no file {path}; give a directory that `vmoe-momentum import` wrote")
+        return json.loads(path.read_text())["architecture"]
+    if not name.startswith("hf-hub:") and not is_model(name.partition(".")[0]):
+        raise ValueError(f"name={name}: no such timm model{did_you_mean(name, _candidates(name))}")
+    return name
+
+
+def _is_ours(architecture: str) -> bool:
+    """Also for a hub repository, of which nothing is known before it is fetched."""
+    if architecture.startswith("hf-hub:"):
+        return True
+    return model_entrypoint(architecture.partition(".")[0]).__module__.startswith(__package__)
 
 
 def _candidates(name: str) -> list[str]:

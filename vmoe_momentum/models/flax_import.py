@@ -185,7 +185,7 @@ def _image_sizes(
     if side * side != patches:
         raise ValueError(
             f"image_size={image_size}: the positions of {patches} patches are no square grid; "
-            "give the height and width the network was trained with"
+            "give the height and width the network was trained with (or is the class token, cls, missing?)"
         )
     native = (side * shape.patch[0], side * shape.patch[1])
     return native, asked or native
