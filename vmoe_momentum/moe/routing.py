@@ -8,6 +8,7 @@ takes `for_layer(width, num_experts)`, a copy with weights of its own.
 
 import copy
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
@@ -100,6 +101,13 @@ def _is_setting(name: str, value: Any) -> bool:
     return not name.startswith("_") and name != "training" and isinstance(value, int | float | str)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Routing is computed in float32 also where the rest is not; the meta device knows no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 class LinearGate(Router):
     """Routers whose logits are x W, W without bias."""
 
@@ -123,6 +131,6 @@ class LinearGate(Router):
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, E]. At least float32: in bfloat16 the softmax flips top-k choices."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             dtype = torch.promote_types(x.dtype, torch.float32)
             return F.linear(x.to(dtype), self.weight.to(dtype))

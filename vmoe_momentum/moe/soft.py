@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .routing import Router, RouterLosses
+from .routing import Router, RouterLosses, without_autocast
 
 
 class SoftPlan(NamedTuple):
@@ -103,7 +103,7 @@ class SoftRouter(Router):
         return torch.randn(*x.shape[:2], *self.mu.shape[:2], device=x.device, dtype=dtype) * self.noise_std
 
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[SoftPlan, RouterLosses]:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             dtype = torch.promote_types(x.dtype, torch.float32)
             mu = _normalize(self.mu.to(dtype)) * self.scale.to(dtype)
             logits = torch.einsum("bnd,epd->bnep", _normalize(x.to(dtype)), mu)
