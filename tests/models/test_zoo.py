@@ -5,6 +5,7 @@
 
 import copy
 import csv
+import functools
 import json
 from pathlib import Path
 
@@ -43,11 +44,16 @@ def small(name: str, rule: str = "Residual", depth: int = 4, **extra) -> Momentu
     if name == "vmoe_upcycled":
         net = timm.create_model(name, backbone_args={**shape, "patch_size": 4}, img_size=12, **sparse, **extra)
     else:
-        tanh = {"representation_size": 24} if isinstance(meta(name).pre_logits, nn.Sequential) else {}
+        tanh = {"representation_size": 24} if has_tanh_layer(name) else {}
         size = {"patch_size": patch_of(name), "img_size": 3 * patch_of(name)}
         net = timm.create_model(name, **shape, **size, **sparse, **tanh, **extra)
     nn.init.trunc_normal_(net.head.weight, std=0.1)
     return net
+
+
+@functools.cache
+def has_tanh_layer(name: str) -> bool:
+    return isinstance(meta(name).pre_logits, nn.Sequential)
 
 
 def images(net: MomentumVisionTransformer, count: int = 4) -> Tensor:
@@ -295,7 +301,7 @@ def test_the_published_parameter_count(name: str) -> None:
     published = SIZES[name][-1]
     settings = {"num_classes": 29_593} if name.startswith("soft") else {"num_classes": 18_291, "num_experts": 32}
     millions = count(meta(name, **settings)) / 1e6
-    assert abs(millions - published) < (0.05 if name.startswith("vmoe") else 0.02 * published)
+    assert abs(millions - published) < (0.05 if name.startswith("vmoe") else 0.03 * published)
 
 
 def test_every_sized_name_is_counted() -> None:
