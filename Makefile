@@ -3,10 +3,10 @@ PYTHON ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean distclean
+.PHONY: help setup demo test test-all lint clean distclean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup:  ## create or update .venv (fast when nothing changed)
 	@bash scripts/setup.sh
@@ -21,6 +21,9 @@ test: setup  ## ruff check, ruff format --check, pytest
 	.venv/bin/python -m ruff format --check . || status=1; \
 	.venv/bin/python -m pytest || status=1; \
 	exit $$status
+
+test-all: setup  ## test, and every momentum rule on every network
+	.venv/bin/python -m pytest -m ""
 
 lint: setup  ## fix what ruff can fix, and format
 	.venv/bin/python -m ruff check --fix .

@@ -41,7 +41,21 @@ def speed() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"digits": digits, "speed": speed}
+def zoo() -> str:
+    """What each network has, uses and costs."""
+    lines = [
+        "| network | experts | sparse blocks | parameters | active | GFLOPs an image |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in read("zoo"):
+        millions = [f"{int(row[column]) / 1e6:,.1f} M" for column in ("parameters", "active")]
+        cost = f"{float(row['gflops']):.3g}"
+        cells = [f"`{row['name']}`", row["experts"], row["sparse_blocks"], *millions, cost]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"digits": digits, "speed": speed, "zoo": zoo}
 
 
 def fill(text: str) -> str:

@@ -111,6 +111,55 @@ def test_unknown_commands_are_one_line(capsys) -> None:
     assert "--outt: no such option" in fails(["data", "prepare", "digits", "--outt=x"], capsys)
 
 
+SAMPLE = str(Path(__file__).parent / "oracles" / "official_checkpoint" / "small_pieces")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["flax", "--source=nowhere", "--router=TopKRouter"], "source=nowhere: no file nowhere.index"),
+        (["flax", f"--source={SAMPLE}"], "say, for example, --router TopKRouter --router.top_k 2"),
+        (["flax", f"--source={SAMPLE}", "--router=TopKRoute"], "no such Router; did you mean TopKRouter?"),
+        (
+            ["flax", f"--source={SAMPLE}", "--router=TopKRouter", "--router.topk=2"],
+            "takes no 'topk'; did you mean top_k?",
+        ),
+        (["flax", f"--source={SAMPLE}", "--router=TopKRouter", "--router.top_k=9"], "router.top_k=9 is more than"),
+        (["flax", f"--source={SAMPLE}", "--router=TopKRouter", "--image_size=33"], "image_size=33 is not a multiple"),
+        (["flax", f"--source={SAMPLE}", "--router=TopKRouter", "--image_size=big"], "image_size=big: expected"),
+        (["flax", f"--source={SAMPLE}", "--router=TopKRouter", "--pos_embed=x"], "pos_embed"),
+        (["flax", f"--source={SAMPLE}", "--router=TopKRouter", "--num_classes=-1"], "num_classes=-1"),
+        (["timm", "--source=vit_tiny_patch16_22"], "source=vit_tiny_patch16_22: no such timm model; did you mean"),
+        (["timm", "--source=local-dir:nowhere"], "nowhere/config.json"),
+        (["timm", "--source=vit_tiny_patch16_224", "--pretrained=false", "--moe_layers=last9"], "moe_layers='last9'"),
+        (["timm", "--source=vit_tiny_patch16_224", "--pretrained=false", "--num_experts=0"], "num_experts=0"),
+        (["timm", "--source=vit_tiny_patch16_224", "--pretrained=false", "--rule=Heavy"], "no such MomentumRule"),
+        (["timm", "--source=vit_tiny_patch16_224", "--pretrained=false", "--num_classes=-3"], "num_classes=-3"),
+        (["timm", "--source=vit_tiny_patch16_224", "--pretrained=false", "--image_size=30"], "image_size=30"),
+        (["timm", "--sorce=x"], "--sorce"),
+    ],
+    ids=lambda value: " ".join(value).replace(SAMPLE, "S").replace("--", "") if isinstance(value, list) else "",
+)
+def test_mistakes_of_import_are_one_line_and_write_nothing(words: list[str], message: str, here: Path, capsys) -> None:
+    assert message in fails(["import", words[0], "--out=w", *words[1:]], capsys)
+    assert not list(here.iterdir())
+
+
+def test_fit_takes_an_upcycled_backbone(digits: Path, here: Path, capsys) -> None:
+    """The class by its bare name, from a file; its checkpoint is refused under another backbone."""
+    net = {"class_path": "UpcycledViT", "init_args": {
+        "backbone": "vit_tiny_patch16_224", "pretrained": False, "moe_layers": "every2", "num_experts": 4,
+        "rule": "HeavyBall", "backbone_args": {"patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 4},
+    }}  # fmt: skip
+    (here / "up.yaml").write_text(yaml.safe_dump({"model": {"net": net}}))
+    command = [*arguments(digits), "--config=up.yaml"]
+    cli.run(["fit", *command])
+    trained = "--ckpt_path=runs/digits/version_0/checkpoints/last.ckpt"
+    cli.run(["test", *command, trained])
+    line = fails(["test", *command, trained, "--model.net.init_args.backbone=deit_tiny_patch16_224"], capsys)
+    assert "backbone: checkpoint vit_tiny_patch16_224, config deit_tiny_patch16_224" in line
+
+
 def test_ffcv_asked_for_and_missing(digits: Path, here: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("vmoe_momentum.datasets.datamodules.ffcv_available", lambda: False)
     line = fails(["fit", *arguments(digits, "FFCVDataModule")], capsys)

@@ -2,9 +2,12 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from vmoe_momentum import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -18,11 +21,27 @@ def test_tables_are_those_of_the_committed_rows() -> None:
     assert tables.fill(README) == README, "run `python benchmarks/tables.py`"
 
 
-def test_the_five_lines_run_as_printed(capsys) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_lines_run_as_printed(capsys) -> None:
+    exec(blocks()[0], {})
+    assert "torch.Size([2, 1000])" in capsys.readouterr().out
+
+
+def test_a_strangers_five_lines_run_as_printed(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Import a checkpoint, create, run, list the top five, get features."""
+    (command,) = re.findall(r"^    vmoe-momentum (import flax .*)$", README, flags=re.MULTILINE)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    cli.run(shlex.split(command))
+    block = blocks()[1]
     assert len([line for line in block.splitlines() if line]) == 5
     exec(block, {})
-    assert "torch.Size([2, 1000])" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"tensor\(\[\[(\d, ){4}\d\],", out)
+    assert "[(2, 32, 4, 4), (2, 32, 4, 4)]" in out
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)", README))

@@ -11,6 +11,7 @@ from torch import nn
 from ..moe import Router
 from ..momentum import MomentumRule
 from .settings import did_you_mean, to_spec
+from .vit import check_classes
 
 OURS = "*moe*"
 
@@ -61,6 +62,7 @@ def create_model(
     Raises ValueError: an unknown name, or a sparse setting for a network without sparse layers.
     FileNotFoundError: no such directory.
     """
+    check_classes(num_classes)
     architecture = _architecture(name)
     if architecture == "vmoe_upcycled" == name:
         raise ValueError("name=vmoe_upcycled: use the class UpcycledViT, which takes the backbone")

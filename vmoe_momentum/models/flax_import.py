@@ -14,7 +14,7 @@ from ..momentum import MomentumRule, Residual
 from .flax_layout import Shape, layout
 from .flax_shards import some
 from .settings import to_spec
-from .vit import MomentumVisionTransformer
+from .vit import MomentumVisionTransformer, check_classes
 
 BLOCK = re.compile(r"Encoder/encoderblock_(\d+)/")
 
@@ -43,6 +43,7 @@ def from_flax(
 
     Raises ValueError: tensors that are missing, unknown or misshapen, by name; a setting that has to be given.
     """
+    check_classes(num_classes)
     shape = read_shape(arrays, num_heads)
     router = _router(shape, router)
     native, wanted = _image_sizes(shape, image_size, pos_embed)

@@ -14,7 +14,7 @@ from ..momentum import MomentumRule, Residual
 from .blocks import DenseBlock, MomentumBlock
 from .placement import moe_indices
 from .settings import describe, did_you_mean, from_spec, to_spec
-from .vit import MomentumVisionTransformer
+from .vit import MomentumVisionTransformer, check_classes, check_patches
 
 ARCHITECTURE = "vmoe_upcycled"
 
@@ -63,8 +63,13 @@ class UpcycledViT(MomentumVisionTransformer):
     ) -> None:
         rule = from_spec(rule or Residual(), MomentumRule, "rule")
         router = from_spec(router or TopKRouter(renormalize=True), Router, "router")
+        check_classes(num_classes)
+        if num_experts < 1:
+            raise ValueError(f"num_experts={num_experts}: a sparse layer needs at least one expert; V-MoE uses 8")
         given = {"num_classes": num_classes, "img_size": image_size, "drop_rate": drop_rate}
         dense = _dense(backbone, pretrained, {**(backbone_args or {}), **given, "drop_path_rate": drop_path_rate})
+        if image_size is not None:
+            check_patches(image_size, dense.patch_embed.patch_size)
         indices = moe_indices(moe_layers, len(dense.blocks))
         for index in indices:
             _check_block(dense.blocks[index], backbone)

@@ -11,6 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from ..moe import Router, SoftRouter
 from ..momentum import MomentumRule
 from .blocks import QkNormAttention
+from .positions import fit_positions
 from .settings import from_spec, to_spec
 from .upcycling import UpcycledViT
 from .vit import MomentumVisionTransformer
@@ -67,7 +68,8 @@ def _create(variant: str, pretrained: bool, given: dict[str, Any], **size: Any) 
     # as in the reference, only the classifier that reads a class token has one
     settings.setdefault("class_token", settings.get("global_pool", "token") == "token")
     feature_cfg = {"out_indices": settings.pop("out_indices", 3), "feature_cls": "getter"}
-    return build_model_with_cfg(MomentumVisionTransformer, variant, pretrained, feature_cfg=feature_cfg, **settings)
+    options = {"feature_cfg": feature_cfg, "pretrained_filter_fn": fit_positions}
+    return build_model_with_cfg(MomentumVisionTransformer, variant, pretrained, **options, **settings)
 
 
 @register_model
@@ -242,8 +244,8 @@ def vmoe_upcycled(pretrained: bool = False, **kwargs: Any) -> UpcycledViT:
     """A dense timm ViT (`backbone`) with experts: what `vmoe-momentum import timm` writes. See UpcycledViT."""
     known = kwargs.get("pretrained_cfg")
     feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
-    build = UpcycledViT.for_timm
-    net = build_model_with_cfg(build, "vmoe_upcycled", pretrained, feature_cfg=feature_cfg, **kwargs)
+    options = {"feature_cfg": feature_cfg, "pretrained_filter_fn": fit_positions}
+    net = build_model_with_cfg(UpcycledViT.for_timm, "vmoe_upcycled", pretrained, **options, **kwargs)
     if known is None:  # normalisation and crop are the backbone's
         net.pretrained_cfg = net.default_cfg = net.backbone_cfg
     return net

@@ -46,7 +46,7 @@ class MomentumVisionTransformer(VisionTransformer):
         """See `create_model` for the settings; timm_args are those of timm's VisionTransformer."""
         if pos_embed not in ("learn", "sincos2d", "none"):
             raise ValueError(f"pos_embed={pos_embed}: use learn, sincos2d or none")
-        _check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
+        check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
         rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
         if num_experts < 1:
@@ -193,11 +193,18 @@ class MomentumVisionTransformer(VisionTransformer):
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """timm's; positions are resampled to the new grid. Raises ValueError: not a multiple of the patch."""
-        _check_patches(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
+        check_patches(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
         super().set_input_size(img_size, patch_size)
 
 
-def _check_patches(image: int | tuple[int, int], patch: int | tuple[int, int]) -> None:
+def check_classes(num_classes: int | None) -> None:
+    """Raises ValueError: no number of classes."""
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"num_classes={num_classes}: use 1 or more, or 0 for a network without a head")
+
+
+def check_patches(image: int | tuple[int, int], patch: int | tuple[int, int]) -> None:
+    """Raises ValueError: an image that is not a whole number of patches."""
     sizes = image if isinstance(image, list | tuple) else (image, image)
     patches = patch if isinstance(patch, list | tuple) else (patch, patch)
     for size, side in zip(sizes, patches, strict=True):
