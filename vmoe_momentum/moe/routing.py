@@ -1,9 +1,9 @@
 """What every router has: tokens -> (plan, losses). Legend of axes: this folder's __init__.
 
-To add a router: one subclass of `Router` in a file of its own, imported by __init__. Constructor arguments are kept as
-attributes of the same name (that is how a router is written into checkpoints); YAML then says
-`router: {class_path: NameOfTheClass, init_args: {...}}`. One such settings object serves a whole network: each layer
-takes `for_layer(width, num_experts)`, a copy with weights of its own.
+To add a router: one subclass of `Router` (of `TokenChoice`, where tokens choose) in any file that is imported.
+Constructor arguments are kept as attributes of the same name (that is how a router is written into checkpoints); YAML
+then says `router: {class_path: NameOfTheClass, init_args: {...}}`. One such settings object serves a whole network:
+each layer takes `for_layer(width, num_experts)`, a copy with weights of its own.
 """
 
 import copy

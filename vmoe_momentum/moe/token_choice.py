@@ -1,4 +1,4 @@
-"""Routers in which tokens choose experts: V-MoE's top-k, GShard's top-2, M6-T's prototypes.
+"""Routers in which tokens choose experts, and V-MoE's among them.
 
 Legend of axes: this folder's __init__.
 """
@@ -21,13 +21,23 @@ Rounding = Literal["ceil", "round"]
 class TokenChoice(LinearGate):
     """What they share: each token asks K experts once each, and experts with finite capacity drop the surplus.
 
-    A subclass keeps the settings named here as attributes and says how many choices a token has.
+    A subclass says how many choices a token has, and routes. Its arguments of these names are TopKRouter's.
     """
 
-    capacity_factor: Factor
-    eval_capacity_factor: Factor
-    capacity_multiple_of: int
-    capacity_rounding: Rounding
+    def __init__(
+        self,
+        capacity_factor: Factor,
+        eval_capacity_factor: Factor,
+        capacity_multiple_of: int,
+        capacity_rounding: Rounding,
+        group_size: int | Literal["image"],
+        bfloat16_dispatch: bool,
+    ) -> None:
+        super().__init__()
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
+        self.group_size, self.bfloat16_dispatch = group_size, bfloat16_dispatch
+        self.check_capacity()
 
     @abstractmethod
     def choices(self) -> int:
@@ -114,15 +124,12 @@ class TopKRouter(TokenChoice):
         gshard_loss_weight: float = 0.0,
         bfloat16_dispatch: bool = False,
     ) -> None:
-        super().__init__()
+        grouping = (capacity_multiple_of, capacity_rounding, group_size, bfloat16_dispatch)
+        super().__init__(capacity_factor, eval_capacity_factor, *grouping)
         self.top_k, self.noise_std, self.renormalize = top_k, noise_std, renormalize
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
-        self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
-        self.capacity = capacity
-        self.batch_priority, self.group_size = batch_priority, group_size
+        self.capacity, self.batch_priority = capacity, batch_priority
         self.importance_loss_weight, self.load_loss_weight = importance_loss_weight, load_loss_weight
-        self.gshard_loss_weight, self.bfloat16_dispatch = gshard_loss_weight, bfloat16_dispatch
-        self.check_capacity()
+        self.gshard_loss_weight = gshard_loss_weight
         if top_k < 1:
             self.refuse("top_k", "a token needs at least one expert; use 1 or 2")
         if noise_std < 0:
@@ -165,129 +172,3 @@ class TopKRouter(TokenChoice):
         # Left out rather than multiplied by zero: a loss that is not wanted may be ill-defined.
         wanted = [weights[name] * parts[name] for name in parts if weights[name] > 0]
         return plan, RouterLosses(sum(wanted, torch.zeros_like(parts["importance"])), parts)
-
-
-class GShardRouter(TokenChoice):
-    """GShard's top-2 gating with random routing (arXiv:2006.16668, section 3.1 and Algorithm 1).
-
-    Each token takes its two best experts with weights g1, g2 divided by g1 + g2. While training the second is used with
-    probability 2 g2 only, and takes no slot when it is not (so their released code; Algorithm 1 lets it keep its place
-    in the queue). All first choices queue before all second ones. In evaluation, ours: always both, nothing random.
-
-    Args:
-        capacity_factor: As for TopKRouter with K = 2; the paper's 2N/E slots are a factor of 1.
-        eval_capacity_factor: As for TopKRouter.
-        capacity_multiple_of: As for TopKRouter; the released code rounds up to 4.
-        capacity_rounding: As for TopKRouter.
-        group_size: As for TopKRouter.
-        gshard_loss_weight: Weight of the balance loss, E * sum_e f_e m_e; <= 0 leaves it out. 0.01 in their code.
-        bfloat16_dispatch: As for TopKRouter.
-    """
-
-    def __init__(
-        self,
-        capacity_factor: Factor = 1.0,
-        eval_capacity_factor: Factor = "dropless",
-        capacity_multiple_of: int = 4,
-        capacity_rounding: Rounding = "ceil",
-        group_size: int | Literal["image"] = "image",
-        gshard_loss_weight: float = 0.01,
-        bfloat16_dispatch: bool = False,
-    ) -> None:
-        super().__init__()
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
-        self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
-        self.group_size, self.gshard_loss_weight = group_size, gshard_loss_weight
-        self.bfloat16_dispatch = bfloat16_dispatch
-        self.check_capacity()
-
-    def choices(self) -> int:
-        return 2
-
-    def add_weights(self, width: int, num_experts: int) -> None:
-        if num_experts < 2:
-            raise ValueError(f"num_experts={num_experts}: GShardRouter sends a token to two experts; use 2 or more")
-        super().add_weights(width, num_experts)
-
-    def sample_noise(self, x: Tensor) -> Tensor | None:
-        """[B, N] uniform in [0, 1), while training."""
-        return torch.rand(x.shape[:2], device=x.device) if self.training else None
-
-    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
-        """logits: [G, S, E]; noise: [G, S, 1], uniform."""
-        gates = logits.softmax(dim=-1)
-        sorted_gates, sorted_index = gates.sort(dim=-1, descending=True, stable=True)
-        weight, expert = sorted_gates[..., :2], sorted_index[..., :2]
-        weight = weight / weight.sum(dim=-1, keepdim=True)
-        wanted = None
-        if noise is not None:
-            second = noise < 2.0 * weight[..., 1:]
-            wanted = torch.cat([torch.ones_like(second), second], dim=-1)
-        plan = TopKPlan.build(gates, expert, weight, self.slots(*gates.shape[1:]), wanted=wanted)
-        balance = losses.gshard_loss(gates, expert)
-        auxiliary = self.gshard_loss_weight * balance if self.gshard_loss_weight > 0 else torch.zeros_like(balance)
-        return plan, RouterLosses(auxiliary, {"gshard": balance})
-
-
-class M6TRouter(TokenChoice):
-    """M6-T's prototypes: k groups of E/k experts, top-1 in each, outputs summed (arXiv:2105.15082, section 3.2).
-
-    Each prototype has a softmax of its own over its own experts; the combine weight is the raw gate. Experts
-    i*E/k ... (i+1)*E/k - 1 form prototype i. The auxiliary loss is the mean over prototypes of the GShard balance loss.
-
-    Args:
-        num_prototypes: k, a divisor of the number of experts; a token reaches one expert in each.
-        capacity_factor: As for TopKRouter with K = num_prototypes.
-        eval_capacity_factor: As for TopKRouter.
-        capacity_multiple_of: As for TopKRouter.
-        capacity_rounding: As for TopKRouter.
-        group_size: As for TopKRouter.
-        gshard_loss_weight: Weight of the balance loss; <= 0 leaves it out (the paper finds it dispensable).
-        bfloat16_dispatch: As for TopKRouter.
-    """
-
-    def __init__(
-        self,
-        num_prototypes: int = 2,
-        capacity_factor: Factor = 1.25,
-        eval_capacity_factor: Factor = "dropless",
-        capacity_multiple_of: int = 4,
-        capacity_rounding: Rounding = "ceil",
-        group_size: int | Literal["image"] = "image",
-        gshard_loss_weight: float = 0.01,
-        bfloat16_dispatch: bool = False,
-    ) -> None:
-        super().__init__()
-        self.num_prototypes = num_prototypes
-        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
-        self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
-        self.group_size, self.gshard_loss_weight = group_size, gshard_loss_weight
-        self.bfloat16_dispatch = bfloat16_dispatch
-        self.check_capacity()
-        if num_prototypes < 1:
-            self.refuse("num_prototypes", "use 1 or more")
-
-    def choices(self) -> int:
-        return self.num_prototypes
-
-    def add_weights(self, width: int, num_experts: int) -> None:
-        if num_experts % self.num_prototypes:
-            raise ValueError(
-                f"router.num_prototypes={self.num_prototypes} does not divide num_experts={num_experts}; change either"
-            )
-        super().add_weights(width, num_experts)
-
-    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
-        """logits: [G, S, E]."""
-        prototypes = logits.unflatten(-1, (self.num_prototypes, -1)).softmax(dim=-1)  # [G, S, k, E/k]
-        size = prototypes.shape[-1]
-        # argmax of equal values is not fixed by torch; a stable sort is
-        sorted_gates, sorted_index = prototypes.sort(dim=-1, descending=True, stable=True)
-        best = sorted_index[..., 0]
-        first = torch.arange(self.num_prototypes, device=logits.device) * size
-        gates = prototypes.flatten(-2)
-        plan = TopKPlan.build(gates, best + first, sorted_gates[..., 0], self.slots(*gates.shape[1:]))
-        each = [losses.gshard_loss(prototypes[:, :, i], best[..., i : i + 1]) for i in range(self.num_prototypes)]
-        balance = torch.stack(each).mean(dim=0)
-        auxiliary = self.gshard_loss_weight * balance if self.gshard_loss_weight > 0 else torch.zeros_like(balance)
-        return plan, RouterLosses(auxiliary, {"gshard": balance})
