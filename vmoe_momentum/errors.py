@@ -18,12 +18,14 @@ REFUSED_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 BASE_CLASS = re.compile(r"Subtypes: \[<class '([\w.]+)'>")
 UNKNOWN_KEY = re.compile(r"does not accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
 WRONG_TYPE = re.compile(r"(?:Given|Got) value: (.*)$")
+NESTED = re.compile(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$")
+WANTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing.Literal\[([^\]]+)\])")
 
 
 def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
     """The message for people. sections: the valid keys of each part of a config, `{"": [...], "model": [...]}`."""
     message = " ".join(str(error).split()) or type(error).__name__
-    for translate in (_wrapped, _option, _class, _key):
+    for translate in (_wrapped, _option, _class, _nested, _key):
         if translated := translate(message, sections):
             return translated
     if "Subtypes:" in message or "Got value:" in message:
@@ -70,6 +72,19 @@ def _class(message: str, _: Any) -> str | None:
     ours = [name for name, c in subclasses(cls).items() if c.__module__.startswith(__package__)] if cls else []
     what = base[1].rpartition(".")[2]
     return f"{_setting(message)}={match[1]}: no such {what}{did_you_mean(match[1], ours)}"
+
+
+def _nested(message: str, _: Any) -> str | None:
+    """`--router.top_k 1`: no class said, or the wrong type."""
+    match = NESTED.search(message)
+    if not match:
+        return None
+    setting = KEY.findall(message)[0]
+    told = f"{setting}.{match[1]}={match[2]}"
+    if "given class_path" not in message:
+        return f"{told}: say which class it is for, with --{setting} NAME before it"
+    kinds = [kind or literals for kind, literals in WANTED.findall(message) if kind != "NoneType"]
+    return f"{told}: expected {' or '.join(dict.fromkeys(kinds)) or 'another type'}"
 
 
 def _key(message: str, sections: dict[str, Iterable[str]]) -> str | None:

@@ -18,8 +18,11 @@ def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     False, or is True and `out` lacks the mark: what it would delete may be anything.
     """
     refuse_existing(out, overwrite, mark)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         yield work
         umask = os.umask(0)
@@ -33,6 +36,9 @@ def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
 def refuse_existing(out: Path, overwrite: bool, mark: str) -> None:
     """Raises ValueError unless `out` is free, or may be overwritten and is of the kind that has `mark`."""
     if not out.exists() and not out.is_symlink():
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(f"--out={out}: {above} is no folder that can be written; choose another")
         return
     if not overwrite:
         raise ValueError(f"--out={out}: it exists; choose another folder, or replace it with --overwrite")

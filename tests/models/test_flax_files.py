@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+import zipfile
 from pathlib import Path
 
 import msgpack
@@ -186,6 +188,16 @@ def test_a_damaged_index_is_named(damage: Damage, change, word: str) -> None:
     damage.refuses(ValueError, "c.index", word)
 
 
+def test_an_index_that_lost_a_byte_is_named(tmp_path: Path) -> None:
+    index, broken = (OFFICIAL / "released_layout.index").read_bytes(), tmp_path / "c.index"
+    shard = OFFICIAL / "released_layout.data-00000-of-00001"
+    shutil.copy(shard, tmp_path / "c.data-00000-of-00001")
+    for offset in range(0, len(index), 61):
+        broken.write_bytes(index[:offset] + index[offset + 1 :])
+        with pytest.raises((ValueError, FileNotFoundError), match=r"c\.(index|data)"):
+            read_flax(str(tmp_path / "c"))
+
+
 def entry(shape: list[int], boxes: list, shards: list[int], dtype: str = "float32") -> msgpack.ExtType:
     info = pack([shape, dtype, False, {}])
     return msgpack.ExtType(8, pack([info, [pack_box(box) for box in boxes], shards]))
@@ -200,6 +212,10 @@ def entry(shape: list[int], boxes: list, shards: list[int], dtype: str = "float3
          "overlap"),
         (entry([1, 1, 16], [((0, 1), (0, 1), (0, 16))], [5]), "lies in shard 5 of 3"),
         (entry([1, 1, 16], [((0, 1), (0, 1), (0, 16))], [0], "int32"), "cls is int32"),
+        (entry([1, 1, 16], [((0, 1), (0, 1), (0, 16))], ["0"]), "unreadable index entry"),
+        (entry([1, 1, 16.0], [((0, 1), (0, 1), (0, 16))], [0]), "unreadable index entry"),
+        (entry([1, 1, 16], [((0, 1), (0, 1), (0, 16.0))], [0]), "unreadable index entry"),
+        (entry([1, 1, 16], [((0, 1), (0, 1), (0, 16))], [0], ["float32"]), "unreadable index entry"),
         (entry([10**7, 10**5], [((0, 10**7), (0, 10**5))], [0]), "announces 4000"),
     ],
 )  # fmt: skip
@@ -232,6 +248,18 @@ def test_damaged_npz_files_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "o.npz", cls=np.array([None], dtype=object))
     for content in (b"", whole[: len(whole) // 2], b"hello", bytes(flipped), (tmp_path / "o.npz").read_bytes()):
         (tmp_path / "b.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"b.npz: not a readable .npz"):
+            read_flax(str(tmp_path / "b.npz"))
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as file, warnings.catch_warnings(action="ignore"):
+        for _ in range(2):
+            file.writestr("head/bias.npy", b"x")
+    with pytest.raises(ValueError, match=r"b.npz: not a readable .npz \(a name comes twice"):
+        read_flax(str(tmp_path / "b.npz"))
+    for offset, value in ((8, 77), (6, 1)):  # compression method, encryption flag of the first local header
+        flipped = bytearray(whole)
+        central = whole.index(b"PK\x01\x02")
+        flipped[offset], flipped[central + offset + 2] = value, value
+        (tmp_path / "b.npz").write_bytes(flipped)
         with pytest.raises(ValueError, match=r"b.npz: not a readable .npz"):
             read_flax(str(tmp_path / "b.npz"))
     np.savez(tmp_path / "i.npz", **random_params(), step=3)

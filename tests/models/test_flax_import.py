@@ -16,13 +16,16 @@ from vmoe_momentum import (
     ExpertChoiceRouter,
     GShardRouter,
     HeavyBall,
+    Residual,
     SoftRouter,
     TopKRouter,
     cli,
+    create_model,
     from_flax,
     read_flax,
 )
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
+from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.flax_import import read_shape
 from vmoe_momentum.models.flax_layout import layout
 
@@ -204,7 +207,7 @@ def test_variations_against_float64_loops(name: str) -> None:
     params = random_params(**shape)
     image = shape.get("image", (12, 12))
     images = np.random.default_rng(7).uniform(-1, 1, (4, *image, 3))
-    positions = {"pos_embed": "sincos2d", "image_size": image} if options.get("sincos") else {"image_size": image}
+    positions = {"pos_embed": "sincos2d", "image_size": image} if options.get("sincos") else {"native_size": image}
     net = from_flax(params, router, **positions).double().eval()
     expected = naive_vmoe.forward(params, images, route, **options)
     torch.testing.assert_close(net(nchw(images)), torch.from_numpy(expected), atol=1e-6, rtol=0)
@@ -238,6 +241,21 @@ def test_another_image_size_resamples_the_positions_as_timm_does() -> None:
     assert larger(torch.randn(2, 3, 20, 20)).isfinite().all()
 
 
+def test_an_oblong_grid_of_as_many_patches_is_resampled_too() -> None:
+    """16 patches read as 4 x 4 become 2 x 8; positions made for 2 x 8 stay as they are."""
+    params = random_params(image=(16, 16))
+    square = from_flax(params, TopKRouter(2))
+    oblong = from_flax(params, TopKRouter(2), image_size=(8, 32))
+    expected = timm.layers.resample_abs_pos_embed(square.pos_embed, (2, 8), (4, 4), num_prefix_tokens=1)
+    torch.testing.assert_close(oblong.pos_embed, expected)
+    native = from_flax(params, TopKRouter(2), native_size=(8, 32))
+    assert torch.equal(native.pos_embed, square.pos_embed)
+    assert native.patch_embed.grid_size == oblong.patch_embed.grid_size == (2, 8)
+    both = from_flax(params, TopKRouter(2), native_size=(8, 32), image_size=16)
+    expected = timm.layers.resample_abs_pos_embed(square.pos_embed, (4, 4), (2, 8), num_prefix_tokens=1)
+    torch.testing.assert_close(both.pos_embed, expected)
+
+
 def test_the_head_can_be_dropped_or_replaced() -> None:
     params = random_params(representation=7)
     kept, dropped, fresh = (from_flax(params, TopKRouter(2), num_classes=n).eval() for n in (None, 0, 9))
@@ -257,6 +275,30 @@ def test_a_momentum_rule_may_be_put_on_top() -> None:
     )
     assert torch.equal(plain, off)
     assert not torch.allclose(plain, ball)
+
+
+def test_a_learned_rule_goes_on_and_off_a_directory(tmp_path: Path) -> None:
+    plain = from_flax(random_params(moe=(0, 1, 2)), TopKRouter(2)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    save(plain, tmp_path / "plain")
+    learned = create_model(f"local-dir:{tmp_path}/plain", rule=HeavyBall(mu=0.5, learn=True)).eval()
+    expected = create_model(f"local-dir:{tmp_path}/plain", rule=HeavyBall(mu=0.5)).eval()
+    torch.testing.assert_close(learned(x), expected(x), atol=1e-5, rtol=0)
+    save(learned, tmp_path / "learned")
+    assert torch.equal(create_model(f"local-dir:{tmp_path}/learned").eval()(x), learned(x))
+    assert torch.equal(create_model(f"local-dir:{tmp_path}/learned", rule=Residual()).eval()(x), plain(x))
+
+
+def test_damaged_directories_are_named(tmp_path: Path) -> None:
+    save(from_flax(random_params(), TopKRouter(2)), tmp_path / "w")
+    weights, config = tmp_path / "w" / "model.safetensors", tmp_path / "w" / "config.json"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        create_model(f"local-dir:{tmp_path}/w")
+    for text in ("{}", "[]", "{"):
+        config.write_text(text)
+        with pytest.raises(ValueError, match="config.json is damaged, or no timm config"):
+            create_model(f"local-dir:{tmp_path}/w")
 
 
 def without(name: str) -> dict[str, np.ndarray]:
@@ -293,9 +335,13 @@ def test_tensors_that_do_not_fit_are_named(params: dict, words: list[str]) -> No
         ({}, {}, "router: how many experts a token takes"),
         ({}, {"router": SoftRouter()}, "router=SoftRouter: the file's routers are linear gates"),
         ({"slots": 2}, {"router": TopKRouter(2)}, "router=TopKRouter: the file's routers are soft"),
+        ({"slots": 2}, {"router": SoftRouter(5)}, "router.slots_per_expert=5: the file has 2"),
+        ({"moe": ()}, {"router": TopKRouter(99)}, "router=TopKRouter: the file has no sparse blocks"),
+        ({}, {"router": TopKRouter(2), "native_size": (12, 13)}, r"native_size=\[12, 13\] is not a multiple"),
+        ({}, {"router": TopKRouter(2), "native_size": (12, 16)}, "positions for 9 patches"),
         ({}, {"router": TopKRouter(5)}, "router.top_k=5 is more than num_experts=4"),
-        ({}, {"router": TopKRouter(2), "image_size": 13}, "image_size=13 is not a multiple of the patch size"),
-        ({"image": (8, 20)}, {"router": TopKRouter(2)}, "positions of 10 patches are no square grid"),
+        ({}, {"router": TopKRouter(2), "image_size": 13}, "is not a multiple of the patch size"),
+        ({"image": (8, 20)}, {"router": TopKRouter(2)}, "native_size=None: the file has positions for 10 patches"),
         ({"positions": False}, {"router": TopKRouter(2)}, "pos_embed: the file has no learned positions"),
         ({"positions": False}, {"router": TopKRouter(2), "pos_embed": "none"}, "image_size: without learned positions"),
         ({}, {"router": TopKRouter(2), "pos_embed": "none"}, "pos_embed=none: the file has learned positions"),
@@ -308,7 +354,7 @@ def test_settings_that_lie_in_no_tensor_are_asked_for(shape: dict, settings: dic
 
 def test_nothing_is_written_when_something_is_wrong(tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", **without("cls"))
-    with pytest.raises(ValueError, match="no square grid.*is the class token, cls, missing"):
+    with pytest.raises(ValueError, match="positions for 10 patches.*is the class token, cls, missing"):
         cli.run(["import", "flax", f"--source={tmp_path / 'p.npz'}", f"--out={tmp_path / 'w'}", "--router=TopKRouter"])
     assert [path.name for path in tmp_path.iterdir()] == ["p.npz"]
 

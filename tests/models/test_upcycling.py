@@ -58,6 +58,7 @@ FAMILIES = {
     "vit_base_patch16_clip_quickgelu_224": SMALL,  # another activation
     "vit_base_patch16_siglip_224": SMALL,  # attention pooling
     "vit_small_patch16_36x1_224": SMALL,
+    "vit_tiny_r_s16_p8_224": SMALL | {"patch_size": 1, "embed_dim": 48},  # a convolutional stem
     "vit_wee_patch16_reg1_gap_256": SMALL | {"global_pool": "avg"},
 }
 
@@ -89,6 +90,9 @@ def test_families_keep_their_logits_through_a_directory(name: str, tmp_path: Pat
         ({"router": ExpertChoiceRouter()}, "combine weights do not sum to one"),
         ({"router": SoftRouter()}, "combine weights do not sum to one"),
         ({"router": M6TRouter()}, "combine weights do not sum to one"),
+        ({"router": TopKRouter(4)}, None),  # all experts: the raw gates sum to one
+        ({"router": TopKRouter(2, renormalize=True, eval_capacity_factor=2.0)}, None),  # E / K: nothing can be dropped
+        ({"moe_layers": "none", "rule": HeavyBall()}, None),
         ({"rule": HeavyBall()}, "moves the residual stream otherwise"),
     ],
 )
@@ -114,13 +118,14 @@ def test_what_differs_is_said(settings: dict, reason: str | None, tmp_path: Path
         ("vit_giant_patch14_dinov2", "its MLP is a SwiGLUPacked|its MLP is a GluMlp"),
         ("vit_tiny_patch16_22", "no such timm model; did you mean vit_tiny_patch16_224"),
         ("vmoe_tiny_patch4_16", "it has experts already"),
+        ("vit_tiny_r_s16_p8_224", "image_size=24"),
         ("local-dir:nowhere", "Config file not found: nowhere/config.json"),
     ],
 )
 def test_what_cannot_be_upcycled_is_refused_with_the_reason(backbone: str, message: str) -> None:
     size = SMALL if backbone.startswith(("vit_giant", "vit_base")) else {}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        UpcycledViT(backbone, backbone_args=size)
+        UpcycledViT(backbone, backbone_args=size, image_size=24 if "r_s16" in backbone else None)
 
 
 def test_weights_that_cannot_be_had_are_an_answer_not_a_traceback(monkeypatch) -> None:
@@ -175,6 +180,13 @@ def test_create_model_loads_directories_and_points_to_the_class(tmp_path: Path) 
     assert not torch.equal(create_model(f"local-dir:{tmp_path}/sparse", pretrained=False).eval()(x), net(x))
     ball = create_model(f"local-dir:{tmp_path}/sparse", rule=HeavyBall(0.5), num_classes=3, image_size=48).eval()
     assert ball(torch.randn(2, 3, 48, 48)).shape == (2, 3)
+    flexible = timm.create_model(f"local-dir:{tmp_path}/sparse", pretrained=True, dynamic_img_size=True).eval()
+    torch.testing.assert_close(flexible(x), net(x))
+    assert flexible(torch.randn(2, 3, 40, 48)).shape == (2, 7)
+    with pytest.raises(ValueError, match="pos_embed=none: an upcycled network has its backbone's"):
+        create_model(f"local-dir:{tmp_path}/sparse", pos_embed="none")
+    with pytest.raises(ValueError, match="backbone_args=.*bogus"):
+        UpcycledViT(backbone_args={"bogus": 3})
     with pytest.raises(ValueError, match="use the class UpcycledViT"):
         create_model("vmoe_upcycled")
     with pytest.raises(ValueError, match=r"rule=HeavyBall.*has no sparse layers"):

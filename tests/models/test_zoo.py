@@ -9,6 +9,7 @@ import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -17,6 +18,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
+from vmoe_momentum import HeavyBall
 from vmoe_momentum.models import MomentumVisionTransformer
 from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.settings import subclasses, to_spec
@@ -207,6 +209,81 @@ def test_timms_feature_tools(name: str) -> None:
     assert [tuple(m.shape) for m in maps.values()] == [(4, 4, tokens, tokens)] * 4
     for attention in maps.values():
         torch.testing.assert_close(attention.sum(-1), torch.ones(4, 4, tokens))
+
+
+@pytest.mark.parametrize("router", ["TopKRouter", "ExpertChoiceRouter", "SoftRouter", "GShardRouter", "M6TRouter"])
+@pytest.mark.parametrize("pos_embed", ["learn", "sincos2d"])
+def test_timms_fx_tools(router: str, pos_embed: str, monkeypatch) -> None:
+    """AttentionExtract's default method traces the network, in training mode too."""
+    monkeypatch.setattr(timm.layers.config, "_USE_FUSED_ATTN", 0)
+    settings = {"router": router, "pos_embed": pos_embed, "rule": "HeavyBall"}
+    net = small("vmoe_custom", **{**settings}).eval()
+    x = images(net)
+    maps = AttentionExtract(copy.deepcopy(net))(x)
+    assert [tuple(m.shape) for m in maps.values()] == [(4, 4, 10, 10)] * 4
+    with pytest.raises(ValueError, match="feature_cls=fx: blocks here return tokens and momentum"):
+        small("vmoe_custom", features_only=True, feature_cls="fx")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_device_and_dtype_reach_every_tensor(name: str) -> None:
+    for settings in ({"device": "meta"}, {"dtype": torch.bfloat16}):
+        net = small(name, "HeavyBall", **settings) if "dtype" in settings else meta_by_argument(name)
+        assert {p.device.type for p in net.parameters()} == {settings.get("device", "cpu")}
+        assert {p.dtype for p in net.parameters()} == {settings.get("dtype", torch.float32)}
+    net.eval()
+    assert net(images(net).bfloat16()).isfinite().all()
+
+
+def meta_by_argument(name: str) -> nn.Module:
+    extra = {"backbone_args": {"depth": 4}} if name == "vmoe_upcycled" else {}
+    return timm.create_model(name, device="meta", **extra)
+
+
+@pytest.mark.parametrize("rule", [HeavyBall(learn=True), HeavyBall()])
+def test_from_the_meta_device_to_published_weights(rule: MomentumRule) -> None:
+    """to_empty, then init_weights: every tensor starts as published."""
+    with torch.device("meta"):
+        net = timm.create_model("vmoe_tiny_patch4_16", rule=rule, num_classes=5)
+    net = net.to_empty(device="cpu")
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    net.init_weights()
+    assert all(p.isfinite().all() for p in net.parameters())
+    torch.testing.assert_close(net.head.bias, torch.full((5,), -torch.tensor(5.0).log().item()))
+    experts = net.blocks[1].mlp.experts.fc1.weight
+    assert torch.equal(experts[0], experts[3])
+    if rule.learn:
+        assert net.blocks[1].momentum()["mu"].item() == pytest.approx(0.7, abs=1e-6)
+    with pytest.raises(ValueError, match="weight_init=jax"):
+        net.init_weights("jax")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"scale_mlp_norm": True}, {"proj_bias": False}, {"mlp_layer": timm.layers.GluMlp}, {"weight_init": "jax"}],
+)
+def test_settings_that_experts_do_not_have_are_refused(setting: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.*not for networks with experts"):
+        timm.create_model("vmoe_tiny_patch4_16", **setting)
+
+
+def test_dropout_of_the_mlps_is_that_of_the_experts_where_nothing_else_is_said() -> None:
+    for settings, rate in (({}, 0.3), ({"expert_drop_rate": 0.1}, 0.1)):
+        net = timm.create_model("vmoe_tiny_patch4_16", proj_drop_rate=0.3, **settings)
+        assert net.blocks[1].mlp.experts.drop.p == rate
+        assert net.blocks[0].mlp.drop1.p == 0.3
+
+
+def test_foreign_checkpoint_files_are_pointed_to_the_import(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="vmoe-momentum import flax"):
+        timm.create_model("vmoe_tiny_patch4_16", checkpoint_path=str(tmp_path / "w.npz"))
+
+
+def test_an_empty_batch() -> None:
+    net = timm.create_model("vmoe_tiny_patch4_16").train()
+    assert net(torch.randn(0, 3, 16, 16)).shape == (0, 1000)
 
 
 def test_features_only() -> None:

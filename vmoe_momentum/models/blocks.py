@@ -5,10 +5,13 @@
 """
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from timm.layers import Attention, DropPath
+from timm.models import register_notrace_module
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -55,35 +58,58 @@ class MomentumBlock(Block):
         router: Router,
         rule: MomentumRule,
         step: int,
-        expert_drop: float,
+        expert_drop: float | None,
         mlp_ratio: float,
         act_layer: type[nn.Module],
-        **block: object,
+        **block: Any,
     ) -> None:
-        """step: t of the rule, 1 for the first MoE block. The other arguments are timm's Block's."""
+        """step: t of the rule, 1 for the first MoE block. expert_drop: None for the dense MLPs' proj_drop. The other
+        arguments are timm's Block's."""
         super().__init__(mlp_ratio=mlp_ratio, act_layer=act_layer, **{**block, "mlp_layer": _NoMlp})
-        width = block["dim"]
-        self.mlp = SparseMlp(width, int(width * mlp_ratio), num_experts, router, act_layer, drop=expert_drop)
-        self._carry_momentum(rule, step)
+        width, drop = block["dim"], block.get("proj_drop", 0.0) if expert_drop is None else expert_drop
+        self._become_sparse(
+            lambda: SparseMlp(width, int(width * mlp_ratio), num_experts, router, act_layer, drop),
+            rule, step, block.get("device"), block.get("dtype"),
+        )  # fmt: skip
 
-    def _carry_momentum(self, rule: MomentumRule, step: int) -> None:
+    def _become_sparse(
+        self,
+        build: Callable[[], SparseMlp],
+        rule: MomentumRule,
+        step: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """None: where and as torch makes tensors."""
         self.rule, self.step = rule, step
-        self.momentum = Coefficients(rule)
+        with nullcontext() if device is None else torch.device(device):
+            self.mlp, self.momentum = build().to(dtype), Coefficients(rule).to(dtype)
+        self.noise = _DrawNoise(self.mlp)
 
     @classmethod
     def adopt(
-        cls, block: Block, *, num_experts: int, router: Router, rule: MomentumRule, step: int, expert_drop: float
+        cls,
+        block: Block,
+        *,
+        num_experts: int,
+        router: Router,
+        rule: MomentumRule,
+        step: int,
+        expert_drop: float | None,
     ) -> "MomentumBlock":
         """The parts of a dense block, its MLP copied into every expert (sparse upcycling, arXiv:2212.05055)."""
-        dense = block.mlp
+        dense, like = block.mlp, block.mlp.fc1.weight
         width, hidden = dense.fc1.in_features, dense.fc1.out_features
-        mlp = SparseMlp(width, hidden, num_experts, router, lambda: copy.deepcopy(dense.act), drop=expert_drop)
+        drop = dense.drop1.p if expert_drop is None else expert_drop
+        new = _adopt(cls, {name: part for name, part in block.named_children() if name != "mlp"})
+        new._become_sparse(
+            lambda: SparseMlp(width, hidden, num_experts, router, lambda: copy.deepcopy(dense.act), drop),
+            rule, step, like.device, like.dtype,
+        )  # fmt: skip
         with torch.no_grad():
-            for layer, source in ((mlp.experts.fc1, dense.fc1), (mlp.experts.fc2, dense.fc2)):
+            for layer, source in ((new.mlp.experts.fc1, dense.fc1), (new.mlp.experts.fc2, dense.fc2)):
                 layer.weight.copy_(source.weight.expand_as(layer.weight))
-                layer.bias.copy_(torch.zeros(()) if source.bias is None else source.bias.expand_as(layer.bias))
-        new = _adopt(cls, {**dict(block.named_children()), "mlp": mlp})
-        new._carry_momentum(rule, step)
+                layer.bias.copy_(layer.bias * 0 if source.bias is None else source.bias.expand_as(layer.bias))
         return new
 
     def forward(
@@ -91,7 +117,7 @@ class MomentumBlock(Block):
     ) -> tuple[Tensor, Carry]:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         # Drawn once a block, however often the rule evaluates u.
-        noise, drop_mask = self.mlp.router.sample_noise(x), self._drop_path_mask(x)
+        noise, drop_mask = self.noise(x), self._drop_path_mask(x)
         aux_losses = []
 
         def u(y: Tensor) -> Tensor:
@@ -108,6 +134,21 @@ class MomentumBlock(Block):
         if not self.training or not isinstance(self.drop_path2, DropPath):
             return None
         return self.drop_path2(torch.ones_like(x[:, :1, :1]))
+
+
+class _DrawNoise(nn.Module):
+    """The router's noise as a module of its own, so that timm's fx tools can pass it by."""
+
+    def __init__(self, mlp: SparseMlp) -> None:
+        super().__init__()
+        self.source = (mlp,)  # in a tuple: registered once, as the block's mlp
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        return self.source[0].router.sample_noise(x)
+
+
+register_notrace_module(SparseMlp)
+register_notrace_module(_DrawNoise)
 
 
 def _adopt(cls: type[Block], parts: dict[str, nn.Module]) -> Any:

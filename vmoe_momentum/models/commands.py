@@ -35,6 +35,7 @@ def import_flax(
     num_classes: int | None = None,
     num_heads: int | None = None,
     pos_embed: Literal["sincos2d", "none"] | None = None,
+    native_size: tuple[int, int] | None = None,
     overwrite: bool = False,
 ) -> MomentumVisionTransformer:
     """A V-MoE or Soft MoE checkpoint of google-research/vmoe, without jax.
@@ -51,11 +52,12 @@ def import_flax(
         num_classes: 0 drops the head; another number than the checkpoint's gives a fresh one.
         num_heads: Attention heads, where the tensors do not say it.
         pos_embed: Kind of positions, where the checkpoint has no learned ones.
+        native_size: [height, width] that the learned positions are for, where they are not square.
         overwrite: Replace such a directory written earlier.
     """
     target = Path(out)
     directory.check_target(target, overwrite)
-    net = from_flax(read_flax(source), router, rule, image_size, num_classes, num_heads, pos_embed)
+    net = from_flax(read_flax(source), router, rule, image_size, num_classes, num_heads, pos_embed, native_size)
     directory.save(net, target, overwrite)
     return net
 
@@ -110,7 +112,8 @@ def run(argv: list[str]) -> None:
     else:
         net = import_timm(**settings)
         reasons = differences(net)
-        print("in evaluation its logits " + ("differ from" if reasons else "equal") + " the dense network's")
+        what = "features" if settings["num_classes"] is not None else "logits"  # the head may be a fresh one
+        print(f"in evaluation its {what} " + ("differ from" if reasons else "equal") + " the dense network's")
         for reason in reasons:
             print(f"  {reason}")
     total = sum(parameter.numel() for parameter in net.parameters())

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+from safetensors import SafetensorError
 from timm.models import is_model, model_entrypoint
 from torch import nn
 
@@ -74,6 +75,9 @@ def create_model(
         "share_expert_init": share_expert_init,
     }  # fmt: skip
     given = {key: value for key, value in sparse.items() if value is not None}
+    for key in ("representation_size", "pos_embed", "share_expert_init"):
+        if architecture == "vmoe_upcycled" and key in given:
+            raise ValueError(f"{key}={given[key]}: an upcycled network has its backbone's; leave it out")
     if given and not _is_ours(architecture):
         key, value = next(iter(given.items()))
         raise ValueError(f"{key}={value}: {name} has no sparse layers; leave it out, or use one of timm's {OURS} names")
@@ -84,15 +88,16 @@ def create_model(
             given[key] = to_spec(given[key])
     if image_size is not None and not is_directory and _is_ours(name):
         given["img_size"] = image_size  # at once: resampling would blur freshly drawn positions
-    net = timm.create_model(
-        name,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-        global_pool=global_pool,
-        **given,
-    )
+    timm_settings = {
+        "num_classes": num_classes,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+        "global_pool": global_pool,
+    }
+    try:
+        net = timm.create_model(name, pretrained=pretrained, **timm_settings, **given)
+    except SafetensorError as error:
+        raise ValueError(f"name={name}: model.safetensors is damaged ({error}); write it again") from error
     if image_size is not None and "img_size" not in given and hasattr(net, "set_input_size"):
         net.set_input_size(img_size=(image_size, image_size))  # convolutional networks take any size as they are
     if grad_checkpointing:
@@ -106,7 +111,10 @@ def _architecture(name: str) -> str:
         path = Path(name.partition(":")[2]) / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"name={name}: no file {path}; give a directory that `vmoe-momentum import` wrote")
-        return json.loads(path.read_text())["architecture"]
+        try:
+            return json.loads(path.read_text())["architecture"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"name={name}: {path} is damaged, or no timm config (no architecture in it)") from error
     if not name.startswith("hf-hub:") and not is_model(name.partition(".")[0]):
         raise ValueError(f"name={name}: no such timm model{did_you_mean(name, _candidates(name))}")
     return name

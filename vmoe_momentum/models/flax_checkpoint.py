@@ -39,18 +39,22 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"source={path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as file:
+            if len(set(file.files)) < len(file.files):
+                raise ValueError("a name comes twice")
             return {name: _as_float32(file[name]) for name in file.files}
     except (
         zipfile.BadZipFile,
         zlib.error,
         EOFError,
+        MemoryError,
         OSError,
+        RuntimeError,
         ValueError,
-        KeyError,
+        LookupError,
         TypeError,
         AttributeError,
     ) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"source={path}: not a readable .npz ({reason}); fetch the checkpoint again") from error
 
 

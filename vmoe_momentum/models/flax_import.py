@@ -27,6 +27,7 @@ def from_flax(
     num_classes: int | None = None,
     num_heads: int | None = None,
     pos_embed: Literal["sincos2d", "none"] | None = None,
+    native_size: tuple[int, int] | None = None,
 ) -> MomentumVisionTransformer:
     """The network that these parameters (see read_flax) belong to, its settings as JSON with it.
 
@@ -40,13 +41,14 @@ def from_flax(
         num_classes: 0 drops the head, another number than the file's replaces it by a fresh one.
         num_heads: Needed only where attention kernels are (D, D).
         pos_embed: Needed only where the file has no learned positions.
+        native_size: Height and width in pixels that the learned positions are for; needed where these are not equal.
 
     Raises ValueError: tensors that are missing, unknown or misshapen, by name; a setting that has to be given.
     """
     check_classes(num_classes)
     shape = read_shape(arrays, num_heads)
     router = _router(shape, router)
-    native, wanted = _image_sizes(shape, image_size, pos_embed)
+    native, wanted = _image_sizes(shape, image_size, native_size, pos_embed)
     sources = layout(shape)
     _check(arrays, {name: size for source in sources.values() for name, size in source.arrays.items()})
     tensors = {
@@ -146,10 +148,16 @@ def _heads(arrays: dict[str, np.ndarray], num_heads: int | None, width: int) -> 
 
 def _router(shape: Shape, router: Router | None) -> Router:
     if not shape.moe_layers:
-        return router or TopKRouter()
+        if router is not None:
+            raise ValueError(f"router={type(router).__name__}: the file has no sparse blocks; leave it out")
+        return TopKRouter()
     if shape.slots:
         if router is not None and not isinstance(router, SoftRouter):
             raise ValueError(f"router={type(router).__name__}: the file's routers are soft; leave it out")
+        if router is not None and router.slots_per_expert not in (1, shape.slots):
+            raise ValueError(
+                f"router.slots_per_expert={router.slots_per_expert}: the file has {shape.slots}; leave it out"
+            )
         settings = {**to_spec(router or SoftRouter())["init_args"], "slots_per_expert": shape.slots}
         return SoftRouter(**settings)
     if router is None:
@@ -163,12 +171,17 @@ def _router(shape: Shape, router: Router | None) -> Router:
 
 
 def _image_sizes(
-    shape: Shape, image_size: int | tuple[int, int] | None, pos_embed: str | None
+    shape: Shape,
+    image_size: int | tuple[int, int] | None,
+    native_size: tuple[int, int] | None,
+    pos_embed: str | None,
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The size that the positions are for, and the one that is wanted."""
     asked = (image_size, image_size) if isinstance(image_size, int) else image_size and tuple(image_size)
-    if asked and any(side % patch or side < patch for side, patch in zip(asked, shape.patch, strict=True)):
-        raise ValueError(f"image_size={image_size} is not a multiple of the patch size {shape.patch}")
+    native = native_size and tuple(native_size)
+    for name, size in (("image_size", asked), ("native_size", native)):
+        if size and any(side % patch or side < patch for side, patch in zip(size, shape.patch, strict=True)):
+            raise ValueError(f"{name}={list(size)} is not a multiple of the patch size {list(shape.patch)}")
     if not shape.positions:
         if pos_embed is None:
             raise ValueError("pos_embed: the file has no learned positions; say sincos2d or none")
@@ -180,15 +193,14 @@ def _image_sizes(
     if pos_embed is not None:
         raise ValueError(f"pos_embed={pos_embed}: the file has learned positions; leave it out")
     patches = shape.positions - shape.class_token
-    if asked and math.prod(s // p for s, p in zip(asked, shape.patch, strict=True)) == patches:
-        return asked, asked
-    side = math.isqrt(patches)
-    if side * side != patches:
+    if native is None:
+        side = math.isqrt(patches)
+        native = (side * shape.patch[0], side * shape.patch[1])
+    if math.prod(side // patch for side, patch in zip(native, shape.patch, strict=True)) != patches:
         raise ValueError(
-            f"image_size={image_size}: the positions of {patches} patches are no square grid; "
+            f"native_size={native_size}: the file has positions for {patches} patches of {list(shape.patch)} pixels; "
             "give the height and width the network was trained with (or is the class token, cls, missing?)"
         )
-    native = (side * shape.patch[0], side * shape.patch[1])
     return native, asked or native
 
 

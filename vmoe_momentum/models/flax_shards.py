@@ -102,7 +102,7 @@ def _read_index(path: Path) -> tuple[list[tuple[str | None, Entry]], int]:
     """All leaves in the order of their numbers; the name is None for those that are no parameters."""
     try:
         index = msgpack.unpackb(path.read_bytes(), strict_map_key=False)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise ValueError(f"{path}: not a whole index file ({error or type(error).__name__})") from error
     if not isinstance(index, dict) or not {"shard_count", "index"} <= set(index):
         raise ValueError(f"{path}: not the index of a V-MoE checkpoint (no shard_count and index in it)")
@@ -143,6 +143,8 @@ def _entry(path: Path, name: str, value: Any, wanted: bool) -> Entry:
             raise ValueError("not an index entry")
         info, boxes, shards = _unpack(value.data)
         shape, dtype, _, _ = _unpack(info)
+        if not isinstance(dtype, str) or not all(type(number) is int for number in (*shape, *shards)):
+            raise ValueError("a dtype that is no name, or a shape or shard that is no whole number")
         entry = Entry(tuple(shape), dtype, dict(zip(map(_box, boxes), shards, strict=True)))
         if len(entry.pieces) != len(boxes):
             raise ValueError("a box comes twice")
@@ -184,8 +186,8 @@ def _unpack(data: bytes) -> Any:
 
 def _box(data: bytes) -> Box:
     slices = [_unpack(part) for part in _unpack(data)]
-    if any(step is not None for _, _, step in slices):
-        raise ValueError("a slice with a step")
+    if any(step is not None or type(start) is not int or type(stop) is not int for start, stop, step in slices):
+        raise ValueError("a slice with a step, or without whole numbers")
     return tuple((start, stop) for start, stop, _ in slices)
 
 

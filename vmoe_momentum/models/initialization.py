@@ -11,11 +11,11 @@ from ..moe import SparseMlp
 
 
 @torch.no_grad()
-def init_vmoe(net: VisionTransformer, share_expert_init: bool) -> None:
+def init_vmoe(net: VisionTransformer) -> None:
     """Xavier for attention and MLPs, MLP biases N(0, 1e-6), LeCun for patches and representation, zero head.
 
-    `share_expert_init`: all experts of a layer start equal, as in the published recipes (`split_rngs: False`); router
-    noise and their tokens tell them apart.
+    `net.share_expert_init`: all experts of a layer start equal, as in the published recipes (`split_rngs: False`);
+    router noise and their tokens tell them apart.
     """
     lecun_normal_(net.patch_embed.proj.weight)
     if net.patch_embed.proj.bias is not None:
@@ -37,7 +37,7 @@ def init_vmoe(net: VisionTransformer, share_expert_init: bool) -> None:
                 nn.init.zeros_(layer.bias)
         if isinstance(block.mlp, SparseMlp):
             for layer in (block.mlp.experts.fc1, block.mlp.experts.fc2):
-                layer.reset_parameters(share=share_expert_init)
+                layer.reset_parameters(share=net.share_expert_init)
         else:
             _init_mlp(block.mlp)
     if isinstance(net.pre_logits, nn.Sequential):
@@ -49,7 +49,8 @@ def init_vmoe(net: VisionTransformer, share_expert_init: bool) -> None:
 def _init_mlp(mlp: nn.Module) -> None:
     for layer in (mlp.fc1, mlp.fc2):
         nn.init.xavier_uniform_(layer.weight)
-        nn.init.normal_(layer.bias, std=1e-6)
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias, std=1e-6)
 
 
 def _init_map_head(pool: AttentionPoolLatent) -> None:

@@ -1,11 +1,19 @@
-"""Fixed position embeddings, and learned ones brought to another grid."""
-
-import math
+"""Fixed position embeddings."""
 
 import torch
-from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+
+@register_notrace_module
+class SinCos2d(nn.Module):
+    """Adds sines and cosines of its place to each patch; without state, so any grid will do."""
+
+    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """x: [B, N, D] of a grid rows x columns, or [B, h, w, D], which says its own."""
+        if x.ndim == 4:
+            rows, columns = x.shape[1:3]
+        return x + sincos2d(rows, columns, x.shape[-1], x.device, x.dtype).reshape(*x.shape[1:])
 
 
 def sincos2d(rows: int, columns: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -21,19 +29,3 @@ def sincos2d(rows: int, columns: int, width: int, device: torch.device, dtype: t
     y = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns).unsqueeze(1) * frequency
     x = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows).unsqueeze(1) * frequency
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).to(dtype)
-
-
-def fit_positions(tensors: dict[str, Tensor], net: VisionTransformer) -> dict[str, Tensor]:
-    """A state dict whose learned positions fit the network's grid: timm calls this before it loads weights."""
-    table = tensors.get("pos_embed")
-    if table is None or net.pos_embed is None:
-        return tensors
-    prefix = 0 if net.no_embed_class else net.num_prefix_tokens
-    side = math.isqrt(table.shape[1] - prefix)
-    saved, grid = getattr(net, "pretrained_model_args", {}).get("img_size"), (side, side)
-    if isinstance(saved, list | tuple):  # the size these weights were saved at
-        grid = tuple(pixels // patch for pixels, patch in zip(saved, net.patch_embed.patch_size, strict=True))
-    if grid == net.patch_embed.grid_size:
-        return tensors
-    fitted = resample_abs_pos_embed(table, net.patch_embed.grid_size, grid, num_prefix_tokens=prefix)
-    return {**tensors, "pos_embed": fitted}

@@ -1,5 +1,7 @@
 """Sparse upcycling: a dense timm ViT whose MLPs become experts (arXiv:2212.05055)."""
 
+import copy
+import inspect
 from typing import Any
 
 import timm
@@ -9,9 +11,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from ..moe import Router, TopKRouter
+from ..moe import GShardRouter, Router, TopKRouter
 from ..momentum import MomentumRule, Residual
 from .blocks import DenseBlock, MomentumBlock
+from .loading import pixels_per_patch
 from .placement import moe_indices
 from .settings import describe, did_you_mean, from_spec, to_spec
 from .vit import MomentumVisionTransformer, check_classes, check_patches
@@ -34,7 +37,7 @@ class UpcycledViT(MomentumVisionTransformer):
         num_experts: Experts of a sparse layer.
         rule: Momentum rule across the sparse blocks; Residual where nothing is said.
         router: Router of every sparse block; where nothing is said TopKRouter with renormalised gates.
-        expert_drop_rate: Dropout inside the experts.
+        expert_drop_rate: Dropout inside the experts; where nothing is said that of the backbone's MLPs.
         num_classes: Classes; another number than the backbone's gives a fresh head. `fit` sets it from the data.
         image_size: Side of the square input; `fit` sets it from the data.
         drop_rate: Dropout before the head.
@@ -53,7 +56,7 @@ class UpcycledViT(MomentumVisionTransformer):
         num_experts: int = 8,
         rule: MomentumRule | None = None,
         router: Router | None = None,
-        expert_drop_rate: float = 0.0,
+        expert_drop_rate: float | None = None,
         num_classes: int | None = None,
         image_size: int | None = None,
         drop_rate: float | None = None,
@@ -67,9 +70,11 @@ class UpcycledViT(MomentumVisionTransformer):
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts}: a sparse layer needs at least one expert; V-MoE uses 8")
         given = {"num_classes": num_classes, "img_size": image_size, "drop_rate": drop_rate}
-        dense = _dense(backbone, pretrained, {**(backbone_args or {}), **given, "drop_path_rate": drop_path_rate})
         if image_size is not None:
-            check_patches(image_size, dense.patch_embed.patch_size)
+            check_patches(image_size, 1)
+        dense = _dense(backbone, pretrained, {**(backbone_args or {}), **given, "drop_path_rate": drop_path_rate})
+        if image_size is not None and not dense.dynamic_img_size:
+            check_patches(image_size, pixels_per_patch(dense))
         indices = moe_indices(moe_layers, len(dense.blocks))
         for index in indices:
             _check_block(dense.blocks[index], backbone)
@@ -100,18 +105,12 @@ class UpcycledViT(MomentumVisionTransformer):
         }
 
     @classmethod
-    def for_timm(
-        cls,
-        in_chans: int | None = None,
-        img_size: int | tuple[int, int] | None = None,
-        global_pool: str | None = None,
-        backbone_args: dict[str, Any] | None = None,
-        **settings: Any,
-    ) -> "UpcycledViT":
-        """The same from timm's names for the settings."""
-        theirs = {"in_chans": in_chans, "global_pool": global_pool}
-        theirs = {**(backbone_args or {}), **{key: value for key, value in theirs.items() if value is not None}}
-        return cls(**settings, image_size=img_size, backbone_args=theirs)
+    def for_timm(cls, img_size: int | tuple[int, int] | None = None, **settings: Any) -> "UpcycledViT":
+        """The same from timm's names for the settings; those that are not ours are the backbone's."""
+        ours = set(inspect.signature(cls.__init__).parameters) - {"self", "pretrained", "image_size"}
+        theirs = {name: settings.pop(name) for name in list(settings) if name not in ours}
+        backbone_args = {**(settings.pop("backbone_args", None) or {}), **theirs}
+        return cls(**settings, image_size=img_size, backbone_args=backbone_args)
 
     def function_settings(self) -> dict[str, Any]:
         """With the backbone, whose options (norms, activation, scale) lie in no tensor either."""
@@ -127,6 +126,14 @@ def _dense(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> Vision
     arguments = {key: value for key, value in arguments.items() if value is not None}
     try:
         net = timm.create_model(backbone, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise ValueError(f"backbone_args={arguments}: {backbone} does not take them ({error})") from error
+    except AssertionError as error:
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items()).replace("img_size", "image_size")
+        reason = f" ({error})" if str(error) else ""
+        raise ValueError(
+            f"{given or 'arguments'}: timm cannot build {backbone} so{reason}; an image is a whole number of patches"
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -160,19 +167,24 @@ def _check_block(block: Block, backbone: str) -> None:
 
 
 def differences(net: UpcycledViT) -> list[str]:
-    """Why its logits in evaluation are not those of the dense network; empty where they are."""
-    rule, router = to_spec(net.rule), net.router_spec
-    settings, found = router["init_args"], []
+    """Why its features in evaluation are not those of the dense network; empty where they are."""
+    if not net.moe_layers:
+        return []
+    rule, router, found = to_spec(net.rule), net.blocks[net.moe_layers[0]].mlp.router, []
+    num_experts = net.blocks[net.moe_layers[0]].mlp.experts.fc1.weight.shape[0]
+    tokens = net.patch_embed.num_patches + net.num_prefix_tokens
+    group_size = tokens if router.group_size == "image" else router.group_size
     if rule != to_spec(Residual()):
         found.append(f"rule={describe(rule)} moves the residual stream otherwise than x + u(x)")
-    if router["class_path"] not in ("TopKRouter", "GShardRouter"):
-        found.append(f"router={router['class_path']}: a token's combine weights do not sum to one over single experts")
-    elif settings.get("renormalize") is False:
-        found.append(
-            "router.renormalize=False scales a layer's output by the sum of the chosen gates, which is below one"
-        )
-    if settings.get("eval_capacity_factor", "dropless") != "dropless" or settings.get("capacity"):
+    if not isinstance(router, TopKRouter | GShardRouter):
+        name = type(router).__name__
+        found.append(f"router={name}: a token's combine weights do not sum to one over single experts")
+        return found
+    if isinstance(router, TopKRouter) and not router.renormalize and router.top_k < num_experts:
+        found.append("router.renormalize=False scales a layer's output by the sum of the chosen gates, below one")
+    router = copy.deepcopy(router).eval()
+    if router.slots(group_size, num_experts) is not None:
         found.append("router.eval_capacity_factor or capacity: full experts drop tokens")
-    if settings.get("bfloat16_dispatch"):
+    if router.bfloat16_dispatch:
         found.append("router.bfloat16_dispatch rounds tokens on their way")
     return found

@@ -11,7 +11,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from ..moe import Router, SoftRouter
 from ..momentum import MomentumRule
 from .blocks import QkNormAttention
-from .positions import fit_positions
+from .loading import fit_weights
 from .settings import from_spec, to_spec
 from .upcycling import UpcycledViT
 from .vit import MomentumVisionTransformer
@@ -111,11 +111,15 @@ def _create(variant: str, pretrained: bool, size: dict[str, Any], given: dict[st
             settings[name] = to_spec(from_spec(settings[name], base, name))
     # as in the reference, only the classifier that reads a class token has one
     settings.setdefault("class_token", settings.get("global_pool", "token") == "token")
-    options = {"feature_cfg": _features(settings), "pretrained_filter_fn": fit_positions}
+    options = {"feature_cfg": _features(settings), "pretrained_filter_fn": fit_weights}
     return build_model_with_cfg(MomentumVisionTransformer, variant, pretrained, **options, **settings)
 
 
 def _features(settings: dict[str, Any]) -> dict[str, Any]:
+    """timm's features_only, through forward_intermediates: its other ways take what a block returns for tokens."""
+    way = settings.pop("feature_cls", "getter")
+    if way != "getter":
+        raise ValueError(f"feature_cls={way}: blocks here return tokens and momentum; leave it out (getter)")
     return {"out_indices": settings.pop("out_indices", 3), "feature_cls": "getter"}
 
 
@@ -136,7 +140,7 @@ for _name, _line in SIZES.items():
 def vmoe_upcycled(pretrained: bool = False, **kwargs: Any) -> UpcycledViT:
     """A dense timm ViT (`backbone`) with experts: what `vmoe-momentum import timm` writes. See UpcycledViT."""
     known = kwargs.get("pretrained_cfg")
-    options = {"feature_cfg": _features(kwargs), "pretrained_filter_fn": fit_positions}
+    options = {"feature_cfg": _features(kwargs), "pretrained_filter_fn": fit_weights}
     net = build_model_with_cfg(UpcycledViT.for_timm, "vmoe_upcycled", pretrained, **options, **kwargs)
     if known is None:  # normalisation and crop are the backbone's
         net.pretrained_cfg = net.default_cfg = net.backbone_cfg

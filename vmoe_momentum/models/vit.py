@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import get_device_dtype
+from timm.layers import Mlp, get_device_dtype
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
@@ -19,7 +19,7 @@ from ..momentum import Carry, MomentumRule
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .initialization import init_head, init_vmoe
 from .placement import moe_indices
-from .positions import sincos2d
+from .positions import SinCos2d
 from .settings import from_spec, to_spec
 
 
@@ -37,7 +37,7 @@ class MomentumVisionTransformer(VisionTransformer):
         moe_layers: str | list[int] = "last2",
         num_experts: int = 8,
         representation_size: int = 0,
-        expert_drop_rate: float = 0.0,
+        expert_drop_rate: float | None = None,
         share_expert_init: bool = True,
         pos_embed: Literal["learn", "sincos2d", "none"] = "learn",
         depth: int = 12,
@@ -46,6 +46,7 @@ class MomentumVisionTransformer(VisionTransformer):
         """See `create_model` for the settings; timm_args are those of timm's VisionTransformer."""
         if pos_embed not in ("learn", "sincos2d", "none"):
             raise ValueError(f"pos_embed={pos_embed}: use learn, sincos2d or none")
+        _check_unsupported(moe_layers, timm_args)
         check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
         rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
@@ -62,7 +63,8 @@ class MomentumVisionTransformer(VisionTransformer):
         table = "learn" if pos_embed == "learn" else "none"
         super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
         self.positions: str = pos_embed
-        self._keep_settings(rule, router)
+        self.sincos = SinCos2d()
+        self._keep_settings(rule, router, share_expert_init)
         if self.attn_pool is not None and timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm"):
             pool = self.attn_pool  # timm's would go without
             pool.q_norm, pool.k_norm = qk_norms(pool.head_dim, pool.q.weight)
@@ -71,10 +73,10 @@ class MomentumVisionTransformer(VisionTransformer):
             self.pre_logits = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
             self.head_hidden_size = representation_size
             self.reset_classifier(self.num_classes)
-        init_vmoe(self, share_expert_init)
+        init_vmoe(self)
 
-    def _keep_settings(self, rule: MomentumRule, router: Router) -> None:
-        self.rule, self.router_spec = rule, to_spec(router)
+    def _keep_settings(self, rule: MomentumRule, router: Router, share_expert_init: bool = True) -> None:
+        self.rule, self.router_spec, self.share_expert_init = rule, to_spec(router), share_expert_init
         self.pre_logits: nn.Module = nn.Identity()
 
     @property
@@ -110,9 +112,7 @@ class MomentumVisionTransformer(VisionTransformer):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, N, D] (or [B, h, w, D]) -> tokens with positions, class token first."""
         if self.positions == "sincos2d":  # the class token has none
-            rows, columns = x.shape[1:3] if x.ndim == 4 else self.patch_embed.grid_size
-            table = sincos2d(rows, columns, x.shape[-1], x.device, x.dtype)
-            x = x + table.reshape(*x.shape[1:])
+            x = self.sincos(x, *self.patch_embed.grid_size)
         return super()._pos_embed(x)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -173,6 +173,22 @@ class MomentumVisionTransformer(VisionTransformer):
             self.head.train(self.training)
             init_head(self.head)
 
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """V-MoE's initialisation once more, of everything: after `to_empty`, say. timm's modes are not for it."""
+        if mode not in ("", "skip", "reset"):
+            raise ValueError(f"weight_init={mode}: V-MoE networks start as published; leave it out")
+        for module in self.modules():
+            if needs_reset and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        init_vmoe(self)
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
+        """timm calls this for .npz files, whose names are another network's."""
+        raise ValueError(
+            f"checkpoint_path={checkpoint_path}: bring it in with `vmoe-momentum import flax --source ...`"
+        )
+
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -197,6 +213,17 @@ class MomentumVisionTransformer(VisionTransformer):
         super().set_input_size(img_size, patch_size)
 
 
+def _check_unsupported(moe_layers: str | list[int], timm_args: dict[str, Any]) -> None:
+    """Settings of timm's blocks that experts do not have are refused rather than ignored."""
+    defaults = {"weight_init": ("", "skip"), "fix_init": (False,)}
+    if moe_layers not in ("none", []):
+        defaults |= {"scale_mlp_norm": (False,), "proj_bias": (True,), "mlp_layer": (Mlp,)}
+    for name, accepted in defaults.items():
+        if timm_args.get(name, accepted[0]) not in accepted:
+            raise ValueError(f"{name}={timm_args[name]}: not for networks with experts; leave it out")
+    timm_args.pop("weight_init", None)
+
+
 def check_classes(num_classes: int | None) -> None:
     """Raises ValueError: no number of classes."""
     if num_classes is not None and num_classes < 0:
@@ -206,6 +233,8 @@ def check_classes(num_classes: int | None) -> None:
 def check_patches(image: int | tuple[int, int], patch: int | tuple[int, int]) -> None:
     """Raises ValueError: an image that is not a whole number of patches."""
     sizes = image if isinstance(image, list | tuple) else (image, image)
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"image_size={image}: use a number of pixels, a multiple of the patch size {patch}")
     patches = patch if isinstance(patch, list | tuple) else (patch, patch)
     for size, side in zip(sizes, patches, strict=True):
         if size % side or size < side:

@@ -1,13 +1,12 @@
 """Experts choose tokens (arXiv:2202.09368). Legend of axes: this folder's __init__."""
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .plan import capacity
-from .routing import LinearGate, RouterLosses
+from .routing import LinearGate, RouterLosses, is_number
 
 
 class ExpertChoicePlan(NamedTuple):
@@ -79,14 +78,12 @@ class ExpertChoiceRouter(LinearGate):
         self.capacity_rounding, self.noise_std = capacity_rounding, noise_std
         self.group_size, self.bfloat16_dispatch = group_size, bfloat16_dispatch
         self.check_group_size()
-        if not (math.isfinite(capacity_factor) and capacity_factor > 0):
+        if not (is_number(capacity_factor) and capacity_factor > 0):
             self.refuse("capacity_factor", "use a number > 0, experts per token on average")
-        if capacity_multiple_of < 1:
-            self.refuse("capacity_multiple_of", "use 1 (no rounding) or more")
+        self.check_count("capacity_multiple_of", 1, "use 1 (no rounding) or more")
         if capacity_rounding not in ("ceil", "round"):
             self.refuse("capacity_rounding", "use ceil or round")
-        if noise_std < 0:
-            self.refuse("noise_std", "use 0 (no noise) or more")
+        self.check_noise()
 
     def experts_per_token(self, num_experts: int) -> float:
         return min(self.capacity_factor, num_experts)

@@ -51,8 +51,8 @@ class GShardRouter(TokenChoice):
         super().add_weights(width, num_experts)
 
     def sample_noise(self, x: Tensor) -> Tensor | None:
-        """[B, N] uniform in [0, 1), while training."""
-        return torch.rand(x.shape[:2], device=x.device) if self.training else None
+        """[B, N, 1] uniform in [0, 1), while training."""
+        return torch.rand(*x.shape[:2], 1, device=x.device) if self.training else None
 
     def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
         """logits: [G, S, E]; noise: [G, S, 1], uniform."""

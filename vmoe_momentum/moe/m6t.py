@@ -42,8 +42,7 @@ class M6TRouter(TokenChoice):
         grouping = (capacity_multiple_of, capacity_rounding, group_size, bfloat16_dispatch)
         super().__init__(capacity_factor, eval_capacity_factor, *grouping)
         self.num_prototypes, self.gshard_loss_weight = num_prototypes, gshard_loss_weight
-        if num_prototypes < 1:
-            self.refuse("num_prototypes", "use 1 or more")
+        self.check_count("num_prototypes", 1, "use 1 or more")
 
     def choices(self) -> int:
         return self.num_prototypes

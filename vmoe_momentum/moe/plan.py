@@ -12,19 +12,24 @@ from torch import Tensor
 
 
 def capacity(
-    num_tokens: int, num_experts: int, factor: float, rounding: Literal["ceil", "round"] = "ceil", multiple_of: int = 4
+    num_tokens: int,
+    num_experts: int,
+    factor: float,
+    rounding: Literal["ceil", "round"] = "ceil",
+    multiple_of: int = 4,
+    setting: str = "capacity_factor",
 ) -> int:
     """Slots of one expert in one group: (num_tokens * factor) / E, rounded, then up to the next multiple.
 
     num_tokens counts assignments, S*K for top-k routing. In double precision and in this order, as the reference has
     it (100 tokens, factor 1.1, 10 experts: 12, not 11); `round` is Python's, half to even. Source: google-research/vmoe
-    vmoe/moe.py, compute_capacity. Raises ValueError: less than one slot.
+    vmoe/moe.py, compute_capacity. setting: the name to blame. Raises ValueError: less than one slot.
     """
     slots = num_tokens * factor / num_experts
     slots = math.ceil(slots) if rounding == "ceil" else round(slots)
     if slots < 1:
         raise ValueError(
-            f"router.capacity_factor={factor} leaves no slot for {num_tokens} assignments to {num_experts} experts; "
+            f"router.{setting}={factor} leaves no slot for {num_tokens} assignments to {num_experts} experts; "
             f"use at least {num_experts / num_tokens:.3g}"
         )
     return math.ceil(slots / multiple_of) * multiple_of

@@ -7,6 +7,7 @@ each layer takes `for_layer(width, num_experts)`, a copy with weights of its own
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
@@ -47,6 +48,7 @@ class Router(nn.Module, ABC):
 
     group_size: int | Literal["image"]
     bfloat16_dispatch: bool
+    noise_std: float = 0.0  # while training, on the logits
 
     @abstractmethod
     def add_weights(self, width: int, num_experts: int) -> None:
@@ -77,9 +79,18 @@ class Router(nn.Module, ABC):
     def refuse(self, name: str, way_out: str) -> NoReturn:
         raise ValueError(f"router.{name}={getattr(self, name)!r}: {way_out}")
 
+    def check_count(self, name: str, least: int, way_out: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self.refuse(name, way_out)
+
+    def check_noise(self) -> None:
+        if not (is_number(self.noise_std) and self.noise_std >= 0):
+            self.refuse("noise_std", "use 0 (no noise) or more")
+
     def check_group_size(self) -> None:
-        if self.group_size != "image" and (isinstance(self.group_size, str) or self.group_size < 1):
-            self.refuse("group_size", 'use a number of tokens >= 1 or "image"')
+        if self.group_size != "image":
+            self.check_count("group_size", 1, 'use a number of tokens >= 1 or "image"')
 
     def grouped(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [G, S, ...], row-major: a group may cut through images."""
@@ -101,6 +112,11 @@ def _is_setting(name: str, value: Any) -> bool:
     return not name.startswith("_") and name != "training" and isinstance(value, int | float | str)
 
 
+def is_number(value: object) -> bool:
+    """A finite one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Routing is computed in float32 also where the rest is not; the meta device knows no autocast."""
     if torch.amp.is_autocast_available(device.type):
@@ -110,8 +126,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 class LinearGate(Router):
     """Routers whose logits are x W, W without bias."""
-
-    noise_std: float = 0.0  # while training, N(0, (noise_std / E)^2) is added to the logits
 
     def add_weights(self, width: int, num_experts: int) -> None:
         self.weight = nn.Parameter(torch.empty(num_experts, width))

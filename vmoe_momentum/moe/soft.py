@@ -73,10 +73,8 @@ class SoftRouter(Router):
         self.slots_per_expert, self.noise_std = slots_per_expert, noise_std
         self.group_size, self.bfloat16_dispatch = group_size, bfloat16_dispatch
         self.check_group_size()
-        if slots_per_expert < 1:
-            self.refuse("slots_per_expert", "use 1 or more")
-        if noise_std < 0:
-            self.refuse("noise_std", "use 0 (no noise) or more")
+        self.check_count("slots_per_expert", 1, "use 1 or more")
+        self.check_noise()
 
     def add_weights(self, width: int, num_experts: int) -> None:
         self.mu = nn.Parameter(torch.empty(num_experts, self.slots_per_expert, width))

@@ -3,7 +3,6 @@
 Legend of axes: this folder's __init__.
 """
 
-import math
 from abc import abstractmethod
 from typing import Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from . import losses
 from .plan import TopKPlan, capacity
-from .routing import LinearGate, RouterLosses
+from .routing import LinearGate, RouterLosses, is_number
 
 Factor = float | Literal["dropless"]
 Rounding = Literal["ceil", "round"]
@@ -50,20 +49,20 @@ class TokenChoice(LinearGate):
         self.check_group_size()
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)
-            if factor != "dropless" and (isinstance(factor, str) or not (math.isfinite(factor) and factor > 0)):
+            if factor != "dropless" and not (is_number(factor) and factor > 0):
                 self.refuse(name, 'use a number > 0 or "dropless"')
         if self.capacity_rounding not in ("ceil", "round"):
             self.refuse("capacity_rounding", "use ceil or round")
-        if self.capacity_multiple_of < 1:
-            self.refuse("capacity_multiple_of", "use 1 (no rounding) or more")
+        self.check_count("capacity_multiple_of", 1, "use 1 (no rounding) or more")
 
     def slots(self, group_size: int, num_experts: int) -> int | None:
         """Capacity C in this mode; None where nothing can be dropped, as a token asks an expert at most once."""
-        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        setting = "capacity_factor" if self.training else "eval_capacity_factor"
+        factor = getattr(self, setting)
         if factor == "dropless":
             return None
-        assignments = group_size * self.choices()
-        slots = capacity(assignments, num_experts, factor, self.capacity_rounding, self.capacity_multiple_of)
+        assignments, rounding = group_size * self.choices(), (self.capacity_rounding, self.capacity_multiple_of)
+        slots = capacity(assignments, num_experts, factor, *rounding, setting)
         return None if slots >= group_size else slots
 
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
@@ -72,7 +71,7 @@ class TokenChoice(LinearGate):
         size = self.group_size
         if size != "image" and (self.training or self.slots(size, logits.shape[-1]) is not None):
             logits = self.grouped(logits)
-        return self.route(logits, None if noise is None else noise.reshape(*logits.shape[:2], -1))
+        return self.route(logits, None if noise is None else noise.reshape(*logits.shape[:2], noise.shape[-1]))
 
     @abstractmethod
     def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
@@ -130,12 +129,9 @@ class TopKRouter(TokenChoice):
         self.capacity, self.batch_priority = capacity, batch_priority
         self.importance_loss_weight, self.load_loss_weight = importance_loss_weight, load_loss_weight
         self.gshard_loss_weight = gshard_loss_weight
-        if top_k < 1:
-            self.refuse("top_k", "a token needs at least one expert; use 1 or 2")
-        if noise_std < 0:
-            self.refuse("noise_std", "use 0 (no noise) or more")
-        if capacity < 0:
-            self.refuse("capacity", "use a number of slots, or 0 to take them from capacity_factor")
+        self.check_count("top_k", 1, "a token needs at least one expert; use 1 or 2")
+        self.check_count("capacity", 0, "use a number of slots, or 0 to take them from capacity_factor")
+        self.check_noise()
 
     def choices(self) -> int:
         return self.top_k

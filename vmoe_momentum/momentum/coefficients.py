@@ -20,9 +20,15 @@ class Coefficients(nn.Module):
         self.constants = rule.coefficients()
         self.learned, self.unit_interval = rule.learned, rule.unit_interval
         for name in self.learned:
+            self.register_parameter(f"raw_{name}", nn.Parameter(torch.empty((), dtype=torch.float32)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Learned scalars at the rule's constants."""
+        for name in self.learned:
             value = self.constants[name]
             raw = math.log(value / (1.0 - value)) if name in self.unit_interval else value
-            self.register_parameter(f"raw_{name}", nn.Parameter(torch.tensor(raw, dtype=torch.float32)))
+            nn.init.constant_(getattr(self, f"raw_{name}"), raw)
 
     def forward(self) -> dict[str, float | Tensor]:
         scalars: dict[str, float | Tensor] = dict(self.constants)
