@@ -111,6 +111,25 @@ def test_unknown_commands_are_one_line(capsys) -> None:
     assert "--outt: no such option" in fails(["data", "prepare", "digits", "--outt=x"], capsys)
 
 
+def test_a_new_rule_is_one_class(digits: Path, here: Path) -> None:
+    """No other edit: YAML finds it by name, its setting travels with the checkpoint."""
+    (here / "toy.py").write_text(
+        "from vmoe_momentum.momentum import Residual\n"
+        "class Half(Residual):\n"
+        "    def __init__(self, share: float = 0.5) -> None:\n"
+        "        super().__init__()\n"
+        "        self.share = share\n"
+        "    def __call__(self, x, u, buffers, t, coefficients):\n"
+        "        return x + self.share * u(x), buffers\n"
+    )
+    (here / "run.py").write_text("import sys, toy\nfrom vmoe_momentum import cli\ncli.main(sys.argv[1:])\n")
+    words = ["fit", *arguments(digits), RULE, "Half", f"{RULE}.share", "0.25"]
+    subprocess.run([sys.executable, "run.py", *words], check=True, capture_output=True)
+    checkpoint = torch.load(next(here.rglob("last.ckpt")), weights_only=True)
+    told = {"class_path": "Half", "init_args": {"share": 0.25}}
+    assert checkpoint["vmoe_momentum"]["settings"]["rule"] == told
+
+
 SAMPLE = str(Path(__file__).parent / "oracles" / "official_checkpoint" / "small_pieces")
 
 

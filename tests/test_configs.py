@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from dataset_helpers import HAS_FFCV
 
 from vmoe_momentum import cli
+from vmoe_momentum.models.settings import subclasses
+from vmoe_momentum.momentum import MomentumRule
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+OVERLAYS = sorted((FOLDER / "rules").glob("*.yaml"))
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - set(OVERLAYS))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -30,3 +35,32 @@ def test_config_is_a_lab_note(path: Path) -> None:
     assert len(lines) <= 60
     for fact in ("Command:", "Hardware:", "Expected:", "easured"):
         assert fact in header, fact
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
+def test_rule_overlays_go_over_a_config_and_train_roughly(path: Path, digits: Path, tmp_path, monkeypatch) -> None:
+    """Three steps with drop path 0.5 and capacity factor 0.5: finite, and the rule is the one the file names."""
+    monkeypatch.chdir(tmp_path)
+    told = yaml.safe_load(path.read_text())["model"]["net"]["init_args"]["rule"]
+    base = [
+        f"--config={FOLDER / 'digits.yaml'}",
+        f"--config={path}",
+        "--data=FolderDataModule",
+        f"--data.root={digits}",
+    ]
+    rough = ["drop_path_rate=0.5", "router=TopKRouter", "router.capacity_factor=0.5"]
+    rough = [f"--model.net.init_args.{setting}" for setting in rough]
+    short = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1"]
+    quiet = ["--model.schedule.warmup_steps=1", "--trainer.enable_progress_bar=false", "--data.num_workers=0"]
+    cli.run(["fit", *base, *rough, *short, *quiet])
+    checkpoint = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
+    saved = checkpoint["vmoe_momentum"]["settings"]["rule"]
+    assert saved["class_path"] == told["class_path"]
+    assert told.get("init_args", {}).items() <= saved["init_args"].items()
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert "--config configs/rules/" + path.name in path.read_text()
+
+
+def test_every_rule_has_an_overlay() -> None:
+    named = {yaml.safe_load(path.read_text())["model"]["net"]["init_args"]["rule"]["class_path"] for path in OVERLAYS}
+    assert named == set(subclasses(MomentumRule))

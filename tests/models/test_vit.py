@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vmoe_momentum
-from vmoe_momentum import HeavyBall, Residual, TopKRouter, create_model
+from vmoe_momentum import HeavyBall, Nesterov, Residual, TopKRouter, create_model
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
 from vmoe_momentum.training import OptimizerSettings
 
@@ -64,6 +64,40 @@ def test_the_rules_share_a_state_dict_but_not_a_function() -> None:
     ball.load_state_dict(plain.state_dict())
     x = images()
     assert not torch.allclose(plain(x), ball(x))
+
+
+@pytest.mark.parametrize(
+    ("placement", "steps"),
+    [
+        ({}, (1, 2, 3, 4)),
+        ({"momentum_last": 2}, (0, 0, 1, 2)),
+        ({"momentum_restart": 2}, (1, 2, 1, 2)),
+        ({"momentum_last": 3, "momentum_restart": 2}, (0, 1, 2, 1)),
+    ],
+)
+def test_momentum_over_the_last_blocks_or_restarted(placement: dict, steps: tuple[int, ...]) -> None:
+    """The network's loop, written out once more."""
+    net, pixels = tiny(HeavyBall(mu=0.6, gamma=0.9), **placement).eval(), images()
+    x, left = net._pos_embed(net.patch_embed(pixels)), list(steps)
+    p = torch.zeros_like(x)
+    for index, block in enumerate(net.blocks):
+        x = x + block.attn(block.norm1(x))
+        t = left.pop(0) if index in net.moe_layers else 0
+        u = block.mlp(block.norm2(x))[0] if index in net.moe_layers else block.mlp(block.norm2(x))
+        if t == 0:
+            x = x + u
+        else:
+            p = (0.6 * p if t > 1 else 0.0) + u
+            x = x + 0.9 * p
+    torch.testing.assert_close(net.forward_features(pixels), net.norm(x), atol=1e-6, rtol=1e-6)
+    assert net.function_settings()["momentum_steps"] == list(steps)
+
+
+@pytest.mark.parametrize("setting", [{"momentum_last": 5}, {"momentum_last": 0}, {"momentum_restart": 9}])
+def test_impossible_placements_of_momentum_are_named(setting: dict) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}={setting[name]}: the network has 4 MoE blocks; use 1..4"):
+        tiny(HeavyBall(), **setting)
 
 
 def test_momentum_runs_through_the_sparse_blocks_only() -> None:
@@ -264,7 +298,9 @@ def test_impossible_settings_are_named(settings: dict, message: str) -> None:
 
 CHANGES = {
     "name": "vmoe_small_patch32_224",
-    "rule": HeavyBall(),
+    "rule": Nesterov(),
+    "momentum_last": 2,
+    "momentum_restart": 2,
     "router": TopKRouter(top_k=1),
     "moe_layers": "last2",
     "num_experts": 5,
@@ -288,7 +324,7 @@ def test_every_setting_changes_something(setting: str) -> None:
     outputs, nets = [], []
     for changed in ({}, {setting: CHANGES[setting]}):
         torch.manual_seed(2)
-        net = create_model(**{"name": "vmoe_tiny_patch4_16", "num_classes": 10, **changed}).train()
+        net = create_model(**{"name": "vmoe_tiny_patch4_16", "num_classes": 10, "rule": HeavyBall(), **changed}).train()
         torch.manual_seed(2)
         nn.init.normal_(net.head.weight)
         pixels = torch.linspace(-1, 1, 4 * 3 * net.patch_embed.img_size[0] ** 2)

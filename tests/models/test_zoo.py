@@ -291,8 +291,13 @@ def test_features_only() -> None:
     assert [tuple(y.shape) for y in net(torch.randn(2, 3, 16, 16))] == [(2, 64, 4, 4)] * 2
 
 
+INDUCTOR = ("Residual", "HeavyBall", "Adam")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [rule if rule in INDUCTOR else pytest.param(rule, marks=pytest.mark.long) for rule in RULES]
+)
 def test_compiles_with_inductor(rule: str) -> None:
     torch._dynamo.reset()
     net = small("vmoe_tiny_patch4_16", rule, depth=2).eval()

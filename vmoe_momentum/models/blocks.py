@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..moe import Router, SparseMlp
-from ..momentum import Carry, Coefficients, MomentumRule
+from ..momentum import Carry, Coefficients, MomentumRule, Residual
 
 
 class QkNormAttention(Attention):
@@ -63,8 +63,11 @@ class MomentumBlock(Block):
         act_layer: type[nn.Module],
         **block: Any,
     ) -> None:
-        """step: t of the rule, 1 for the first MoE block. expert_drop: None for the dense MLPs' proj_drop. The other
-        arguments are timm's Block's."""
+        """The other arguments are timm's Block's.
+
+        step: t of the rule, 1 where momentum starts, 0 for a plain residual block. expert_drop: None for the proj_drop
+        of dense MLPs.
+        """
         super().__init__(mlp_ratio=mlp_ratio, act_layer=act_layer, **{**block, "mlp_layer": _NoMlp})
         width, drop = block["dim"], block.get("proj_drop", 0.0) if expert_drop is None else expert_drop
         self._become_sparse(
@@ -81,9 +84,9 @@ class MomentumBlock(Block):
         dtype: torch.dtype | None,
     ) -> None:
         """None: where and as torch makes tensors."""
-        self.rule, self.step = rule, step
+        self.rule, self.step = rule if step else Residual(), step
         with nullcontext() if device is None else torch.device(device):
-            self.mlp, self.momentum = build().to(dtype), Coefficients(rule).to(dtype)
+            self.mlp, self.momentum = build().to(dtype), Coefficients(self.rule).to(dtype)
         self.noise = _DrawNoise(self.mlp)
 
     @classmethod
@@ -126,7 +129,11 @@ class MomentumBlock(Block):
             update = self.ls2(update)
             return update if drop_mask is None else update * drop_mask
 
-        x, buffers = self.rule(x, u, carry.momentum, self.step, self.momentum())
+        if self.step == 0:
+            x, buffers = x + u(x), carry.momentum
+        else:
+            buffers = self.rule.init(x) if self.step == 1 else carry.momentum
+            x, buffers = self.rule(x, u, buffers, self.step, self.momentum())
         return x, Carry(buffers, carry.aux_loss + aux_losses[-1])
 
     def _drop_path_mask(self, x: Tensor) -> Tensor | None:

@@ -27,6 +27,8 @@ def create_model(
     pos_embed: Literal["learn", "sincos2d", "none"] | None = None,
     expert_drop_rate: float | None = None,
     share_expert_init: bool | None = None,
+    momentum_last: int | None = None,
+    momentum_restart: int | None = None,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     global_pool: Literal["token", "avg", "map"] | None = None,
@@ -42,7 +44,8 @@ def create_model(
     Args:
         name: A timm model name; `timm.list_models("*moe*")` shows ours. "local-dir:PATH" with pretrained: what
             `vmoe-momentum import` wrote.
-        rule: Momentum rule across the MoE blocks, by class name: Residual (the default), HeavyBall, Adam.
+        rule: Momentum rule across the MoE blocks, by class name: Residual (the default), HeavyBall, Nesterov,
+            Complex, Adam, Robust, SAM.
         router: Router of every MoE block: TopKRouter, ExpertChoiceRouter, SoftRouter, GShardRouter, M6TRouter.
         moe_layers: Sparse blocks: a list of indices from 0, "last2" (the last two odd blocks), "every2" (every odd
             block) or "none".
@@ -51,6 +54,8 @@ def create_model(
         pos_embed: Learned positions, fixed sines and cosines, or none.
         expert_drop_rate: Dropout inside the experts.
         share_expert_init: Start all experts of a layer equal, as the published recipes do.
+        momentum_last: Momentum over the last so many sparse blocks only; before them plain residual ones.
+        momentum_restart: Momentum begins anew every so many sparse blocks.
         drop_rate: Dropout before the head.
         drop_path_rate: Stochastic depth at the last block, growing linearly from 0.
         global_pool: What the head reads: the class token, the mean over patches, or attention pooling. Only the first
@@ -72,7 +77,7 @@ def create_model(
     sparse: dict[str, Any] = {
         "rule": rule, "router": router, "moe_layers": moe_layers, "num_experts": num_experts,
         "representation_size": representation_size, "pos_embed": pos_embed, "expert_drop_rate": expert_drop_rate,
-        "share_expert_init": share_expert_init,
+        "share_expert_init": share_expert_init, "momentum_last": momentum_last, "momentum_restart": momentum_restart,
     }  # fmt: skip
     given = {key: value for key, value in sparse.items() if value is not None}
     for key in ("representation_size", "pos_embed", "share_expert_init"):

@@ -1,4 +1,4 @@
-"""Which blocks are sparse."""
+"""Which blocks are sparse, and where momentum runs over them."""
 
 import re
 
@@ -27,3 +27,16 @@ def moe_indices(moe_layers: str | list[int], depth: int) -> tuple[int, ...]:
     if len(set(moe_layers)) < len(moe_layers):
         raise ValueError(f"moe_layers={moe_layers} names a block twice")
     return tuple(sorted(moe_layers))
+
+
+def momentum_steps(num_blocks: int, last: int | None, restart: int | None) -> tuple[int, ...]:
+    """t of the rule at each MoE block: 1, 2, ... since the start or the last restart; 0 for blocks without momentum.
+
+    last: momentum over the last so many MoE blocks only; restart: begin anew every so many. Raises ValueError: below 1,
+    or more blocks than there are.
+    """
+    for name, value in (("momentum_last", last), ("momentum_restart", restart)):
+        if value is not None and not 1 <= value <= max(num_blocks, 1):
+            raise ValueError(f"{name}={value}: the network has {num_blocks} MoE blocks; use 1..{num_blocks}")
+    first = 0 if last is None else num_blocks - last
+    return tuple(0 if i < first else (i - first) % (restart or num_blocks) + 1 for i in range(num_blocks))

@@ -15,7 +15,7 @@ from ..moe import GShardRouter, Router, TopKRouter
 from ..momentum import MomentumRule, Residual
 from .blocks import DenseBlock, MomentumBlock
 from .loading import pixels_per_patch
-from .placement import moe_indices
+from .placement import moe_indices, momentum_steps
 from .settings import describe, did_you_mean, from_spec, to_spec
 from .vit import MomentumVisionTransformer, check_classes, check_patches
 
@@ -42,6 +42,8 @@ class UpcycledViT(MomentumVisionTransformer):
         image_size: Side of the square input; `fit` sets it from the data.
         drop_rate: Dropout before the head.
         drop_path_rate: Stochastic depth at the last block, growing linearly from 0.
+        momentum_last: Momentum over the last so many sparse blocks only; before them plain residual ones.
+        momentum_restart: Momentum begins anew every so many sparse blocks.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
         backbone_args: Further arguments of the backbone.
 
@@ -61,6 +63,8 @@ class UpcycledViT(MomentumVisionTransformer):
         image_size: int | None = None,
         drop_rate: float | None = None,
         drop_path_rate: float | None = None,
+        momentum_last: int | None = None,
+        momentum_restart: int | None = None,
         grad_checkpointing: bool = False,
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
@@ -76,6 +80,7 @@ class UpcycledViT(MomentumVisionTransformer):
         if image_size is not None and not dense.dynamic_img_size:
             check_patches(image_size, pixels_per_patch(dense))
         indices = moe_indices(moe_layers, len(dense.blocks))
+        steps = dict(zip(indices, momentum_steps(len(indices), momentum_last, momentum_restart), strict=True))
         for index in indices:
             _check_block(dense.blocks[index], backbone)
 
@@ -86,9 +91,7 @@ class UpcycledViT(MomentumVisionTransformer):
         sparse = {"num_experts": num_experts, "router": router, "rule": rule, "expert_drop": expert_drop_rate}
         self.blocks = nn.Sequential(
             *(
-                MomentumBlock.adopt(block, **sparse, step=indices.index(index) + 1)
-                if index in indices
-                else DenseBlock.adopt(block)
+                MomentumBlock.adopt(block, **sparse, step=steps[index]) if index in indices else DenseBlock.adopt(block)
                 for index, block in enumerate(dense.blocks)
             )
         )
@@ -102,6 +105,11 @@ class UpcycledViT(MomentumVisionTransformer):
             "num_experts": num_experts,
             "rule": to_spec(rule),
             "router": to_spec(router),
+            **{
+                name: value
+                for name, value in (("momentum_last", momentum_last), ("momentum_restart", momentum_restart))
+                if value is not None
+            },
         }
 
     @classmethod

@@ -18,7 +18,7 @@ from ..moe import Router
 from ..momentum import Carry, MomentumRule
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .initialization import init_head, init_vmoe
-from .placement import moe_indices
+from .placement import moe_indices, momentum_steps
 from .positions import SinCos2d
 from .settings import from_spec, to_spec
 
@@ -39,6 +39,8 @@ class MomentumVisionTransformer(VisionTransformer):
         representation_size: int = 0,
         expert_drop_rate: float | None = None,
         share_expert_init: bool = True,
+        momentum_last: int | None = None,
+        momentum_restart: int | None = None,
         pos_embed: Literal["learn", "sincos2d", "none"] = "learn",
         depth: int = 12,
         **timm_args: Any,
@@ -50,6 +52,7 @@ class MomentumVisionTransformer(VisionTransformer):
         check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
         rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
+        steps = dict(zip(indices, momentum_steps(len(indices), momentum_last, momentum_restart), strict=True))
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts}: a sparse layer needs at least one expert; V-MoE uses 8")
 
@@ -58,7 +61,7 @@ class MomentumVisionTransformer(VisionTransformer):
             if index not in indices:
                 return DenseBlock(**block)
             sparse = {"num_experts": num_experts, "router": router, "rule": rule}
-            return MomentumBlock(**block, **sparse, step=indices.index(index) + 1, expert_drop=expert_drop_rate)
+            return MomentumBlock(**block, **sparse, step=steps[index], expert_drop=expert_drop_rate)
 
         table = "learn" if pos_embed == "learn" else "none"
         super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
@@ -90,6 +93,7 @@ class MomentumVisionTransformer(VisionTransformer):
             "rule": to_spec(self.rule),
             "router": self.router_spec,
             "moe_layers": list(self.moe_layers),
+            "momentum_steps": [self.blocks[index].step for index in self.moe_layers],
             "num_heads": self.blocks[0].attn.num_heads if len(self.blocks) else 0,
             "global_pool": self.global_pool,
             "pos_embed": self.positions,

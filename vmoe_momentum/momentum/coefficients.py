@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .rules import MomentumRule
+from .base import MomentumRule
 
 
 class Coefficients(nn.Module):

@@ -1,55 +1,12 @@
-"""Momentum rules: how one MoE block moves the residual stream (MomentumSMoE, arXiv:2410.14574).
-
-An SMoE layer is read as a step of gradient descent in depth with f = -u as the gradient, u the block's whole update
-`drop_path(layer_scale(moe(norm(x))))`. A rule is a function of (x, u, buffers, t, coefficients): it evaluates u where
-it likes and returns the new x and the new buffers.
-
-    B images, N tokens, D width. x, u(x) and each buffer: [B, N, D].
-
-To add a rule: one subclass of `MomentumRule` here. Constructor arguments are kept as attributes of the same name (that
-is how a rule is written into checkpoints); YAML then says `rule: NameOfTheClass`.
-"""
+"""The classic rules: none, heavy ball, Nesterov, complex. See base.py for what a rule is."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Buffers = tuple[Tensor, ...]
-Update = Callable[[Tensor], Tensor]
-Scalars = Mapping[str, float | Tensor]
-
-
-class MomentumRule(ABC):
-    """Base of all rules.
-
-    `coefficients()` names the scalars of the update. `learned` names those that each block owns as parameters instead
-    (`blocks.i.momentum.*`); `unit_interval` those of them that stay strictly inside (0, 1), through a sigmoid.
-    """
-
-    learned: tuple[str, ...] = ()
-    unit_interval: tuple[str, ...] = ("mu",)
-
-    @abstractmethod
-    def coefficients(self) -> dict[str, float]:
-        """The constants of the update by name; also the initial values where they are learned."""
-
-    @abstractmethod
-    def init(self, x: Tensor) -> Buffers:
-        """Zero buffers before the first MoE block. x: [B, N, D]."""
-
-    @abstractmethod
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
-        """One step at one MoE block.
-
-        u: the update as a function of the residual stream. The auxiliary loss and the routing statistics of the block
-        are those of its *last* evaluation, so evaluate last where the step is made. t: 1, 2, ... counts MoE blocks.
-        """
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+from .base import Buffers, MomentumRule, Scalars, Update, momentum, positive
 
 
 class Residual(MomentumRule):
@@ -59,7 +16,7 @@ class Residual(MomentumRule):
     """
 
     def __init__(self, gamma: float = 1.0) -> None:
-        self.gamma = _positive("Residual", "gamma", gamma)
+        self.gamma = positive("Residual", "gamma", gamma)
 
     def coefficients(self) -> dict[str, float]:
         return {"gamma": self.gamma}
@@ -89,7 +46,7 @@ class HeavyBall(MomentumRule):
     def __init__(self, mu: float = 0.7, gamma: float = 1.0, learn: bool = False) -> None:
         if not (0.0 <= mu < 1.0) or (learn and mu == 0.0):
             raise ValueError(f"HeavyBall.mu={mu} is outside {'(0, 1)' if learn else '[0, 1)'}; the paper uses 0.7")
-        self.mu, self.gamma, self.learn = mu, _positive("HeavyBall", "gamma", gamma), learn
+        self.mu, self.gamma, self.learn = mu, positive("HeavyBall", "gamma", gamma), learn
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -106,79 +63,68 @@ class HeavyBall(MomentumRule):
         return x + coefficients["gamma"] * p, (p,)
 
 
-class Adam(MomentumRule):
-    """AdamSMoE: an Adam step at the first MoE block(s), heavy ball after. One evaluation; three buffers, or two.
+class Nesterov(MomentumRule):
+    """Looks ahead along its momentum: y = x + mu gamma p; p' = mu p + u(y); x' = x + gamma p'.
 
-    Adam step: p' = beta1 p + (1 - beta1) u(x); m' = beta2 m + (1 - beta2) u(x)^2;
-    x' = x + gamma1 p' / sqrt(m' + eps) - kappa x. Heavy ball, gathering from the first block on: h' = mu h + u(x);
-    x' = x + gamma2 h'.
-
-    Source: arXiv:2410.14574, section 3.2 and its experiments (Adam in the first layer only). The released language code
-    has, in effect, kappa = 1: its Adam layer has no skip connection.
-
-    There is no bias correction, as in the paper: at the default betas the first step is about 3.2 per coordinate, and
-    1/sqrt(eps) amplifies noise where u is near 0, so compare such networks in float64 or with that in mind.
+    One evaluation, one buffer. mu = 0 equals Residual. With schedule "time_varying" mu is (t - 1) / (t + 2) at the t-th
+    MoE block since the start or the last restart (`momentum_restart` of the network), Nesterov's own sequence. When to
+    use it: as HeavyBall, where that overshoots. Source: Nesterov 1983, in the velocity form of Sutskever et al. 2013.
 
     Args:
-        beta1: Decay of the first moment, in [0, 1).
-        beta2: Decay of the second moment, in [0, 1).
-        gamma1: Step size of the Adam step, > 0.
-        eps: Added to the second moment under the root, > 0.
-        kappa: Decoupled decay of x in the Adam step, in [0, 1].
-        mu: Momentum of the heavy ball, in [0, 1).
-        gamma2: Step size of the heavy ball, > 0.
-        adam_layers: MoE blocks, from the first, that take the Adam step; null for all of them.
-        bias_correction: Divide p' by 1 - beta1^t and m' by 1 - beta2^t, as the optimizer Adam does. Ours.
+        mu: Momentum, in [0, 1); not used by the time-varying schedule.
+        gamma: Step size, > 0.
+        schedule: Constant mu, or (t - 1) / (t + 2).
     """
 
     def __init__(
-        self,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        gamma1: float = 1.0,
-        eps: float = 1e-8,
-        kappa: float = 0.0,
-        mu: float = 0.7,
-        gamma2: float = 1.0,
-        adam_layers: int | None = 1,
-        bias_correction: bool = False,
+        self, mu: float = 0.7, gamma: float = 1.0, schedule: Literal["constant", "time_varying"] = "constant"
     ) -> None:
-        for name, value in (("beta1", beta1), ("beta2", beta2), ("mu", mu)):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"Adam.{name}={value} is outside [0, 1); the default suits most")
-        if not 0.0 <= kappa <= 1.0:
-            raise ValueError(f"Adam.kappa={kappa} is outside [0, 1]; 0 is no decay, 1 drops the skip connection")
-        if adam_layers is not None and adam_layers < 0:
-            raise ValueError(f"Adam.adam_layers={adam_layers}: use a number of MoE blocks, or null for all")
-        self.beta1, self.beta2, self.gamma1 = beta1, beta2, _positive("Adam", "gamma1", gamma1)
-        self.eps, self.kappa, self.mu = _positive("Adam", "eps", eps), kappa, mu
-        self.gamma2, self.adam_layers = _positive("Adam", "gamma2", gamma2), adam_layers
-        self.bias_correction = bias_correction
+        if schedule not in ("constant", "time_varying"):
+            raise ValueError(f"Nesterov.schedule={schedule}: use constant or time_varying")
+        self.mu, self.gamma = momentum("Nesterov", "mu", mu), positive("Nesterov", "gamma", gamma)
+        self.schedule = schedule
 
     def coefficients(self) -> dict[str, float]:
-        names = ("beta1", "beta2", "gamma1", "eps", "kappa", "mu", "gamma2")
-        return {name: getattr(self, name) for name in names}
+        return {"mu": self.mu, "gamma": self.gamma}
 
     def init(self, x: Tensor) -> Buffers:
-        """h, p, m; without h where every block takes the Adam step."""
-        return tuple(torch.zeros_like(x) for _ in range(2 if self.adam_layers is None else 3))
+        return (torch.zeros_like(x),)
 
     def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
-        c, step = coefficients, u(x)
-        *ball, p, m = buffers
-        ball = [c["mu"] * h + step for h in ball]
-        if self.adam_layers is not None and t > self.adam_layers:
-            return x + c["gamma2"] * ball[0], (*ball, p, m)
-        p = c["beta1"] * p + (1.0 - c["beta1"]) * step
-        m = c["beta2"] * m + (1.0 - c["beta2"]) * step * step
-        first, second = p, m
-        if self.bias_correction:
-            first, second = p / (1.0 - c["beta1"] ** t), m / (1.0 - c["beta2"] ** t)
-        moved = c["gamma1"] * first / torch.sqrt(second + c["eps"])
-        return x + moved - c["kappa"] * x, (*ball, p, m)
+        gamma = coefficients["gamma"]
+        mu = coefficients["mu"] if self.schedule == "constant" else (t - 1) / (t + 2)
+        p = mu * buffers[0] + u(x + mu * gamma * buffers[0])
+        return x + gamma * p, (p,)
 
 
-def _positive(rule: str, name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0.0):
-        raise ValueError(f"{rule}.{name}={value} must be a finite number > 0")
-    return value
+class Complex(MomentumRule):
+    """Momentum that turns: p' = mu e^(i phi) p + u(x), x' = x + Re(gamma p'). One evaluation, two buffers (Re p, Im p).
+
+    phi = 0 equals HeavyBall, phi = pi is negative momentum. When to use it: layers whose Jacobian has complex
+    eigenvalues, where HeavyBall's region is narrow; negative momentum damps. Source: complex momentum (Lorraine et al.,
+    arXiv:2102.08431), here in depth.
+
+    Args:
+        mu: Modulus of the momentum, in [0, 1).
+        phi: Its phase in radians, in [-pi, pi].
+        gamma: Step size, > 0.
+    """
+
+    def __init__(self, mu: float = 0.7, phi: float = math.pi / 8, gamma: float = 1.0) -> None:
+        if not -math.pi <= phi <= math.pi:
+            raise ValueError(f"Complex.phi={phi} is outside [-pi, pi]; it is in radians")
+        self.mu, self.phi = momentum("Complex", "mu", mu), phi
+        self.gamma = positive("Complex", "gamma", gamma)
+
+    def coefficients(self) -> dict[str, float]:
+        return {"mu": self.mu, "phi": self.phi, "gamma": self.gamma}
+
+    def init(self, x: Tensor) -> Buffers:
+        return (torch.zeros_like(x), torch.zeros_like(x))
+
+    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+        mu, (real, imaginary) = coefficients["mu"], buffers
+        cosine, sine = math.cos(self.phi), math.sin(self.phi)
+        turned = cosine * real - sine * imaginary, sine * real + cosine * imaginary
+        real, imaginary = mu * turned[0] + u(x), mu * turned[1]
+        return x + coefficients["gamma"] * real, (real, imaginary)

@@ -1,0 +1,84 @@
+"""Robust momentum: evaluates the layer ahead of where it stands. See base.py for what a rule is."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .base import Buffers, MomentumRule, Scalars, Update, momentum, positive
+
+SLACK = 1e-12
+
+
+class Robust(MomentumRule):
+    """Robust MomentumSMoE: y = x + alpha gamma p; p' = mu p + u(y); x' = x + gamma p'. One evaluation, one buffer.
+
+    With k = L/m: gamma = k (1-r)^2 (1+r) / L, mu = k r^3 / (k-1), alpha = r^3 / ((k-1) (1-r)^2 (1+r)), for r in
+    [1 - 1/sqrt(k), 1 - 1/k]. On a quadratic whose curvature lies in [m, L] it contracts by r a layer; the larger r, the
+    more noise in the gradients it bears. At r = 1 - 1/k the points y are those of gradient descent with step 1/L; at
+    r = 1 - 1/sqrt(k) it is the triple-momentum method.
+
+    In alpha the velocity form has x_t - x_{t-1} = gamma p_{t-1}; attention sits between our blocks, so p, not the
+    difference of x, is what is carried. When to use it: expected corruption or attack. Source: arXiv:2410.14574, after
+    the robust momentum method (Cyrus et al., arXiv:1710.04753). The defaults (gamma about 1) are ours.
+
+    Args:
+        L: Largest curvature; with m and r. Left out, with all others: 1.
+        m: Smallest curvature, in (0, L). Left out, with all others: 0.25.
+        r: Rate, in [1 - 1/sqrt(L/m), 1 - m/L]. Left out, with all others: 0.6.
+        gamma: Step size, > 0; with mu and alpha, instead of L, m and r.
+        mu: Momentum, in [0, 1).
+        alpha: How far ahead to look, in steps gamma p; >= 0.
+    """
+
+    def __init__(
+        self,
+        L: float | None = None,  # noqa: N803  (the paper's name)
+        m: float | None = None,
+        r: float | None = None,
+        gamma: float | None = None,
+        mu: float | None = None,
+        alpha: float | None = None,
+    ) -> None:
+        curvature, direct = {"L": L, "m": m, "r": r}, {"gamma": gamma, "mu": mu, "alpha": alpha}
+        if all(value is None for value in (*curvature.values(), *direct.values())):
+            curvature = {"L": 1.0, "m": 0.25, "r": 0.6}
+        given = [names for names in (curvature, direct) if any(value is not None for value in names.values())]
+        if len(given) != 1 or any(value is None for value in given[0].values()):
+            told = {name: value for name, value in {**curvature, **direct}.items() if value is not None}
+            raise ValueError(f"Robust: {told} given; give L, m and r, or gamma, mu and alpha")
+        self.L, self.m, self.r = curvature["L"], curvature["m"], curvature["r"]
+        self.gamma, self.mu, self.alpha = gamma, mu, alpha
+        if given[0] is curvature:
+            self._check_rate(**curvature)
+        else:
+            positive("Robust", "gamma", gamma)
+            momentum("Robust", "mu", mu)
+            if not (math.isfinite(alpha) and alpha >= 0.0):
+                raise ValueError(f"Robust.alpha={alpha} must be a finite number >= 0")
+
+    @staticmethod
+    def _check_rate(L: float, m: float, r: float) -> None:  # noqa: N803
+        positive("Robust", "m", m)
+        if not (math.isfinite(L) and m < L):
+            raise ValueError(f"Robust.L={L} must be a finite number above m={m}")
+        low, high = 1.0 - math.sqrt(m / L), 1.0 - m / L
+        if not low - SLACK <= r <= high + SLACK:
+            raise ValueError(
+                f"Robust.r={r} is outside [1 - 1/sqrt(k), 1 - 1/k] = [{low:.6g}, {high:.6g}] for k = L/m = {L / m:.6g}"
+            )
+
+    def coefficients(self) -> dict[str, float]:
+        if self.L is None:
+            return {"gamma": self.gamma, "mu": self.mu, "alpha": self.alpha}
+        k, r = self.L / self.m, self.r
+        ahead = (1.0 - r) ** 2 * (1.0 + r)
+        return {"gamma": k * ahead / self.L, "mu": k * r**3 / (k - 1.0), "alpha": r**3 / ((k - 1.0) * ahead)}
+
+    def init(self, x: Tensor) -> Buffers:
+        return (torch.zeros_like(x),)
+
+    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+        c = coefficients
+        p = c["mu"] * buffers[0] + u(x + c["alpha"] * c["gamma"] * buffers[0])
+        return x + c["gamma"] * p, (p,)
