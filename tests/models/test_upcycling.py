@@ -1,5 +1,6 @@
 """Sparse upcycling: equal to the dense network where it is said to be, and refused where it cannot be done."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -143,8 +144,11 @@ def test_every_setting_changes_something(tmp_path: Path) -> None:
     changes = {
         "moe_layers": [0], "num_experts": 3, "rule": HeavyBall(), "router": TopKRouter(2), "expert_drop_rate": 0.5,
         "num_classes": 3, "image_size": 48, "drop_rate": 0.5, "drop_path_rate": 0.5, "pretrained": False,
+        "momentum_last": 1, "momentum_restart": 1,
         "grad_checkpointing": True, "backbone_args": {"proj_drop_rate": 0.5}, "backbone": "deit_tiny_patch16_224",
     }  # fmt: skip
+
+    assert set(changes) == set(inspect.signature(UpcycledViT.__init__).parameters) - {"self"}
 
     def run(name: str | None) -> tuple[torch.Tensor, bool]:
         torch.manual_seed(0)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import vmoe_momentum
 from vmoe_momentum import HeavyBall, Nesterov, Residual, TopKRouter, create_model
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
+from vmoe_momentum.models.settings import subclasses
+from vmoe_momentum.momentum import MomentumRule
 from vmoe_momentum.training import OptimizerSettings
 
 RULES = {"Residual": Residual(), "HeavyBall": HeavyBall(), "HeavyBall learned": HeavyBall(learn=True)}
@@ -184,13 +186,14 @@ def test_training_compiles_whole() -> None:
         torch.testing.assert_close(eager, graph, atol=1e-5, rtol=1e-4)
 
 
-def test_buffers_stay_float32_under_autocast() -> None:
-    net, seen = tiny(HeavyBall()), []
+@pytest.mark.parametrize("rule", subclasses(MomentumRule).values(), ids=lambda rule: rule.__name__)
+def test_tokens_and_buffers_stay_float32_under_autocast(rule: type[MomentumRule]) -> None:
+    net, seen = tiny(rule()), []
     for block in net.blocks:
-        block.register_forward_hook(lambda m, i, o: seen.append((o[0].dtype, o[1].momentum[0].dtype)))
+        block.register_forward_hook(lambda m, i, o: seen.append({o[0].dtype, *(b.dtype for b in o[1].momentum)}))
     with torch.autocast("cpu", torch.bfloat16):
         net(images())
-    assert set(seen) == {(torch.float32, torch.float32)}
+    assert seen == [{torch.float32}] * 8
 
 
 def test_router_noise_and_drop_path_are_drawn_once_a_block() -> None:
