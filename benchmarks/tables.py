@@ -55,7 +55,19 @@ def zoo() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"digits": digits, "speed": speed, "zoo": zoo}
+def rules() -> str:
+    """Mean and sample standard deviation over seeds, an overlay a row, in the order of their names."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row in read("rules"):
+        groups[row["overlay"]].append(100 * float(row["top1"]))
+    lines = ["| configs/rules/ | seeds | top-1 on 360 held-out images | lowest |", "|---|---|---|---|"]
+    for overlay, top1 in sorted(groups.items()):
+        spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+        lines.append(f"| {overlay} | {len(top1)} | {statistics.mean(top1):.2f} %{spread} | {min(top1):.2f} % |")
+    return "\n".join(lines)
+
+
+TABLES = {"digits": digits, "rules": rules, "speed": speed, "zoo": zoo}
 
 
 def fill(text: str) -> str:
