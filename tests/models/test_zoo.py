@@ -315,31 +315,30 @@ def test_an_object_works_where_a_name_does(rule: str, tmp_path: Path) -> None:
     assert to_spec(again.rule) == to_spec(given)
 
 
-# name: width, blocks, MLP, patch, sparse blocks, experts; and the millions printed in the papers' tables of models
-# (arXiv:2106.05974 with 32 experts and the 18,291 classes of JFT-300M; arXiv:2308.00951 with the 29,593 of JFT-4B)
+# name: width, blocks, MLP, patch, sparse blocks, experts
 SMALL, BASE, LARGE, HUGE = (512, 8, 2048), (768, 12, 3072), (1024, 24, 4096), (1280, 32, 5120)
 SIZES = {
-    "vmoe_small_patch32_224": (*SMALL, 32, (5, 7), 8, 166.7),
-    "vmoe_small_every2_patch32_224": (*SMALL, 32, range(1, 8, 2), 32, 296.9),
-    "vmoe_small_patch16_224": (*SMALL, 16, (5, 7), 8, None),
-    "vmoe_base_last2_patch32_224": (*BASE, 32, (9, 11), 32, 395.0),
-    "vmoe_base_every2_patch32_224": (*BASE, 32, range(1, 12, 2), 32, 980.6),
-    "vmoe_base_patch16_224": (*BASE, 16, range(1, 12, 2), 8, None),
-    "vmoe_base_last2_patch16_224": (*BASE, 16, (9, 11), 32, 393.3),
-    "vmoe_large_last2_patch32_224": (*LARGE, 32, (21, 23), 32, 845.8),
-    "vmoe_large_every2_patch32_224": (*LARGE, 32, range(1, 24, 2), 32, 3448.2),
-    "vmoe_large_last2_patch16_224": (*LARGE, 16, (21, 23), 32, 843.6),
-    "vmoe_large_every2_patch16_224": (*LARGE, 16, range(1, 24, 2), 32, 3446.0),
-    "vmoe_huge_last5_patch14_224": (*HUGE, 14, range(23, 32, 2), 32, 2688.6),
-    "vmoe_huge_every2_patch14_224": (*HUGE, 14, range(1, 32, 2), 32, 7160.8),
-    "soft_moe_small_patch16_224": (384, 12, 1536, 16, range(6, 12), 128, 933),
-    "soft_moe_small_patch14_224": (384, 12, 1536, 14, range(6, 12), 256, 1.8e3),
-    "soft_moe_base_patch16_224": (*BASE, 16, range(6, 12), 128, 3.7e3),
-    "soft_moe_large_patch16_224": (*LARGE, 16, range(12, 24), 128, 13.1e3),
-    "soft_moe_huge_patch14_224": (*HUGE, 14, range(16, 32), 256, 54.1e3),
-    "deep_vmoe_small_patch16_224": (384, 56, 1536, 16, range(1, 56, 2), 8, None),
-    "vmoe_tiny_patch4_16": (64, 8, 128, 4, range(1, 8, 2), 4, None),
-    "deep_vmoe_tiny_patch4_16": (64, 56, 128, 4, range(1, 56, 2), 4, None),
+    "vmoe_small_patch32_224": (*SMALL, 32, (5, 7), 8),
+    "vmoe_small_every2_patch32_224": (*SMALL, 32, range(1, 8, 2), 32),
+    "vmoe_small_patch16_224": (*SMALL, 16, (5, 7), 8),
+    "vmoe_base_last2_patch32_224": (*BASE, 32, (9, 11), 32),
+    "vmoe_base_every2_patch32_224": (*BASE, 32, range(1, 12, 2), 32),
+    "vmoe_base_patch16_224": (*BASE, 16, range(1, 12, 2), 8),
+    "vmoe_base_last2_patch16_224": (*BASE, 16, (9, 11), 32),
+    "vmoe_large_last2_patch32_224": (*LARGE, 32, (21, 23), 32),
+    "vmoe_large_every2_patch32_224": (*LARGE, 32, range(1, 24, 2), 32),
+    "vmoe_large_last2_patch16_224": (*LARGE, 16, (21, 23), 32),
+    "vmoe_large_every2_patch16_224": (*LARGE, 16, range(1, 24, 2), 32),
+    "vmoe_huge_last5_patch14_224": (*HUGE, 14, range(23, 32, 2), 32),
+    "vmoe_huge_every2_patch14_224": (*HUGE, 14, range(1, 32, 2), 32),
+    "soft_moe_small_patch16_224": (384, 12, 1536, 16, range(6, 12), 128),
+    "soft_moe_small_patch14_224": (384, 12, 1536, 14, range(6, 12), 256),
+    "soft_moe_base_patch16_224": (*BASE, 16, range(6, 12), 128),
+    "soft_moe_large_patch16_224": (*LARGE, 16, range(12, 24), 128),
+    "soft_moe_huge_patch14_224": (*HUGE, 14, range(16, 32), 256),
+    "deep_vmoe_small_patch16_224": (384, 56, 1536, 16, range(1, 56, 2), 8),
+    "vmoe_tiny_patch4_16": (64, 8, 128, 4, range(1, 8, 2), 4),
+    "deep_vmoe_tiny_patch4_16": (64, 56, 128, 4, range(1, 56, 2), 4),
 }
 
 
@@ -355,7 +354,7 @@ def count(net: nn.Module) -> int:
 @pytest.mark.parametrize("name", SIZES)
 def test_true_size(name: str) -> None:
     """Placement, and the number of parameters by hand, on the meta device; the committed table says the same."""
-    width, depth, hidden, patch, sparse, experts, _ = SIZES[name]
+    width, depth, hidden, patch, sparse, experts = SIZES[name]
     soft, tanh = name.startswith("soft"), name.startswith("vmoe") and "tiny" not in name
     tanh = tanh and name != "vmoe_base_patch16_224"
     side = 16 if "tiny" in name else 224
@@ -376,14 +375,6 @@ def test_true_size(name: str) -> None:
         (row,) = [row for row in csv.DictReader(file) if row["name"] == name]
     idle = 0 if soft else len(sparse) * (experts - 2) * mlp
     assert (int(row["parameters"]), int(row["active"])) == (total, total - idle)
-
-
-@pytest.mark.parametrize("name", [name for name, size in SIZES.items() if size[-1]])
-def test_the_published_parameter_count(name: str) -> None:
-    published = SIZES[name][-1]
-    settings = {"num_classes": 29_593} if name.startswith("soft") else {"num_classes": 18_291, "num_experts": 32}
-    millions = count(meta(name, **settings)) / 1e6
-    assert abs(millions - published) < (0.05 if name.startswith("vmoe") else 0.03 * published)
 
 
 def test_every_sized_name_is_counted() -> None:

@@ -42,7 +42,7 @@ def create_model(
     None, everywhere, means the named model's own default.
 
     Args:
-        name: A timm model name; `timm.list_models("*moe*")` shows ours. "local-dir:PATH" with pretrained: what
+        name: A timm model name; `timm.list_models("*moe*")` shows ours. "local-dir:PATH" is what
             `vmoe-momentum import` wrote.
         rule: Momentum rule across the MoE blocks, by class name: Residual (the default), HeavyBall, Nesterov,
             Complex, Adam, Robust, SAM.

@@ -105,11 +105,8 @@ class UpcycledViT(MomentumVisionTransformer):
             "num_experts": num_experts,
             "rule": to_spec(rule),
             "router": to_spec(router),
-            **{
-                name: value
-                for name, value in (("momentum_last", momentum_last), ("momentum_restart", momentum_restart))
-                if value is not None
-            },
+            "momentum_last": momentum_last,
+            "momentum_restart": momentum_restart,
         }
 
     @classmethod

@@ -16,8 +16,8 @@ from .settings import from_spec, to_spec
 from .upcycling import UpcycledViT
 from .vit import MomentumVisionTransformer
 
-# V-MoE: arXiv:2106.05974, appendix, and google-research/vmoe, vmoe/configs/vmoe_paper at 942a78b. K 2; where nothing
-# else is said a tanh layer before the head, as wide as the network.
+# V-MoE (arXiv:2106.05974): sizes and placements as google-research/vmoe, vmoe/configs/vmoe_paper at 942a78b, has them.
+# K 2; where nothing else is said a tanh layer before the head, as wide as the network.
 S = {"embed_dim": 512, "depth": 8, "num_heads": 8, "representation_size": 512}
 B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "representation_size": 768}
 L = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "representation_size": 1024}

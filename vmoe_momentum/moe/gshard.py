@@ -12,19 +12,20 @@ from .token_choice import Factor, Rounding, TokenChoice
 
 
 class GShardRouter(TokenChoice):
-    """GShard's top-2 gating with random routing (arXiv:2006.16668, section 3.1 and Algorithm 1).
+    """GShard's top-2 gating with random routing (arXiv:2006.16668, Algorithm 1).
 
     Each token takes its two best experts with weights g1, g2 divided by g1 + g2. While training the second is used with
-    probability 2 g2 only, and takes no slot when it is not (so their released code; Algorithm 1 lets it keep its place
-    in the queue). All first choices queue before all second ones. In evaluation, ours: always both, nothing random.
+    probability 2 g2 only, and takes no slot when it is not: so Top2GatingOnLogits of lingvo and praxis, with
+    second_expert_policy "random" and threshold 0.5. All first choices queue before all second ones. In evaluation,
+    ours: always both, nothing random.
 
     Args:
-        capacity_factor: As for TopKRouter with K = 2; the paper's 2N/E slots are a factor of 1.
+        capacity_factor: As for TopKRouter with K = 2.
         eval_capacity_factor: As for TopKRouter.
-        capacity_multiple_of: As for TopKRouter; the released code rounds up to 4.
+        capacity_multiple_of: As for TopKRouter.
         capacity_rounding: As for TopKRouter.
         group_size: As for TopKRouter.
-        gshard_loss_weight: Weight of the balance loss, E * sum_e f_e m_e; <= 0 leaves it out. 0.01 in their code.
+        gshard_loss_weight: Weight of the balance loss, E * sum_e f_e m_e; <= 0 leaves it out.
         bfloat16_dispatch: As for TopKRouter.
     """
 
@@ -65,6 +66,4 @@ class GShardRouter(TokenChoice):
             second = noise < 2.0 * weight[..., 1:]
             wanted = torch.cat([torch.ones_like(second), second], dim=-1)
         plan = TopKPlan.build(gates, expert, weight, self.slots(*gates.shape[1:]), wanted=wanted)
-        balance = losses.gshard_loss(gates, expert)
-        auxiliary = self.gshard_loss_weight * balance if self.gshard_loss_weight > 0 else torch.zeros_like(balance)
-        return plan, RouterLosses(auxiliary, {"gshard": balance})
+        return plan, self.balanced(losses.gshard_loss(gates, expert))

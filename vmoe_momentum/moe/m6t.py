@@ -12,7 +12,7 @@ from .token_choice import Factor, Rounding, TokenChoice
 
 
 class M6TRouter(TokenChoice):
-    """M6-T's prototypes: k groups of E/k experts, top-1 in each, outputs summed (arXiv:2105.15082, section 3.2).
+    """M6-T's prototypes: k groups of E/k experts, top-1 in each, outputs summed (arXiv:2105.15082).
 
     Each prototype has a softmax of its own over its own experts; the combine weight is the raw gate. Experts
     i*E/k ... (i+1)*E/k - 1 form prototype i. The auxiliary loss is the mean over prototypes of the GShard balance loss.
@@ -24,7 +24,7 @@ class M6TRouter(TokenChoice):
         capacity_multiple_of: As for TopKRouter.
         capacity_rounding: As for TopKRouter.
         group_size: As for TopKRouter.
-        gshard_loss_weight: Weight of the balance loss; <= 0 leaves it out (the paper finds it dispensable).
+        gshard_loss_weight: Weight of the balance loss; <= 0 leaves it out.
         bfloat16_dispatch: As for TopKRouter.
     """
 
@@ -65,6 +65,4 @@ class M6TRouter(TokenChoice):
         gates = prototypes.flatten(-2)
         plan = TopKPlan.build(gates, best + first, sorted_gates[..., 0], self.slots(*gates.shape[1:]))
         each = [losses.gshard_loss(prototypes[:, :, i], best[..., i : i + 1]) for i in range(self.num_prototypes)]
-        balance = torch.stack(each).mean(dim=0)
-        auxiliary = self.gshard_loss_weight * balance if self.gshard_loss_weight > 0 else torch.zeros_like(balance)
-        return plan, RouterLosses(auxiliary, {"gshard": balance})
+        return plan, self.balanced(torch.stack(each).mean(dim=0))

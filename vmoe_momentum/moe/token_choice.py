@@ -23,6 +23,8 @@ class TokenChoice(LinearGate):
     A subclass says how many choices a token has, and routes. Its arguments of these names are TopKRouter's.
     """
 
+    gshard_loss_weight: float
+
     def __init__(
         self,
         capacity_factor: Factor,
@@ -44,6 +46,11 @@ class TokenChoice(LinearGate):
 
     def experts_per_token(self, num_experts: int) -> float:
         return self.choices()
+
+    def balanced(self, balance: Tensor) -> RouterLosses:
+        """For routers whose one loss is GShard's, [G], weighted by their gshard_loss_weight."""
+        weight = self.gshard_loss_weight
+        return RouterLosses(weight * balance if weight > 0 else torch.zeros_like(balance), {"gshard": balance})
 
     def check_capacity(self) -> None:
         self.check_group_size()

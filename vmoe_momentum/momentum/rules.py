@@ -31,7 +31,7 @@ class Residual(MomentumRule):
 class HeavyBall(MomentumRule):
     """MomentumSMoE: p' = mu p + u(x); x' = x + gamma p'. One evaluation, one buffer.
 
-    Source: arXiv:2410.14574, section 3.1 (there p is the negative of ours: f = -u). The paper uses mu = 0.7, gamma = 1.
+    Source: arXiv:2410.14574 (there p is the negative of ours: f = -u). The paper uses mu = 0.7, gamma = 1.
     mu = 0 equals Residual. Near a fixed point, with sigma an eigenvalue of -du/dx, it converges for real sigma iff
     0 < gamma sigma < 2 + 2 mu; for complex sigma the region is an ellipse, narrower than Residual's disc along the
     imaginary axis.
