@@ -14,8 +14,9 @@ ALLOWED = {  # room -> rooms it may import
     "datasets": {"parsers", "staging"},
     "models": {"momentum", "moe", "parsers", "staging"},
     "training": {"models", "momentum", "moe"},
+    "analysis": {"models", "momentum", "moe", "parsers"},
     "errors": {"models"},
-    "cli": {"datasets", "errors", "models", "moe", "momentum", "training"},
+    "cli": {"analysis", "datasets", "errors", "models", "moe", "momentum", "training"},
     "__main__": {"cli"},
     "__init__": {"models", "moe", "momentum"},
 }

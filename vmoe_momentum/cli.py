@@ -1,4 +1,4 @@
-"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import`.
+"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
 first word.
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
 from .errors import one_line
+from .models.saved import read_checkpoint
 from .training import (
     EpochSeconds,
     ImageClassifier,
@@ -27,7 +28,6 @@ from .training import (
     RouterStats,
     RunSummary,
     ScheduleSettings,
-    check_readable,
 )
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
@@ -41,6 +41,7 @@ commands:
   validate   evaluate on the validation split
   test       evaluate a checkpoint:  vmoe-momentum test --config configs/digits.yaml --ckpt_path runs/.../last.ckpt
   predict    write class probabilities to predictions.csv
+  analyze    look into trained networks: spectrum, load, norms, sensitivity, ablate, compare (... analyze --help)
 
 options:
   --debug    show the traceback of an error
@@ -66,7 +67,9 @@ class VMoECLI(LightningCLI):
 
         In place of Lightning's, which would let hyperparameters of the checkpoint override the config (issue 21455).
         """
-        command = self.config.subcommand
+        command = self.config.get("subcommand")
+        if command is None:  # only instantiated
+            return
         path = self.config[command].get("ckpt_path")
         if path is None and command != "fit":
             rank_zero_only(print)(f"{command}: no --ckpt_path, so the network is used as built", file=sys.stderr)
@@ -76,7 +79,7 @@ class VMoECLI(LightningCLI):
             raise ValueError(f"ckpt_path={path}: checkpoints load from local files only; download it first")
         if not Path(path).is_file():
             raise FileNotFoundError(f"ckpt_path={path}: no such file; give a .ckpt that fit wrote, or leave it out")
-        check_readable(Path(path))
+        read_checkpoint(Path(path), "ckpt_path=")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -105,10 +108,11 @@ def _sections() -> dict[str, list[str]]:
     return {**keys, "": ["config", "seed_everything", "model", "data", "trainer", "ckpt_path"]}
 
 
-def run_lightning(argv: list[str]) -> None:
-    """fit, validate, test or predict."""
+def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
+    """fit, validate, test or predict; without `start` only what `fit` would use is built (argv without the command)."""
     quiet = {"exit_on_error": False, "allow_abbrev": False}  # errors are ours to print; a cut-off name is a mistake
-    VMoECLI(
+    kinds = {name: dict(quiet) for name in LightningCLI.subcommands()} if start else {}
+    return VMoECLI(
         ImageClassifier,
         datasets.ImageDataModule,
         subclass_mode_data=True,
@@ -117,8 +121,9 @@ def run_lightning(argv: list[str]) -> None:
         save_config_kwargs={"overwrite": True},
         # the loaders split the data over ranks themselves; RunSummary says more than Lightning's table
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
-        parser_kwargs={"prog": "vmoe-momentum", **quiet, **{name: dict(quiet) for name in LightningCLI.subcommands()}},
+        parser_kwargs={"prog": "vmoe-momentum", **quiet, **kinds},
         args=argv,
+        run=start,
     )
 
 
@@ -134,7 +139,19 @@ def run_import(argv: list[str]) -> None:
     commands.run(argv)
 
 
-COMMANDS = {"data": run_data, "import": run_import}
+def run_analyze(argv: list[str]) -> None:
+    from .analysis import commands
+
+    def fit(options: list[str]) -> dict[str, float]:
+        trainer = run_lightning(["fit", *options]).trainer
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        return {"epochs": trainer.current_epoch, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
+
+    commands.run(argv, fit, lambda options: run_lightning(options, start=False))
+
+
+COMMANDS = {"data": run_data, "import": run_import, "analyze": run_analyze}
 
 
 def run(argv: list[str]) -> None:
@@ -161,6 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     quieten()
     try:
         run(argv)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         if debug:
             raise

@@ -24,10 +24,10 @@ def save(net: nn.Module, out: Path, overwrite: bool = False) -> None:
     Raises ValueError: `out` exists, and overwrite is False or it is not such a directory.
     """
     with staged(out, overwrite, MARK) as work:
-        timm.models.save_for_hf(net, str(work), model_args=_as_json(net), safe_serialization=True)
+        timm.models.save_for_hf(net, str(work), model_args=as_json(net), safe_serialization=True)
 
 
-def _as_json(net: nn.Module) -> dict[str, Any]:
+def as_json(net: nn.Module) -> dict[str, Any]:
     """The settings objects among timm's record of the arguments, which may be objects."""
     if not isinstance(net, MomentumVisionTransformer):
         return {}

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..moe import Router
 from ..momentum import MomentumRule
-from .settings import did_you_mean, to_spec
+from .settings import did_you_mean, from_spec, to_spec
 from .vit import check_classes
 
 OURS = "*moe*"
@@ -88,9 +88,9 @@ def create_model(
         raise ValueError(f"{key}={value}: {name} has no sparse layers; leave it out, or use one of timm's {OURS} names")
     if pretrained and not is_directory and _is_ours(name):
         raise ValueError(f"pretrained=True: no weights are published for {name}; leave it out")
-    for key in ("rule", "router"):
+    for key, base in (("rule", MomentumRule), ("router", Router)):
         if key in given:
-            given[key] = to_spec(given[key])
+            given[key] = to_spec(from_spec(given[key], base, key))  # Python may also give a name or JSON
     if image_size is not None and not is_directory and _is_ours(name):
         given["img_size"] = image_size  # at once: resampling would blur freshly drawn positions
     timm_settings = {

@@ -1,10 +1,10 @@
-"""Saved weights brought to a network that differs from theirs: timm calls `fit_weights` before it loads any."""
+"""Weights and networks brought together where they differ: timm calls `fit_weights` before it loads any."""
 
 import math
 
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 LEARNED = ".momentum.raw_"  # a rule's own scalars
 
@@ -18,6 +18,19 @@ def fit_weights(tensors: dict[str, Tensor], net: VisionTransformer) -> dict[str,
     tensors = {name: value for name, value in tensors.items() if LEARNED not in name or name in own}
     tensors = {**{name: value for name, value in own.items() if LEARNED in name}, **tensors}
     return _fit_positions(tensors, net)
+
+
+def fit_to_data(net: nn.Module, num_classes: int, image_size: int) -> None:
+    """A fresh head and resampled positions where the numbers differ. Raises ValueError: it cannot be resized."""
+    if getattr(net, "num_classes", num_classes) != num_classes:
+        net.reset_classifier(num_classes)
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    if size is not None and tuple(size) != (image_size, image_size):
+        if not hasattr(net, "set_input_size"):
+            raise ValueError(
+                f"data.image_size={image_size}: {type(net).__name__} takes {size[0]} pixels and cannot be resized"
+            )
+        net.set_input_size(img_size=(image_size, image_size))
 
 
 def pixels_per_patch(net: VisionTransformer) -> tuple[int, int]:

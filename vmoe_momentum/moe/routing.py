@@ -58,6 +58,10 @@ class Router(nn.Module, ABC):
     def experts_per_token(self, num_experts: int) -> float:
         """How many experts one token touches in evaluation, on average."""
 
+    def takes_tokens_alone(self, num_tokens: int, num_experts: int) -> bool:
+        """In this mode, does what happens to a token depend on that token only? num_tokens: N of an image."""
+        return False
+
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that weight decay must spare."""
         return set()

@@ -72,6 +72,9 @@ class TokenChoice(LinearGate):
         slots = capacity(assignments, num_experts, factor, *rounding, setting)
         return None if slots >= group_size else slots
 
+    def takes_tokens_alone(self, num_tokens: int, num_experts: int) -> bool:
+        return self.slots(num_tokens if self.group_size == "image" else self.group_size, num_experts) is None
+
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
         logits = self.logits(x)
         # In evaluation without dropping each image is a group of its own: then any batch size will do.

@@ -1,7 +1,6 @@
 """Lightning: the module, optimisation, callbacks, and what a checkpoint says of its network."""
 
 from .callbacks import EpochSeconds, PredictionWriter, RouterStats, RunSummary
-from .identity import check_readable
 from .module import ImageClassifier
 from .optimization import OptimizerSettings, ScheduleSettings
 
@@ -13,5 +12,4 @@ __all__ = [
     "RouterStats",
     "RunSummary",
     "ScheduleSettings",
-    "check_readable",
 ]

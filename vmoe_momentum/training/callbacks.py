@@ -20,7 +20,7 @@ from .profile import measure_cost
 
 class RouterStats(Callback):
     """Logs, per MoE block and validation pass: `val/block5/load_0` ... (share of assignments per expert), `dropped`,
-    `entropy` (of the gates, nats) and `momentum_norm`. Nothing for dense networks."""
+    `entropy` (of the gates, nats), `token_norm`, `update_norm` and `momentum_norm`. Nothing for dense networks."""
 
     def __init__(self) -> None:
         self.stack, self.watch = ExitStack(), RouterWatch()
@@ -33,7 +33,7 @@ class RouterStats(Callback):
         self.stack.close()
         for block, stats in self.watch.result().items():
             values = {f"load_{expert}": share for expert, share in enumerate(stats.load)}
-            values |= {"dropped": stats.dropped, "entropy": stats.entropy, "momentum_norm": stats.momentum_norm}
+            values |= {name: value for name, value in stats._asdict().items() if name != "load"}
             # batch_size: these are means over the whole pass already
             module.log_dict({f"{stage}/{block}/{k}": v for k, v in values.items()}, batch_size=1, sync_dist=True)
 

@@ -4,19 +4,15 @@ State dicts of different momentum rules are identical: without this, testing a H
 config would silently give a wrong number.
 """
 
-import pickle
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..models.saved import KEY, build_arguments
 from ..models.settings import describe
 
 if TYPE_CHECKING:
     from .module import ImageClassifier
-
-KEY = "vmoe_momentum"
 
 
 def describe_network(module: "ImageClassifier") -> dict[str, Any]:
@@ -25,6 +21,7 @@ def describe_network(module: "ImageClassifier") -> dict[str, Any]:
     config = getattr(net, "pretrained_cfg", None) or {}
     return {
         "architecture": config.get("architecture") or type(net).__name__,
+        "model_args": build_arguments(net),
         "settings": net.function_settings() if hasattr(net, "function_settings") else {},
         "num_classes": module.num_classes,
         "image_size": module.image_size,
@@ -32,21 +29,6 @@ def describe_network(module: "ImageClassifier") -> dict[str, Any]:
         "std": [float(v) for v in module.model.std.flatten()],
         "class_names": module.class_names,
     }
-
-
-def check_readable(path: Path) -> None:
-    """Raises ValueError unless `path` is a whole checkpoint of ours, tensors and plain data only; runs no code."""
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(
-            f"ckpt_path={path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); it is cut off, "
-            "of another program, or holds code, which is never run; give a .ckpt that fit wrote"
-        ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        raise ValueError(
-            f"ckpt_path={path}: not written by vmoe-momentum fit (no model settings in it); give a .ckpt that fit wrote"
-        )
 
 
 def check_checkpoint(module: "ImageClassifier", checkpoint: dict[str, Any]) -> None:
@@ -80,13 +62,13 @@ def _check_tensors(module: "ImageClassifier", tensors: dict[str, torch.Tensor]) 
 
 
 def _differences(prefix: str, saved: Any, ours: Any) -> Any:
-    """Lines `setting: checkpoint X, config Y`. Class names may differ: they change no function."""
+    """Lines `setting: checkpoint X, config Y`. Class names and build arguments may differ."""
     is_spec = isinstance(saved, dict) and isinstance(ours, dict) and "class_path" in saved and "class_path" in ours
     if is_spec and saved["class_path"] != ours["class_path"]:
         yield f"{prefix}: checkpoint {describe(saved)}, config {describe(ours)}"
     elif isinstance(saved, dict) and isinstance(ours, dict):
         for key in {**saved, **ours}:
-            if key in ("class_names", "class_path"):
+            if key in ("class_names", "class_path", "model_args"):
                 continue
             name = prefix if key in ("settings", "init_args") else f"{prefix}.{key}".lstrip(".")
             yield from _differences(name, saved.get(key), ours.get(key))

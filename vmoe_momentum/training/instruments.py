@@ -20,7 +20,9 @@ class BlockStats(NamedTuple):
     load: list[float]  # E shares of what the experts received, summing to 1
     dropped: float  # share lost: of assignments to full experts, or (expert choice) of tokens that no expert took
     entropy: float  # of the gates, in nats; log(E) when undecided
-    momentum_norm: float  # mean Euclidean norm of the first momentum buffer; 0 for rules without one
+    token_norm: float  # mean Euclidean norms: of the residual stream after the block
+    update_norm: float  # of u
+    momentum_norm: float  # of the first momentum buffer; 0 for rules without one
 
 
 class RouterWatch:
@@ -38,12 +40,14 @@ class RouterWatch:
         found = {}
         for block, sums in self.sums.items():
             values = {name: value.cpu().double() for name, value in sums.items()}
-            tokens = float(values["tokens"])
+            tokens, steps = float(values["tokens"]), float(values["steps"])
             found[block] = BlockStats(
                 load=(values["load"] / values["load"].sum().clamp_min(1e-12)).tolist(),
                 dropped=float(values["dropped"]) / tokens,
                 entropy=float(values["entropy"]) / tokens,
-                momentum_norm=float(values["momentum_norm"]) / tokens,
+                token_norm=float(values["token_norm"]) / steps,
+                update_norm=float(values["update_norm"]) / tokens,
+                momentum_norm=float(values["momentum_norm"]) / steps,
             )
         return found
 
@@ -56,6 +60,7 @@ def watch_routers(net: nn.Module) -> Iterator[RouterWatch]:
         if isinstance(block, MomentumBlock):
             label = "block" + name.rpartition(".")[2]
             handles.append(block.mlp.router.register_forward_hook(_router_hook(watch, label)))
+            handles.append(block.ls2.register_forward_hook(_update_hook(watch, label)))
             handles.append(block.register_forward_hook(_block_hook(watch, label)))
     try:
         yield watch
@@ -76,10 +81,19 @@ def _router_hook(watch: RouterWatch, label: str):
     return hook
 
 
+def _update_hook(watch: RouterWatch, label: str):
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        watch.add(label, "update_norm", output.float().norm(dim=-1).sum())
+
+    return hook
+
+
 def _block_hook(watch: RouterWatch, label: str):
     def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
         x, carry = output
         norm = carry.momentum[0].float().norm(dim=-1).sum() if carry.momentum else x.new_zeros(())
         watch.add(label, "momentum_norm", norm)
+        watch.add(label, "token_norm", x.float().norm(dim=-1).sum())
+        watch.add(label, "steps", torch.tensor(x.shape[0] * x.shape[1]))  # a rule may evaluate u twice a step
 
     return hook

@@ -15,6 +15,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..models import PixelModel
+from ..models.loading import fit_to_data
+from ..models.saved import KEY
 from .identity import check_checkpoint, describe_network
 from .optimization import OptimizerSettings, ScheduleSettings
 
@@ -58,7 +60,7 @@ class ImageClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         _check_ranges(label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, aux_loss_weight=aux_loss_weight)
-        self._fit_network_to_data(net, num_classes, image_size)
+        fit_to_data(net, num_classes, image_size)
         self.model = PixelModel(net)
         self.num_classes, self.image_size, self.class_names = num_classes, image_size, class_names
         self.loss, self.label_smoothing, self.aux_loss_weight = loss, label_smoothing, aux_loss_weight
@@ -74,19 +76,6 @@ class ImageClassifier(pl.LightningModule):
         self.val_accuracy, self.test_accuracy = accuracy.clone("val/"), accuracy.clone("test/")
         if compile:
             self.model.compile()  # in place: no `_orig_mod.` in state dicts
-
-    @staticmethod
-    def _fit_network_to_data(net: nn.Module, num_classes: int, image_size: int) -> None:
-        if getattr(net, "num_classes", num_classes) != num_classes:
-            net.reset_classifier(num_classes)
-        embed = getattr(net, "patch_embed", None)
-        size = getattr(embed, "img_size", None)
-        if size is not None and tuple(size) != (image_size, image_size):
-            if not hasattr(net, "set_input_size"):
-                raise ValueError(
-                    f"data.image_size={image_size}: {type(net).__name__} takes {size[0]} pixels and cannot be resized"
-                )
-            net.set_input_size(img_size=(image_size, image_size))
 
     def on_fit_start(self) -> None:
         batch_size = getattr(self.trainer.datamodule, "batch_size", 2)
@@ -156,7 +145,7 @@ class ImageClassifier(pl.LightningModule):
         scheduler.step_update(self.global_step)  # timm's: the rate of the step to come
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["vmoe_momentum"] = describe_network(self)
+        checkpoint[KEY] = describe_network(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(self, checkpoint)

@@ -1,0 +1,177 @@
+"""The spectrum against dense Jacobians and known matrices."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from analysis_helpers import files, images, subject, tiny
+from torch import Tensor
+
+from vmoe_momentum import ExpertChoiceRouter, HeavyBall, Residual, Robust, SoftRouter, TopKRouter
+from vmoe_momentum.analysis import record, spectrum
+from vmoe_momentum.analysis.spectrum import image_spectrum, token_jacobians, token_spectrum, update_of
+from vmoe_momentum.momentum import SAM, Adam
+
+
+def points_of(net: torch.nn.Module, index: int) -> Tensor:
+    """[B, N, D] float64, where a real forward pass evaluates u."""
+    with record(net) as visits, torch.no_grad():
+        net(images()[0] / 127.5 - 1)
+    return next(visit.point for visit in visits if visit.block == index).double()
+
+
+def dense_jacobian(net: torch.nn.Module, index: int, points: Tensor) -> Tensor:
+    """Of u on [N, D] in reverse mode, through the block's own parts: [N D, N D]."""
+    block = net.double().blocks[index]
+
+    def u(flat: Tensor) -> Tensor:
+        y = flat.reshape(1, *points.shape)
+        return block.ls2(block.mlp(block.norm2(y), None)[0]).flatten()
+
+    return torch.autograd.functional.jacobian(u, points.flatten())
+
+
+def same_set(a: Tensor, b: Tensor, tolerance: float) -> None:
+    """Complex numbers [S] in any order."""
+    distance = (a.unsqueeze(1) - b.unsqueeze(0)).abs()
+    assert float(distance.min(dim=0).values.max()) < tolerance
+    assert float(distance.min(dim=1).values.max()) < tolerance
+
+
+@pytest.mark.parametrize("router", [TopKRouter(), TopKRouter(top_k=1, renormalize=True), TopKRouter(top_k=4)], ids=repr)
+def test_tokens_agree_with_the_dense_jacobian(router: TopKRouter) -> None:
+    net = tiny(rule=HeavyBall(), router=router)
+    for index in (1, 7):
+        points = points_of(net, index)[0, :3]
+        u = update_of(net.blocks[index])
+        jacobian = token_jacobians(u, points)
+        dense = dense_jacobian(net, index, points).reshape(3, 64, 3, 64)
+        for token in range(3):
+            torch.testing.assert_close(jacobian[token], dense[token, :, token], atol=1e-12, rtol=0)
+            same_set(
+                token_spectrum(u, points).sigma[token], torch.linalg.eigvals(-dense[token, :, token]), tolerance=1e-6
+            )
+        assert float(dense[0, :, 1].abs().max()) == 0.0  # one token's update knows nothing of another's
+        net.float()
+
+
+def test_the_jacobian_is_that_of_finite_differences() -> None:
+    net = tiny()
+    points = points_of(net, 5)[1, :2]
+    net = net.double()
+    jacobian, step = token_jacobians(update_of(net.blocks[5]), points), 1e-5
+    block = net.blocks[5]
+    for axis in (0, 17, 63):
+        shift = torch.zeros(64, dtype=torch.float64)
+        shift[axis] = step
+        ahead, behind = (block.mlp(block.norm2((points + s * shift)[None]), None)[0][0] for s in (1, -1))
+        torch.testing.assert_close(jacobian[:, :, axis], (ahead - behind).detach() / (2 * step), atol=1e-7, rtol=0)
+
+
+def test_directions_that_norms_remove_are_counted_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    points = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    for norm, removed in (
+        (lambda y: F.layer_norm(y, (8,), eps=1e-6), 2),
+        (lambda y: F.rms_norm(y, (8,), eps=1e-6), 1),
+        (lambda y: y, 0),
+    ):
+        found = token_spectrum(lambda y, norm=norm: norm(y) @ weight.T, points)
+        assert found.zero.sum(dim=-1).tolist() == [removed] * 5
+        assert float(found.sigma[found.zero].abs().max() if removed else 0.0) < 1e-3
+        assert float(found.sigma[~found.zero].abs().min()) > 1e-2
+
+
+def test_conditioning_of_eigenvalues() -> None:
+    points = torch.ones(1, 2, dtype=torch.float64)
+    symmetric = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    found = token_spectrum(lambda y: y @ symmetric, points)
+    torch.testing.assert_close(found.condition, torch.ones(1, 2, dtype=torch.float64))
+    nearly = torch.tensor([[1.0, 1.0], [0.0, 1.0 + 1e-6]], dtype=torch.float64)
+    # 1 / |cosine| between (1, 0) and (-1e-6, 1) normalised: 1e6
+    found = token_spectrum(lambda y: y @ nearly.T, points)
+    torch.testing.assert_close(found.condition, torch.full((1, 2), 1e6, dtype=torch.float64), rtol=1e-3, atol=0)
+    jordan = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    assert float(token_spectrum(lambda y: y @ jordan.T, points).condition.min()) > 1e12
+
+
+def test_coupled_tokens_agree_with_the_dense_jacobian() -> None:
+    net = tiny(router=SoftRouter())
+    points = points_of(net, 3)[0]
+    found = image_spectrum(update_of(net.blocks[3]), points, 12)
+    dense = -dense_jacobian(net, 3, points)
+    sigma, right = torch.linalg.eig(dense)
+    left = torch.linalg.inv(right)
+    condition = left.norm(dim=-1) * right.norm(dim=0)
+    order = sigma.abs().argsort(descending=True)[:12]
+    torch.testing.assert_close(
+        found.sigma[0].abs().sort(descending=True).values, sigma[order].abs(), atol=1e-6, rtol=1e-6
+    )
+    for value, known in zip(found.sigma[0], found.condition[0], strict=True):
+        nearest = (sigma - value).abs().argmin()
+        assert float((sigma - value).abs()[nearest]) < 1e-6
+        assert float(known) == pytest.approx(float(condition[nearest]), rel=1e-4)
+
+
+@pytest.mark.parametrize("router", [ExpertChoiceRouter(), TopKRouter(eval_capacity_factor=0.5)], ids=repr)
+def test_routers_that_mix_tokens_are_taken_whole(router, tmp_path: Path) -> None:
+    net = tiny(router=router, moe_layers=[1])
+    rows = spectrum([subject(net, tmp_path)], images(), files(tmp_path), images=1, count=6)
+    assert {row.part for row in rows} == {"largest"}
+    points = points_of(net, 1)[0]
+    largest = torch.linalg.eigvals(dense_jacobian(net, 1, points)).abs().max()
+    assert rows[0].largest == pytest.approx(float(largest), rel=1e-5)
+
+
+def test_tokens_grouped_over_images_are_refused(tmp_path: Path) -> None:
+    net = tiny(router=TopKRouter(group_size=17 * 4, eval_capacity_factor=0.5))
+    with pytest.raises(ValueError, match="router.group_size=68 mixes tokens of several images"):
+        spectrum([subject(net, tmp_path)], images(), files(tmp_path))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_rows_and_files(tmp_path: Path) -> None:
+    """Shares from the CSV of eigenvalues; two epochs draw the curve over training; the point u is taken at is seen."""
+    subjects = [subject(tiny(rule=HeavyBall(0.5, 0.8)), tmp_path, "a", epoch) for epoch in (0, 1)]
+    subjects += [subject(tiny(rule=SAM(rho=3.0)), tmp_path, "sam"), subject(tiny(rule=Adam()), tmp_path, "adam")]
+    rows = spectrum(subjects, images(), files(tmp_path), tokens=5)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "x.csv", "x.png", "x_eigenvalues.csv", "x_epochs.png",
+    ]  # fmt: skip
+    assert len(rows) == 16
+    with (tmp_path / "out" / "x_eigenvalues.csv").open(newline="") as file:
+        details = list(csv.DictReader(file))
+    own = [d for d in details if (d["model"], d["block"]) == ("a", "3")]
+    assert {d["epoch"] for d in own} == {"2"} and len(own) == 5 * 64
+    counted = [complex(float(d["real"]), float(d["imag"])) for d in own if d["layer_norm_zero"] == "0"]
+    row = next(r for r in rows if (r.model, r.epoch, r.block) == ("a", 2, 3))
+    assert (row.t, row.rule, row.tokens, row.eigenvalues, row.layer_norm_zeros) == (2, "HeavyBall", 5, 310, 10)
+    assert row.gamma == pytest.approx(0.8)
+    s = 0.8 * torch.tensor(counted)
+    disc = ((1 - s).abs() < 1).double().mean()
+    ellipse = (((s.real - 1.5) / 1.5) ** 2 + (s.imag / 0.5) ** 2 < 1).double().mean()
+    assert (row.share_residual, row.share_rule) == (pytest.approx(float(disc)), pytest.approx(float(ellipse)))
+    assert row.share_residual != row.share_rule
+    none = [(r.model, r.t) for r in rows if r.share_rule is None]
+    assert none == [("sam", 1), ("sam", 2), ("sam", 3), ("sam", 4), ("adam", 1)]
+
+
+def test_u_is_taken_where_the_rule_evaluates_it() -> None:
+    plain, ahead = tiny(rule=Residual()), tiny(rule=Robust())
+    twice = tiny(rule=SAM(rho=3.0))
+    with record(plain) as visits, torch.no_grad():
+        plain(images()[0] / 127.5 - 1)
+        before = visits[0]
+    with record(twice) as visits, torch.no_grad():
+        twice(images()[0] / 127.5 - 1)
+        distance = (visits[0].point - before.point).norm(dim=-1)
+    torch.testing.assert_close(distance, torch.full_like(distance, 3.0))
+    with record(ahead) as visits, torch.no_grad():
+        ahead(images()[0] / 127.5 - 1)
+        first, second = visits[:2]
+    torch.testing.assert_close(first.point, before.point)  # no momentum yet
+    assert (second.update - twice.blocks[3].mlp(ahead.blocks[3].norm2(second.point))[0]).abs().max() < 1e-5
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in ahead.modules())

@@ -1,0 +1,224 @@
+"""The command line `vmoe-momentum analyze ...`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from ..parsers import new_parser
+from .ablate import Fit, ablate, parse_axis
+from .compare import check_targets, compare
+from .load import load
+from .norms import norms
+from .output import Files
+from .sensitivity import sensitivity
+from .spectrum import spectrum
+from .subjects import check_device, open_subjects
+from .trace import sample
+
+_EXAMPLES = """examples:
+  vmoe-momentum analyze spectrum --config configs/digits.yaml --model runs/digits/version_0/checkpoints/last.ckpt
+  vmoe-momentum analyze spectrum --config configs/digits.yaml --model plain=a.ckpt --model momentum=b.ckpt
+  vmoe-momentum analyze load --data FolderDataModule --data.root data/digits --data.image_size 16 --model last.ckpt
+  vmoe-momentum analyze compare --run HeavyBall=runs/hb --run Residual=runs/res --target [0.9,0.95]
+  vmoe-momentum analyze ablate --out runs/grid -- --config configs/digits.yaml --model.net.init_args.rule HeavyBall
+
+How to read what they draw: vmoe_momentum/analysis/README.md"""
+
+MU = "model.net.init_args.rule.mu=0.3,0.5,0.7,0.9"
+GAMMA = "model.net.init_args.rule.gamma=0.5,1.0,1.5"
+ON_MODELS = {
+    "spectrum": "eigenvalues of -du/dx over the stability regions of Residual and of the trained rule",
+    "load": "what each expert receives, and how often the expert with the i-th largest output is chosen",
+    "norms": "size of residual stream, updates and momentum over depth",
+    "sensitivity": "how far logits and expert choices move under input noise",
+}
+
+
+def run(argv: list[str], fit: Fit, check: Callable[[list[str]], None]) -> None:
+    """Runs `analyze INSTRUMENT`; argv is what follows `analyze`.
+
+    fit, check: train, or only try, a command line of `fit` (ablate needs them). Mistakes come out as exceptions.
+    """
+    argv, options = _split(argv)
+    configs, argv = _configs(argv)
+    settings = _parse(argv, configs)
+    command, settings = settings["command"], settings[settings["command"]]
+    if options is not None and command != "ablate":
+        raise ValueError(f"analyze {command}: nothing can follow --; that is for ablate")
+    if command in ON_MODELS:
+        _on_models(command, settings)
+    elif command == "compare":
+        check_targets(settings["target"])
+        compare(settings["run"] or _missing("--run", "LABEL=FOLDER"), settings["target"], _files(command, settings))
+    else:
+        _ablate(settings, options, fit, check)
+
+
+def _on_models(command: str, settings: dict[str, Any]) -> None:
+    for name in ("images", "tokens", "eigenvalues", "coupled_images"):
+        if name in settings and settings[name] < 1:
+            raise ValueError(f"--{name}={settings[name]}: use 1 or more")
+    if settings.get("noise") == []:
+        raise ValueError("--noise=[]: give a standard deviation, such as 8")
+    for size in settings.get("noise", []):
+        if not 0.0 <= size < float("inf"):
+            raise ValueError(f"--noise={settings['noise']}: {size} is no standard deviation; use 0 or more, of 255")
+    data, device = settings["data"], settings["device"]
+    check_device(device)
+    subjects = open_subjects(settings["model"], data.image_size)
+    for subject in subjects:
+        classes = subject.saved.facts["num_classes"]
+        if subject.epoch is not None and classes != data.num_classes:
+            raise ValueError(f"--data: {data.num_classes} classes, but {subject.saved.source} was trained on {classes}")
+    files = _files(command, settings)
+    batches = _images(data, settings["images"])
+    if command == "spectrum":
+        sizes = {"tokens": settings["tokens"], "images": settings["coupled_images"], "count": settings["eigenvalues"]}
+        spectrum(subjects, batches, files, **sizes, device=device)
+    elif command == "load":
+        load(subjects, batches, files, device)
+    elif command == "norms":
+        norms(subjects, batches, files, settings["logs"], device)
+    else:
+        sensitivity(subjects, batches, files, settings["noise"], device)
+
+
+def _ablate(settings: dict[str, Any], options: list[str] | None, fit: Fit, check: Callable[[list[str]], None]) -> None:
+    if not options:
+        raise ValueError("analyze ablate: say how to train after --, as: -- --config configs/digits.yaml")
+    if not settings["seeds"] or min(settings["seeds"]) < 0:
+        raise ValueError(f"--seeds={settings['seeds']}: use numbers from 0, such as [0,1,2]")
+    x, y = parse_axis(settings["x"]), parse_axis(settings["y"])
+    files = Files(settings["out"], "ablate", keep=True)
+    ablate(fit, check, options, x, y, settings["seeds"], files)
+
+
+def _files(command: str, settings: dict[str, Any]) -> Files:
+    return Files(settings["out"], command, settings["overwrite"])
+
+
+def _missing(option: str, value: str) -> list[str]:
+    raise ValueError(f"{option}: none given; use {option} {value}")
+
+
+def _images(data: LightningDataModule, images: int) -> list[Tensor]:
+    data.setup("test")
+    return sample(data.test_dataloader(), images)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
+    """Before and after `--`."""
+    where = argv.index("--") if "--" in argv else len(argv)
+    return argv[:where], argv[where + 1 :] if where < len(argv) else None
+
+
+def _configs(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The files of `--config`, and the rest of argv. Of a config of fit only its data is of use here."""
+    found, rest, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config":
+            found.append(next(words, ""))
+        elif word.startswith("--config="):
+            found.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return found, rest
+
+
+def _data_of(configs: list[str]) -> dict[str, Any] | None:
+    """The last `data` section. Raises FileNotFoundError, ValueError: no such file, no YAML, no data in it."""
+    found = None
+    for path in configs:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"config={path}: no such file")
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"config={path}: not valid YAML: {' '.join(str(error).split())}") from error
+        found = content.get("data", found) if isinstance(content, dict) else found
+    if configs and found is None:
+        raise ValueError(f"config={', '.join(configs)}: no data section in it; say --data and --data.root")
+    return found
+
+
+def _parse(argv: list[str], configs: list[str]) -> dict[str, Any]:
+    parser = new_parser(
+        "Look into trained networks: a CSV and a picture each.", _EXAMPLES, prog="vmoe-momentum analyze"
+    )
+    commands = parser.add_subcommands(dest="command")
+    data = _data_of(configs)
+    for name, text in ON_MODELS.items():
+        commands.add_subcommand(name, _model_parser(name, text, data), help=text)
+    text = "epochs and seconds that runs took to reach an accuracy"
+    commands.add_subcommand("compare", _compare_parser(text), help=text)
+    text = "train over a grid of two settings and several seeds; resumable, one row a run"
+    commands.add_subcommand("ablate", _ablate_parser(text), help=text)
+    arguments = parser.parse_args(argv)
+    return parser.instantiate(arguments).as_dict()
+
+
+def _model_parser(name: str, text: str, data: dict[str, Any] | None) -> ArgumentParser:
+    parser = new_parser(_sentence(text), _EXAMPLES)
+    parser.add_argument("--config", help="A config of fit, for its data section; may be given several times.")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True, help="Where the images come from.")
+    if data is not None:
+        parser.set_defaults({"data": data})
+    parser.add_argument(
+        "--model", action="append", type=str, default=None,
+        help="[LABEL=]PATH: a checkpoint of fit, a folder of them (one an epoch), or local-dir:PATH; several times. "
+        "The label is the rule's name where none is given.",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, default=360, help="Images of the validation split, from the first.")
+    if name == "spectrum":
+        parser.add_argument("--tokens", type=int, default=128, help="Tokens sampled among those of the images.")
+        parser.add_argument(
+            "--coupled_images", type=int, default=2, help="Whole images, where routing couples their tokens (soft)."
+        )
+        parser.add_argument("--eigenvalues", type=int, default=24, help="Largest eigenvalues of each of those images.")
+    if name == "norms":
+        parser.add_argument(
+            "--logs", type=list[str] | None, help="[[LABEL=]FOLDER,...] of fit, for the same norms over training."
+        )
+    if name == "sensitivity":
+        parser.add_argument(
+            "--noise", type=list[float], default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
+            help="Standard deviations in pixel units, of 255.",
+        )  # fmt: skip
+    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+    return _with_output(parser)
+
+
+def _compare_parser(text: str) -> ArgumentParser:
+    parser = new_parser(_sentence(text), _EXAMPLES)
+    parser.add_argument(
+        "--run", action="append", type=str, default=None,
+        help="[LABEL=]FOLDER with the metrics.csv of a fit; several times, one label again for further seeds.",
+    )  # fmt: skip
+    parser.add_argument("--target", type=list[float], default=[0.95], help="Accuracies to reach, as shares.")
+    return _with_output(parser)
+
+
+def _ablate_parser(text: str) -> ArgumentParser:
+    parser = new_parser(
+        f"{_sentence(text)} What follows -- are options of fit. Each run takes what a fit takes.", _EXAMPLES
+    )
+    parser.add_argument("--x", type=str, default=MU, help="KEY=VALUES: a setting of fit and its values.")
+    parser.add_argument("--y", type=str, default=GAMMA, help="KEY=VALUES: another.")
+    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Seeds of each pair of values.")
+    parser.add_argument("--out", type=str, required=True, help="Folder for ablate.csv, ablate.png and the logs.")
+    return parser
+
+
+def _with_output(parser: ArgumentParser) -> ArgumentParser:
+    parser.add_argument("--out", type=str, default="runs/analysis", help="Folder for the CSV and the picture.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what this instrument left there before.")
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

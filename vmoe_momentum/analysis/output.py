@@ -1,0 +1,85 @@
+"""Rows into CSV files, figures into PNG files, rows onto the console."""
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+
+
+class Files:
+    """The files `OUT/NAME.*` of one instrument. Raises ValueError: they exist, and overwrite is False.
+
+    What an earlier call left is removed when the first new file is written.
+    """
+
+    def __init__(self, out: str, name: str, overwrite: bool = False, keep: bool = False) -> None:
+        """keep: what is there already belongs to this call."""
+        self.out, self.name = Path(out), name
+        known = [path for path in self.out.glob(f"{name}*") if path.suffix in (".csv", ".png") and not keep]
+        if known and not overwrite:
+            names = ", ".join(sorted(path.name for path in known))
+            raise ValueError(f"--out={out}: {names} exist there; choose another folder, or replace them by --overwrite")
+        self.old = known
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
+
+    def write(self, rows: Sequence[NamedTuple], suffix: str = "") -> None:
+        """NAME[_suffix].csv, a column a field."""
+        with self._path(suffix, "csv").open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(rows[0]._fields)
+            writer.writerows([_cell(value) for value in row] for row in rows)
+
+    def save(self, figure: Figure, suffix: str = "") -> None:
+        """NAME[_suffix].png."""
+        figure.savefig(self._path(suffix, "png"), dpi=110)
+
+    def _path(self, suffix: str, ending: str) -> Path:
+        while self.old:
+            self.old.pop().unlink(missing_ok=True)
+        path = self.out / f"{self.name}{'_' if suffix else ''}{suffix}.{ending}"
+        Console().print(f"[bold]{path.name}[/bold]  {path}", soft_wrap=True, highlight=False)
+        return path
+
+
+def track(things: Sequence[Any], what: str) -> Iterable[Any]:
+    """`things`, behind a progress bar where somebody watches."""
+    console = Console(stderr=True)
+    return progress.track(things, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on the console."""
+    table = Table(title=title)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+    Console().print(table)
+
+
+def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    """A figure of rows x columns panels, each so many inches; axes as an array [rows, columns]."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def group_by(rows: Sequence[Any], key: Callable[[Any], Any], value: Callable[[Any], float]) -> dict[Any, list[float]]:
+    """Values by key, keys in their order of appearance."""
+    groups: dict[Any, list[float]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(value(row))
+    return groups
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value

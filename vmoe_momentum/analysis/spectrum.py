@@ -1,0 +1,322 @@
+"""Eigenvalues of -du/dx on real tokens, over the stability regions of Residual and of the trained rule.
+
+x is the residual stream, LayerNorm included, at the point where the rule evaluates u. Computed in float64.
+    T tokens, N tokens of an image, D width, S eigenvalues.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
+from torch import Tensor
+from torch.func import jvp, vjp, vmap
+
+from ..models import MomentumBlock, PixelModel
+from .output import Files, grid, group_by, show, track
+from .stability import residual_radius, spectral_radius, step_size
+from .subjects import Subject, latest
+from .trace import walk
+
+CHUNK = 16  # tokens a step of the progress bar
+DEFECTIVE = 1e4  # condition number of an eigenvalue from which it counts as near-defective
+ZERO = 1e-3  # a direction that J shrinks to this share of |J| is one LayerNorm removes (its eps leaves a rest)
+
+
+class SpectrumRow(NamedTuple):
+    """One MoE block of one network."""
+
+    model: str
+    epoch: int | None
+    block: int
+    t: int
+    rule: str
+    part: str  # all D eigenvalues of each token, or those largest in modulus of whole images
+    tokens: int
+    eigenvalues: int  # counted below; without layer_norm_zeros
+    layer_norm_zeros: int
+    gamma: float  # step size: s = gamma sigma
+    share_residual: float  # with |1 - s| < 1
+    share_rule: float | None  # inside the rule's own region; None where its step is not linear
+    largest: float  # |s|
+    near_defective: float  # share with a condition number above 1e4
+
+
+class EigenvalueRow(NamedTuple):
+    """One eigenvalue sigma of -du/dx."""
+
+    model: str
+    epoch: int | None
+    block: int
+    token: int  # number of the token among those sampled; of the image, where tokens are coupled
+    real: float
+    imag: float
+    condition: float
+    layer_norm_zero: int
+    radius_residual: float
+    radius_rule: float | None
+
+
+class Eigenvalues(NamedTuple):
+    """Of -du/dx at some tokens."""
+
+    sigma: Tensor  # [T, S] complex128
+    condition: Tensor  # [T, S] 1 / |cosine between left and right eigenvector|; 1 for normal matrices
+    zero: Tensor  # [T, S] bool: a direction that LayerNorm removes
+
+
+def update_of(block: MomentumBlock) -> Callable[[Tensor], Tensor]:
+    """u of a block in evaluation, in float64. [1, N, D] -> [1, N, D]."""
+    block = copy.deepcopy(block).double().eval().requires_grad_(False)
+    return lambda y: block.ls2(block.mlp(block.norm2(y), None)[0])
+
+
+def token_jacobians(u: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """du/dx of each token, for updates that take tokens one by one. points: [T, D] float64 -> [T, D, D]."""
+    num_tokens, width = points.shape
+
+    def column(direction: Tensor) -> Tensor:
+        return jvp(u, (points[None],), (direction.expand(1, num_tokens, width),))[1][0]
+
+    eye = torch.eye(width, dtype=points.dtype, device=points.device)
+    columns = vmap(column, chunk_size=max(1, 2**18 // (num_tokens * width)))(eye)  # [column, T, row]
+    return columns.permute(1, 2, 0)
+
+
+def token_spectrum(u: Callable[[Tensor], Tensor], points: Tensor) -> Eigenvalues:
+    """All D eigenvalues of each token. points: [T, D] float64."""
+    jacobian = token_jacobians(u, points)
+    sigma, right = torch.linalg.eig(-jacobian)
+    left, info = torch.linalg.inv_ex(right)
+    condition = left.norm(dim=-1) * right.norm(dim=-2)
+    condition = condition.nan_to_num(nan=torch.inf).masked_fill((info != 0).unsqueeze(-1), torch.inf)
+    # Adding a constant to x, or scaling it about its mean, changes nothing behind LayerNorm (behind RMSNorm: scaling).
+    plane = torch.stack([torch.ones_like(points), points], dim=-1)
+    shrunk = torch.linalg.svdvals(jacobian @ torch.linalg.qr(plane).Q)
+    size = torch.linalg.matrix_norm(jacobian, 2)
+    removed = (shrunk <= ZERO * size.unsqueeze(-1)).sum(dim=-1)
+    rank = sigma.abs().argsort(dim=-1).argsort(dim=-1)
+    return Eigenvalues(sigma.cpu(), condition.cpu(), (rank < removed.unsqueeze(-1)).cpu())
+
+
+def image_spectrum(u: Callable[[Tensor], Tensor], points: Tensor, count: int) -> Eigenvalues:
+    """The `count` largest eigenvalues of a whole image, matrix-free, for updates that couple its tokens.
+
+    points: [N, D] float64 -> [1, count]. ARPACK, Jacobian-vector products only.
+    """
+    back = vjp(u, points[None])[1]
+
+    def forward_product(v: np.ndarray) -> np.ndarray:
+        return -jvp(u, (points[None],), (_like(v, points),))[1].cpu().numpy().ravel()
+
+    def backward_product(v: np.ndarray) -> np.ndarray:
+        return -back(_like(v, points))[0].cpu().numpy().ravel()
+
+    right = _arpack(forward_product, points.numel(), count)
+    left = _arpack(backward_product, points.numel(), count)
+    nearest = np.abs(right[0][:, None] - left[0][None]).argmin(axis=1)
+    # J^T y = sigma y: the left eigenvector is y without conjugation
+    cosine = np.abs((left[1][:, nearest] * right[1]).sum(axis=0))
+    condition = 1.0 / np.maximum(cosine, 1e-300)
+    sigma = torch.from_numpy(right[0]).unsqueeze(0)
+    return Eigenvalues(sigma, torch.from_numpy(condition).unsqueeze(0), torch.zeros_like(sigma, dtype=torch.bool))
+
+
+def _like(v: np.ndarray, points: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(v)).to(points).reshape(1, *points.shape)
+
+
+def _arpack(product: Callable[[np.ndarray], np.ndarray], size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    start, count = np.random.default_rng(0).standard_normal(size), min(count, size - 2)
+    # a disc of eigenvalues of like modulus converges slowly in ARPACK's own, small basis
+    basis = min(size, max(4 * count, 60))
+    try:
+        sigma, vectors = eigs(operator, k=count, which="LM", v0=start, ncv=basis, tol=1e-10)
+    except ArpackNoConvergence as error:  # those that did converge
+        sigma, vectors = error.eigenvalues, error.eigenvectors
+    return sigma, vectors
+
+
+def spectrum(
+    subjects: list[Subject],
+    batches: list[Tensor],
+    files: Files,
+    tokens: int = 128,
+    images: int = 2,
+    count: int = 24,
+    device: str = "cpu",
+) -> list[SpectrumRow]:
+    """Measures, writes and draws.
+
+    tokens: sampled among all tokens of `batches`, the same ones everywhere. images, count: where tokens are coupled,
+    this many whole images and eigenvalues of each.
+    """
+    for subject in subjects:
+        _check_groups(subject)
+    rows, details, last = [], [], latest(subjects)
+    for subject in subjects:
+        model = subject.build(device)
+        for index, points in _points(model, batches, subject.name).items():
+            block, what = model.net.blocks[index], f"{subject.name}, block {index}"
+            part, found = _measure(block, points, tokens, images, count, what)
+            row, detail = _rows(subject, block, index, part, found)
+            rows.append(row)
+            details += detail if subject in last else []
+    files.write(rows)
+    files.write(details, "eigenvalues")
+    _draw(files, last, rows, details)
+    _draw_epochs(files, rows)
+    show(
+        "Share of eigenvalues inside the stability region",
+        ("model", "epoch", "block", "Residual", "rule", "largest |s|", "near-defective"),
+        [(r.model, r.epoch, r.block, r.share_residual, r.share_rule, r.largest, r.near_defective) for r in rows],
+    )
+    return rows
+
+
+def _check_groups(subject: Subject) -> None:
+    model = subject.build()
+    for index in model.net.moe_layers:
+        router = model.net.blocks[index].mlp.router
+        if router.group_size != "image" and not _alone(model.net.blocks[index], 1):
+            raise ValueError(
+                f"--model={subject.saved.source}: router.group_size={router.group_size} mixes tokens of several "
+                "images, so there is no spectrum of one; load the weights into a network with group_size=image"
+            )
+
+
+def _alone(block: MomentumBlock, num_tokens: int) -> bool:
+    return block.mlp.router.takes_tokens_alone(num_tokens, block.mlp.experts.fc1.weight.shape[0])
+
+
+def _points(model: PixelModel, batches: list[Tensor], what: str) -> dict[int, Tensor]:
+    """Block -> [B, N, D] where it evaluates u."""
+    found: dict[int, list[Tensor]] = {}
+    for _, visits in walk(model, batches, what):
+        for visit in visits:
+            found.setdefault(visit.block, []).append(visit.point.double())
+    return {block: torch.cat(points) for block, points in found.items()}
+
+
+def _measure(
+    block: MomentumBlock, points: Tensor, tokens: int, images: int, count: int, what: str
+) -> tuple[str, Eigenvalues]:
+    u = update_of(block)
+    if _alone(block, points.shape[1]):
+        flat = points.flatten(0, 1)
+        chosen = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:tokens]
+        pieces = list(flat[chosen.to(flat.device)].split(CHUNK))
+        part, measure = "all", token_spectrum
+    else:
+        pieces = list(points[:images])
+        part, measure = "largest", lambda u, piece: image_spectrum(u, piece, count)
+    found = [measure(u, piece) for piece in track(pieces, what)]
+    fewest = min(piece.sigma.shape[1] for piece in found)
+    return part, Eigenvalues(*(torch.cat([value[:, :fewest] for value in parts]) for parts in zip(*found, strict=True)))
+
+
+def _rows(
+    subject: Subject, block: MomentumBlock, index: int, part: str, found: Eigenvalues
+) -> tuple[SpectrumRow, list[EigenvalueRow]]:
+    t, coefficients = _step(block)
+    gamma = step_size(block.rule, t, coefficients)
+    flat, counted = found.sigma.flatten(), ~found.zero.flatten()
+    residual = residual_radius(gamma, flat)
+    own = spectral_radius(block.rule, t, coefficients, flat)
+    rule = type(block.rule).__name__
+    row = SpectrumRow(
+        subject.label, subject.epoch, index, t, rule, part, len(found.sigma), int(counted.sum()), int((~counted).sum()),
+        gamma, _share(residual[counted] < 1), None if own is None else _share(own[counted] < 1),
+        float(gamma * flat.abs().max()), _share(found.condition.flatten()[counted] > DEFECTIVE),
+    )  # fmt: skip
+    token = torch.arange(len(found.sigma)).unsqueeze(1).expand_as(found.sigma).flatten()
+    columns = (token, flat.real, flat.imag, found.condition.flatten(), (~counted).int(), residual)
+    radii = [None] * len(flat) if own is None else own.tolist()
+    cells = zip(*(column.tolist() for column in columns), radii, strict=True)
+    return row, [EigenvalueRow(subject.label, subject.epoch, index, *cell) for cell in cells]
+
+
+def _step(block: MomentumBlock) -> tuple[int, dict[str, float]]:
+    """t and the coefficients of the block's rule."""
+    return max(1, block.step), {name: float(value) for name, value in block.momentum().items()}
+
+
+def _share(inside: Tensor) -> float:
+    return float(inside.double().mean())
+
+
+def _draw(files: Files, last: list[Subject], rows: list[SpectrumRow], details: list[EigenvalueRow]) -> None:
+    """One row of panels a network: s = gamma sigma of each MoE block over the two regions."""
+    blocks = sorted({row.block for row in rows})
+    figure, axes = grid(len(last), len(blocks), 3.8, 3.1)
+    for line, subject in zip(axes, last, strict=True):
+        net = subject.build().net
+        for axis, index in zip(line, blocks, strict=True):
+            row = next((r for r in rows if (r.model, r.epoch, r.block) == (subject.label, subject.epoch, index)), None)
+            if row is None:
+                axis.set_axis_off()
+                continue
+            points = [d for d in details if (d.model, d.block) == (subject.label, index) and not d.layer_norm_zero]
+            s = row.gamma * torch.tensor([complex(d.real, d.imag) for d in points], dtype=torch.complex128)
+            _panel(axis, s, net.blocks[index], row.gamma)
+            inside = f"inside: Residual {100 * row.share_residual:.0f} %"
+            if row.rule != "Residual":
+                own = "none (not linear)" if row.share_rule is None else f"{100 * row.share_rule:.0f} %"
+                inside += f", {row.rule} {own}"
+            axis.set_title(f"{subject.label}, block {index}\n{inside}", fontsize=9)
+    figure.supxlabel(r"Re $s$, $s = \gamma\sigma$, $\sigma$ eigenvalue of $-\partial u/\partial x$")
+    figure.supylabel(r"Im $s$")
+    files.save(figure)
+
+
+def _panel(axis: Axes, s: Tensor, block: MomentumBlock, gamma: float) -> None:
+    real, imaginary = s.real.numpy(), s.imag.numpy()
+    axis.scatter(real, imaginary, s=3, alpha=0.25, color="black", linewidths=0, rasterized=True)
+    low = min(-0.7, 1.15 * float(np.quantile(real, 0.0025)))
+    high = max(3.6, 1.15 * float(np.quantile(real, 0.9975)))
+    tall = max(1.4, 1.15 * float(np.quantile(np.abs(imaginary), 0.995)))
+    axis.set(xlim=(low, high), ylim=(-tall, tall), aspect="equal")
+    outside = int(((real < low) | (real > high) | (np.abs(imaginary) > tall)).sum())
+    across, up = torch.linspace(low, high, 161).double(), torch.linspace(-tall, tall, 161).double()
+    plane = torch.complex(*torch.meshgrid(across, up, indexing="xy"))
+    t, coefficients = _step(block)
+    sigma = plane.flatten() / gamma
+    regions = [("Residual", "tab:blue", "--", residual_radius(gamma, sigma))]
+    if type(block.rule).__name__ != "Residual":
+        own = spectral_radius(block.rule, t, coefficients, sigma)
+        regions.append((type(block.rule).__name__, "tab:orange", "-", own))
+    for name, color, style, radius in regions:
+        if radius is not None:
+            field = radius.reshape(plane.shape).numpy()
+            axis.contour(plane.real, plane.imag, field, levels=[1.0], colors=color, linestyles=style, linewidths=1.4)
+            axis.plot([], [], color=color, linestyle=style, label=name)
+    axis.axhline(0, color="grey", linewidth=0.4)
+    axis.axvline(0, color="grey", linewidth=0.4)
+    axis.legend(fontsize=7, loc="upper right", title=f"{outside} not shown" if outside else None, title_fontsize=7)
+
+
+def _draw_epochs(files: Files, rows: list[SpectrumRow]) -> None:
+    """Share inside over epochs: mean over blocks (and seeds), band from the lowest to the highest."""
+    labels = list(dict.fromkeys(row.model for row in rows))
+    if all(len({row.epoch for row in rows if row.model == label}) < 2 for label in labels):
+        return
+    figure, axes = grid(1, len(labels), 4.6, 3.8)
+    for axis, label in zip(axes[0], labels, strict=True):
+        own = [row for row in rows if row.model == label]
+        for name, color, pick in (
+            ("Residual's region", "tab:blue", lambda row: row.share_residual),
+            ("the rule's own region", "tab:orange", lambda row: row.share_rule),
+        ):
+            found = group_by([row for row in own if pick(row) is not None], lambda row: row.epoch, pick)
+            epochs, values = list(found), [100 * np.array(v) for v in found.values()]
+            axis.plot(epochs, [v.mean() for v in values], color=color, label=name)
+            axis.fill_between(
+                epochs, [v.min() for v in values], [v.max() for v in values], color=color, alpha=0.2, linewidth=0
+            )
+        axis.set(title=label, xlabel="epoch", ylabel="% of eigenvalues inside", ylim=(0, 101))
+        axis.legend(fontsize=8, loc="lower left")
+    files.save(figure, "epochs")

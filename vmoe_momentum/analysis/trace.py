@@ -1,0 +1,86 @@
+"""What passes through the MoE blocks, read through forward hooks that are removed again.
+
+B images, N tokens, D width, T = B*N, E experts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models import MomentumBlock, PixelModel
+from ..moe import Plan
+from .output import track
+
+
+class Visit(NamedTuple):
+    """One batch at one MoE block."""
+
+    block: int  # index among all blocks
+    x: Tensor  # [B, N, D] residual stream after the sparse step
+    point: Tensor  # [B, N, D] where u was evaluated (last, for rules that do it twice)
+    update: Tensor  # [B, N, D] u(point)
+    momentum: Tensor | None  # [B, N, D] first buffer after the step; None without momentum
+    tokens: Tensor  # [B, N, D] what router and experts saw
+    plan: Plan
+
+
+@contextmanager
+def record(net: nn.Module) -> Iterator[list[Visit]]:
+    """The visits of the latest forward pass, in the order of blocks. Hooks are gone afterwards."""
+    visits: list[Visit] = []
+    handles = []
+    for index, block in enumerate(net.blocks):
+        if isinstance(block, MomentumBlock):
+            handles += _watch(index, block, visits)
+    handles.append(net.register_forward_pre_hook(lambda *_: visits.clear()))
+    try:
+        yield visits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(index: int, block: MomentumBlock, visits: list[Visit]) -> list[Any]:
+    seen: dict[str, Any] = {}
+
+    def keep(name: str, pick: Callable[[tuple, Any], Any]) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            seen[name] = pick(inputs, output)
+
+        return hook
+
+    def finish(module: nn.Module, inputs: tuple, output: tuple) -> None:
+        x, carry = output
+        momentum = carry.momentum[0] if module.step and carry.momentum else None
+        visits.append(Visit(index, x, seen["point"], seen["update"], momentum, *seen["routed"]))
+        seen.clear()
+
+    return [
+        block.norm2.register_forward_hook(keep("point", lambda inputs, output: inputs[0])),
+        block.ls2.register_forward_hook(keep("update", lambda inputs, output: output)),
+        block.mlp.router.register_forward_hook(keep("routed", lambda inputs, output: (inputs[0], output[0]))),
+        block.register_forward_hook(finish),
+    ]
+
+
+def sample(loader: Iterable[tuple[Tensor, Tensor]], images: int) -> list[Tensor]:
+    """The first `images` pictures of a loader, in its batches."""
+    found, left = [], images
+    for batch, _ in loader:
+        found.append(batch[:left].clone())  # loaders may use their memory again
+        left -= len(found[-1])
+        if left <= 0:
+            break
+    return found
+
+
+@torch.no_grad()
+def walk(model: PixelModel, batches: list[Tensor], what: str) -> Iterator[tuple[Tensor, list[Visit]]]:
+    """Logits and visits, batch by batch, behind a progress bar."""
+    device = model.mean.device
+    with record(model.net) as visits:
+        for images in track(batches, what):
+            yield model(images.to(device)), visits

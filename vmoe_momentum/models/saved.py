@@ -1,0 +1,105 @@
+"""Networks as they lie in checkpoints of `fit`: read without running code, rebuilt without the config."""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models import get_model_args, is_model
+from torch import nn
+
+from .directory import as_json
+from .factory import create_model
+from .loading import fit_to_data
+from .pixels import PixelModel
+
+KEY = "vmoe_momentum"
+
+
+class SavedNetwork(NamedTuple):
+    """What a checkpoint says of its network; `build` makes it."""
+
+    source: str
+    facts: dict[str, Any]  # as training.identity.describe_network wrote them
+    epoch: int | None  # finished epochs; None for directories, which do not say
+
+    def build(self) -> PixelModel:
+        """The network with its weights (the averaged ones where they were averaged), in eval mode, on the CPU.
+
+        Raises ValueError: it cannot be rebuilt, or its tensors do not fit.
+        """
+        if self.epoch is None:
+            return PixelModel(create_model(self.source)).eval()
+        model = PixelModel(_rebuild(self.source, self.facts))
+        for name in ("mean", "std"):
+            getattr(model, name).copy_(torch.tensor(self.facts[name]).view(1, -1, 1, 1))
+        tensors = read_checkpoint(Path(self.source))["state_dict"]
+        try:
+            model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
+        except RuntimeError as error:
+            raise ValueError(f"{self.source}: its tensors do not fit the network it describes ({error})") from error
+        return model.eval()
+
+
+def open_saved(source: str) -> SavedNetwork:
+    """A `.ckpt` that fit wrote, or "local-dir:PATH".
+
+    Raises FileNotFoundError: no such file; ValueError: not readable, or not ours.
+    """
+    if source.startswith("local-dir:"):
+        net = create_model(source)
+        settings = net.function_settings() if hasattr(net, "function_settings") else {}
+        size = net.patch_embed.img_size[0] if hasattr(net, "patch_embed") else net.pretrained_cfg["input_size"][-1]
+        return SavedNetwork(source, {"settings": settings, "num_classes": net.num_classes, "image_size": size}, None)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: no such file; give a .ckpt that fit wrote, or local-dir:PATH")
+    checkpoint = read_checkpoint(path)
+    return SavedNetwork(source, checkpoint[KEY], checkpoint["epoch"] + 1)
+
+
+def read_checkpoint(path: Path, setting: str = "") -> dict[str, Any]:
+    """Raises ValueError unless `path` is a whole checkpoint of ours, tensors and plain data only; runs no code.
+
+    setting: the name to blame, as "ckpt_path=". Tensors are mapped, not copied.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{setting}{path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); it is cut off, "
+            "of another program, or holds code, which is never run; give a .ckpt that fit wrote"
+        ) from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise ValueError(
+            f"{setting}{path}: not written by vmoe-momentum fit (no model settings in it); give a .ckpt that fit wrote"
+        )
+    return checkpoint
+
+
+def build_arguments(net: nn.Module) -> dict[str, Any] | None:
+    """What timm's factory was told, as JSON; None where that cannot be said, as for networks of other makers."""
+    config = getattr(net, "pretrained_cfg", None) or {}
+    if not is_model(config.get("architecture") or ""):
+        return None
+    arguments = get_model_args(net, as_json(net))
+    try:
+        return json.loads(json.dumps(arguments))
+    except (TypeError, ValueError):
+        return None
+
+
+def _rebuild(source: str, facts: dict[str, Any]) -> nn.Module:
+    arguments = facts.get("model_args")
+    if arguments is None:
+        raise ValueError(
+            f"{source}: its network ({facts['architecture']}) was not made by timm's factory, so it cannot be rebuilt "
+            "from the checkpoint alone; use vmoe_momentum.create_model in the config it is trained with"
+        )
+    sizes = {"num_classes": facts["num_classes"]}
+    net = timm.create_model(facts["architecture"], pretrained=False, **{**arguments, **sizes})
+    fit_to_data(net, facts["num_classes"], facts["image_size"])
+    return net
