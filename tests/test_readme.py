@@ -1,5 +1,6 @@
 """What the README shows is what the project does."""
 
+import csv
 import importlib.util
 import re
 import shlex
@@ -11,6 +12,10 @@ from vmoe_momentum import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+
+
+def find_links(page: Path) -> list[str]:
+    return re.findall(r"\]\(([\w./]+)\)", page.read_text())
 
 
 def test_tables_are_those_of_the_committed_rows() -> None:
@@ -44,6 +49,21 @@ def test_a_strangers_five_lines_run_as_printed(tmp_path: Path, monkeypatch, caps
     assert "[(2, 32, 4, 4), (2, 32, 4, 4)]" in out
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([\w./]+)\)", README))
-def test_links_lead_somewhere(path: str) -> None:
-    assert (ROOT / path).exists()
+GUIDE = ROOT / "vmoe_momentum" / "analysis" / "README.md"
+LINKS = [(page.parent, path) for page in (ROOT / "README.md", GUIDE) for path in find_links(page)]
+
+
+@pytest.mark.parametrize(("folder", "path"), LINKS, ids=[path for _, path in LINKS])
+def test_links_lead_somewhere(folder: Path, path: str) -> None:
+    assert (folder / path).exists()
+
+
+def test_the_guides_figures_are_those_of_the_committed_rows() -> None:
+    """Shares of the last epoch's eigenvalues inside the regions, HeavyBall's network."""
+    with (ROOT / "benchmarks" / "results" / "analysis" / "spectrum.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["model"], row["epoch"]) == ("HeavyBall", "20")]
+    spans = []
+    for column in ("share_rule", "share_residual"):
+        shares = [100 * float(row[column]) for row in rows]
+        spans.append(f"{min(shares):.0f} to {max(shares):.0f} %")
+    assert f"({spans[0]} against {spans[1]})" in " ".join(GUIDE.read_text().split())

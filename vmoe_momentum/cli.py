@@ -148,7 +148,14 @@ def run_analyze(argv: list[str]) -> None:
             raise KeyboardInterrupt
         return {"epochs": trainer.current_epoch, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
 
-    commands.run(argv, fit, lambda options: run_lightning(options, start=False))
+    def check(options: list[str]) -> None:
+        logging.disable(logging.INFO)  # devices and seeds, again for every pair of values
+        try:
+            run_lightning(options, start=False)
+        finally:
+            logging.disable(logging.NOTSET)
+
+    commands.run(argv, fit, check)
 
 
 COMMANDS = {"data": run_data, "import": run_import, "analyze": run_analyze}

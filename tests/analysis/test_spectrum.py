@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmoe_momentum import ExpertChoiceRouter, HeavyBall, Residual, Robust, SoftRouter, TopKRouter
 from vmoe_momentum.analysis import record, spectrum
-from vmoe_momentum.analysis.spectrum import image_spectrum, token_jacobians, token_spectrum, update_of
+from vmoe_momentum.analysis.eigenvalues import image_spectrum, token_jacobians, token_spectrum, update_of
 from vmoe_momentum.momentum import SAM, Adam
 
 

@@ -5,7 +5,7 @@ import statistics
 from typing import NamedTuple
 
 from .logs import read_log
-from .output import Files, grid, group_by, show
+from .output import Files, grid, group_by, show, whole_numbers
 from .subjects import labelled
 
 ACCURACY, SECONDS = "val/top1", "train/epoch_seconds"
@@ -94,5 +94,6 @@ def _draw(files: Files, curves: list[Curve], targets: list[float]) -> None:
         for target in targets:
             axis.axhline(100 * target, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xlabel=over, ylabel="top-1 on the validation split (%)", ylim=(None, 101))
+    whole_numbers(axes[0][0])
     axes[0][0].legend(fontsize=8, loc="lower right")
     files.save(figure)

@@ -6,11 +6,10 @@ B images, N tokens, D width, T = B*N, E experts, K chosen.
 from typing import NamedTuple
 
 import torch
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from ..models import MomentumBlock
-from .output import Files, grid, show
+from .output import Files, grid, show, whole_numbers
 from .subjects import Subject, latest
 from .trace import Visit, walk
 
@@ -109,7 +108,7 @@ def _draw(files: Files, last: list[Subject], rows: list[LoadRow]) -> None:
         bars.set_xticks(range(len(blocks)), [f"block {block}" for block in blocks], rotation=45)
         bars.set(title=f"{subject.label}: load (dotted: balanced)", ylabel="% of assignments, experts stacked")
         lines.set(title=f"{subject.label}: load by norm (dotted: blind to norm)", xlabel="rank of the output norm")
-        lines.xaxis.set_major_locator(MaxNLocator(integer=True))
+        whole_numbers(lines)
         lines.set(ylabel="% of tokens that chose it", ylim=(0, 105))
         if len(blocks) <= 10:
             lines.legend(fontsize=8)

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from .logs import read_log
-from .output import Files, grid, show
+from .output import Files, grid, show, whole_numbers
 from .subjects import Subject, labelled, latest
 from .trace import walk
 
@@ -77,13 +76,14 @@ def _draw(files: Files, last: list[Subject], rows: list[NormRow]) -> None:
     """Over depth: mean over tokens, band one standard deviation."""
     figure, axes = grid(1, len(METRICS), 3.8, 3.4)
     for axis, (metric, title) in zip(axes[0], METRICS.items(), strict=True):
-        for subject in last:
+        for number, subject in enumerate(last):
+            color = f"C{number % 10}"  # the same in every panel, though not all have every number
             own = [r for r in rows if (r.model, r.epoch, r.metric) == (subject.label, subject.epoch, metric)]
             if own:
                 blocks, mean = [r.block for r in own], torch.tensor([r.mean for r in own])
                 std = torch.tensor([r.std for r in own])
-                axis.plot(blocks, mean, marker="o", markersize=3, label=subject.label)
-                axis.fill_between(blocks, mean - std, mean + std, alpha=0.15, linewidth=0)
+                axis.plot(blocks, mean, marker="o", markersize=3, color=color, label=subject.label)
+                axis.fill_between(blocks, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="block")
     axes[0][0].legend(fontsize=8)
     axes[0][-1].axhline(0, color="grey", linewidth=0.5)
@@ -106,6 +106,6 @@ def _draw_training(files: Files, training: dict[str, dict[str, list[float]]]) ->
                 axis.plot(range(1, len(values) + 1), values, label=f"block {block}")
             axis.set_title(f"{label}: {METRICS[metric]}", fontsize=9)
             axis.set_xlabel("validation pass")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            whole_numbers(axis)
         line[0].legend(fontsize=7)
     files.save(figure, "training")

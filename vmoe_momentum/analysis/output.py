@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich import progress
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +70,11 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
     """A figure of rows x columns panels, each so many inches; axes as an array [rows, columns]."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def whole_numbers(axis: Any) -> None:
+    """Ticks at integers only: epochs, ranks."""
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def group_by(rows: Sequence[Any], key: Callable[[Any], Any], value: Callable[[Any], float]) -> dict[Any, list[float]]:

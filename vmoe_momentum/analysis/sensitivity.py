@@ -99,13 +99,16 @@ def _draw(files: Files, last: list[Subject], rows: list[SensitivityRow]) -> None
     titles = {"logits_change": "Logits: |difference| / |clean|", "class_change": "Images whose class changes"}
     titles["routing_change"] = "Expert sets: 1 - IoU"
     for axis, (metric, title) in zip(axes[0], titles.items(), strict=True):
-        for subject in last:
+        for number, subject in enumerate(last):
+            color = f"C{number % 10}"
             own = [r for r in rows if (r.model, r.epoch, r.metric) == (subject.label, subject.epoch, metric)]
             sizes = sorted({row.noise for row in own})
             values = [[row.value for row in own if row.noise == size] for size in sizes]
-            axis.plot(sizes, [sum(v) / len(v) for v in values], marker="o", markersize=3, label=subject.label)
+            style = {"color": color, "marker": "o", "markersize": 3, "label": subject.label}
+            axis.plot(sizes, [sum(v) / len(v) for v in values], **style)
             if metric == "routing_change":
-                axis.fill_between(sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.15, linewidth=0)
+                band = [min(v) for v in values], [max(v) for v in values]
+                axis.fill_between(sizes, *band, color=color, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="noise, standard deviation in pixel units (of 255)")
         axis.set_ylim(bottom=0)
     axes[0][0].legend(fontsize=8)

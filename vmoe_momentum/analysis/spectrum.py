@@ -1,29 +1,25 @@
 """Eigenvalues of -du/dx on real tokens, over the stability regions of Residual and of the trained rule.
 
 x is the residual stream, LayerNorm included, at the point where the rule evaluates u. Computed in float64.
-    T tokens, N tokens of an image, D width, S eigenvalues.
+    T tokens, S eigenvalues of each.
 """
 
-import copy
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
 
 from ..models import MomentumBlock, PixelModel
-from .output import Files, grid, group_by, show, track
+from .eigenvalues import Eigenvalues, image_spectrum, token_spectrum, update_of
+from .output import Files, grid, group_by, show, track, whole_numbers
 from .stability import residual_radius, spectral_radius, step_size
 from .subjects import Subject, latest
 from .trace import walk
 
 CHUNK = 16  # tokens a step of the progress bar
 DEFECTIVE = 1e4  # condition number of an eigenvalue from which it counts as near-defective
-ZERO = 1e-3  # a direction that J shrinks to this share of |J| is one LayerNorm removes (its eps leaves a rest)
 
 
 class SpectrumRow(NamedTuple):
@@ -58,87 +54,6 @@ class EigenvalueRow(NamedTuple):
     layer_norm_zero: int
     radius_residual: float
     radius_rule: float | None
-
-
-class Eigenvalues(NamedTuple):
-    """Of -du/dx at some tokens."""
-
-    sigma: Tensor  # [T, S] complex128
-    condition: Tensor  # [T, S] 1 / |cosine between left and right eigenvector|; 1 for normal matrices
-    zero: Tensor  # [T, S] bool: a direction that LayerNorm removes
-
-
-def update_of(block: MomentumBlock) -> Callable[[Tensor], Tensor]:
-    """u of a block in evaluation, in float64. [1, N, D] -> [1, N, D]."""
-    block = copy.deepcopy(block).double().eval().requires_grad_(False)
-    return lambda y: block.ls2(block.mlp(block.norm2(y), None)[0])
-
-
-def token_jacobians(u: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
-    """du/dx of each token, for updates that take tokens one by one. points: [T, D] float64 -> [T, D, D]."""
-    num_tokens, width = points.shape
-
-    def column(direction: Tensor) -> Tensor:
-        return jvp(u, (points[None],), (direction.expand(1, num_tokens, width),))[1][0]
-
-    eye = torch.eye(width, dtype=points.dtype, device=points.device)
-    columns = vmap(column, chunk_size=max(1, 2**18 // (num_tokens * width)))(eye)  # [column, T, row]
-    return columns.permute(1, 2, 0)
-
-
-def token_spectrum(u: Callable[[Tensor], Tensor], points: Tensor) -> Eigenvalues:
-    """All D eigenvalues of each token. points: [T, D] float64."""
-    jacobian = token_jacobians(u, points)
-    sigma, right = torch.linalg.eig(-jacobian)
-    left, info = torch.linalg.inv_ex(right)
-    condition = left.norm(dim=-1) * right.norm(dim=-2)
-    condition = condition.nan_to_num(nan=torch.inf).masked_fill((info != 0).unsqueeze(-1), torch.inf)
-    # Adding a constant to x, or scaling it about its mean, changes nothing behind LayerNorm (behind RMSNorm: scaling).
-    plane = torch.stack([torch.ones_like(points), points], dim=-1)
-    shrunk = torch.linalg.svdvals(jacobian @ torch.linalg.qr(plane).Q)
-    size = torch.linalg.matrix_norm(jacobian, 2)
-    removed = (shrunk <= ZERO * size.unsqueeze(-1)).sum(dim=-1)
-    rank = sigma.abs().argsort(dim=-1).argsort(dim=-1)
-    return Eigenvalues(sigma.cpu(), condition.cpu(), (rank < removed.unsqueeze(-1)).cpu())
-
-
-def image_spectrum(u: Callable[[Tensor], Tensor], points: Tensor, count: int) -> Eigenvalues:
-    """The `count` largest eigenvalues of a whole image, matrix-free, for updates that couple its tokens.
-
-    points: [N, D] float64 -> [1, count]. ARPACK, Jacobian-vector products only.
-    """
-    back = vjp(u, points[None])[1]
-
-    def forward_product(v: np.ndarray) -> np.ndarray:
-        return -jvp(u, (points[None],), (_like(v, points),))[1].cpu().numpy().ravel()
-
-    def backward_product(v: np.ndarray) -> np.ndarray:
-        return -back(_like(v, points))[0].cpu().numpy().ravel()
-
-    right = _arpack(forward_product, points.numel(), count)
-    left = _arpack(backward_product, points.numel(), count)
-    nearest = np.abs(right[0][:, None] - left[0][None]).argmin(axis=1)
-    # J^T y = sigma y: the left eigenvector is y without conjugation
-    cosine = np.abs((left[1][:, nearest] * right[1]).sum(axis=0))
-    condition = 1.0 / np.maximum(cosine, 1e-300)
-    sigma = torch.from_numpy(right[0]).unsqueeze(0)
-    return Eigenvalues(sigma, torch.from_numpy(condition).unsqueeze(0), torch.zeros_like(sigma, dtype=torch.bool))
-
-
-def _like(v: np.ndarray, points: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(v)).to(points).reshape(1, *points.shape)
-
-
-def _arpack(product: Callable[[np.ndarray], np.ndarray], size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
-    start, count = np.random.default_rng(0).standard_normal(size), min(count, size - 2)
-    # a disc of eigenvalues of like modulus converges slowly in ARPACK's own, small basis
-    basis = min(size, max(4 * count, 60))
-    try:
-        sigma, vectors = eigs(operator, k=count, which="LM", v0=start, ncv=basis, tol=1e-10)
-    except ArpackNoConvergence as error:  # those that did converge
-        sigma, vectors = error.eigenvalues, error.eigenvectors
-    return sigma, vectors
 
 
 def spectrum(
@@ -307,10 +222,11 @@ def _draw_epochs(files: Files, rows: list[SpectrumRow]) -> None:
     figure, axes = grid(1, len(labels), 4.6, 3.8)
     for axis, label in zip(axes[0], labels, strict=True):
         own = [row for row in rows if row.model == label]
-        for name, color, pick in (
-            ("Residual's region", "tab:blue", lambda row: row.share_residual),
-            ("the rule's own region", "tab:orange", lambda row: row.share_rule),
-        ):
+        whole_numbers(axis)
+        curves = [("Residual's region", "tab:blue", lambda row: row.share_residual)]
+        if any(row.rule != "Residual" for row in own):
+            curves.append(("the rule's own region", "tab:orange", lambda row: row.share_rule))
+        for name, color, pick in curves:
             found = group_by([row for row in own if pick(row) is not None], lambda row: row.epoch, pick)
             epochs, values = list(found), [100 * np.array(v) for v in found.values()]
             axis.plot(epochs, [v.mean() for v in values], color=color, label=name)
