@@ -30,7 +30,8 @@ def tiny(**settings) -> nn.Module:
 def write_checkpoint(net: nn.Module, path: Path, epoch: int = 0) -> Path:
     module = ImageClassifier(net, num_classes=CLASSES, image_size=SIZE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": module.state_dict(), "epoch": epoch, KEY: describe_network(module)}, path)
+    facts = {"epoch": epoch, "global_step": 10 * (epoch + 1), KEY: describe_network(module)}
+    torch.save({"state_dict": module.state_dict(), **facts}, path)
     return path
 
 

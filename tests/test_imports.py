@@ -15,8 +15,10 @@ ALLOWED = {  # room -> rooms it may import
     "models": {"momentum", "moe", "parsers", "staging"},
     "training": {"models", "momentum", "moe"},
     "analysis": {"models", "momentum", "moe", "parsers"},
+    "robustness": {"parsers"},
+    "classifiers": {"analysis", "models", "robustness"},
     "errors": {"models"},
-    "cli": {"analysis", "datasets", "errors", "models", "moe", "momentum", "training"},
+    "cli": {"analysis", "classifiers", "robustness", "datasets", "errors", "models", "moe", "momentum", "training"},
     "__main__": {"cli"},
     "__init__": {"models", "moe", "momentum"},
 }

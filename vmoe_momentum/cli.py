@@ -1,4 +1,4 @@
-"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze`.
+"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze | robustness`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
 first word.
@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -42,6 +43,8 @@ commands:
   test       evaluate a checkpoint:  vmoe-momentum test --config configs/digits.yaml --ckpt_path runs/.../last.ckpt
   predict    write class probabilities to predictions.csv
   analyze    look into trained networks: spectrum, load, norms, sensitivity, ablate, compare (... analyze --help)
+
+  robustness corruptions, other pictures, attacks: a report for one or many models (... robustness --help)
 
 options:
   --debug    show the traceback of an error
@@ -127,6 +130,23 @@ def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
     )
 
 
+def rehearse(built: VMoECLI) -> None:
+    """What fit would refuse only once it has started: data, batch sizes, the schedule, groups of tokens."""
+    trainer, module, data = built.trainer, built.model, built.datamodule
+    data.setup("fit")
+    batches = len(data.train_dataloader())
+    data.val_dataloader()
+    module.check_batch_size(data.batch_size)
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps < 0:
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        steps = max(1, batches // trainer.accumulate_grad_batches) * trainer.max_epochs
+        module.schedule_settings.build(module.optimizer_settings.build(module.model.net), steps)
+    with torch.no_grad():
+        size = module.image_size
+        module.model.train().forward_with_aux(torch.zeros(data.batch_size, 3, size, size))
+
+
 def run_data(argv: list[str]) -> None:
     from .datasets import commands
 
@@ -143,22 +163,30 @@ def run_analyze(argv: list[str]) -> None:
     from .analysis import commands
 
     def fit(options: list[str]) -> dict[str, float]:
-        trainer = run_lightning(["fit", *options]).trainer
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        try:
+            trainer = run_lightning(["fit", *options]).trainer
+        except SystemExit as stopped:  # how Lightning ends on Ctrl-C
+            raise KeyboardInterrupt from stopped
         return {"epochs": trainer.current_epoch, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
 
     def check(options: list[str]) -> None:
         logging.disable(logging.INFO)  # devices and seeds, again for every pair of values
         try:
-            run_lightning(options, start=False)
+            rehearse(run_lightning(options, start=False))
         finally:
             logging.disable(logging.NOTSET)
 
-    commands.run(argv, fit, check)
+    commands.run(argv, datasets.ImageDataModule, fit, check)
 
 
-COMMANDS = {"data": run_data, "import": run_import, "analyze": run_analyze}
+def run_robustness(argv: list[str]) -> None:
+    from .classifiers import open_models
+    from .robustness import commands
+
+    commands.run(argv, open_models)
+
+
+COMMANDS = {"data": run_data, "import": run_import, "analyze": run_analyze, "robustness": run_robustness}
 
 
 def run(argv: list[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from analysis_helpers import tiny, write_checkpoint
 
 from vmoe_momentum import cli
+from vmoe_momentum.models.saved import KEY
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
@@ -105,7 +106,35 @@ def test_a_grid_with_one_bad_value_is_refused_before_training(digits: Path, here
     assert "HeavyBall.mu=1.5 is outside [0, 1)" in line
     line = fails(["ablate", "--out=g", "--", *words(digits)], capsys)  # the config's rule is Residual
     assert "Residual takes no 'mu'" in line
-    assert not list(here.rglob("*.csv"))
+    for more, message in (
+        (["--x=model.optimizer.name=adamw,nonsense"], "model.optimizer.name=nonsense"),
+        (["--x=model.schedule.warmup_steps=0,100000"], "model.schedule.warmup_steps=100000"),
+        (["--x=data.batch_size=4,5000"], "data.batch_size=5000"),
+        (["--x=model.net.init_args.router.group_size=17,19"], "router.group_size=19 does not divide"),
+    ):
+        line = fails(["ablate", *more, "--out=g", "--", *fit, "--model.net.init_args.router=TopKRouter"], capsys)
+        assert message in line
+    line = fails(["ablate", "--out=g", "--x=data.batch_size=4,5", "--", *fit, "--model.mixup=0.2"], capsys)
+    assert "data.batch_size=5: mixup and cutmix pair" in line
+    assert not list(here.iterdir())
+
+
+def test_several_configs_are_merged_as_fit_does(digits: Path, here: Path) -> None:
+    write_checkpoint(tiny(), here / "moe.ckpt")
+    (here / "over.yaml").write_text(f"data: {{class_path: FolderDataModule, init_args: {{root: {digits}}}}}\n")
+    (here / "more.yaml").write_text("data: {init_args: {eval_batch_size: 7}}\nmodel: {}\n")
+    configs = [
+        f"--config={path}" for path in (CONFIGS / "digits.yaml", "over.yaml", "more.yaml", CONFIGS / "every_epoch.yaml")
+    ]
+    cli.run(["analyze", "load", *configs, "--model=moe.ckpt", "--images=10", "--out=o"])
+    assert (here / "o" / "load.csv").exists()
+
+
+def test_ablate_without_validation_says_so(digits: Path, here: Path, capsys) -> None:
+    fit = [*words(digits, "--data.num_workers=0"), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    fit += ["--model.schedule.warmup_steps=0", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
+    grid = ["--x=model.optimizer.lr=0.001", "--y=model.label_smoothing=0.0", "--seeds=[0]", "--out=g"]
+    assert "val/top1 was not logged" in fails(["ablate", *grid, "--", *fit], capsys)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +168,27 @@ def test_a_grid_with_one_bad_value_is_refused_before_training(digits: Path, here
         (["compare", "--run=x", "--target=[]"], "--target=[]: give an accuracy"),
         (["ablate", "--out=g"], "say how to train after --"),
         (["ablate"], "out"),
-        (["ablate", "--out=g", "--seeds=[]", "--", "x"], "--seeds=[]: use numbers from 0"),
+        (["ablate", "--out=g", "--seeds=[]", "--", "x"], "--seeds=[]: use different numbers from 0"),
         (["ablate", "--out=g", "--x=mu", "--", "x"], "mu: use KEY=VALUE"),
+        (["ablate", "--out=g", "--seeds=[1,1]", "--", "x"], "--seeds=[1, 1]: use different numbers"),
+        (["ablate", "--out=g", "--seeds=[5000000000]", "--", "x"], "--seeds=[5000000000]: use different numbers"),
+        (["ablate", "--out=g", "--", "--print_config"], "--print_config: not among the options of fit here"),
+        (["ablate", "--out=g", "--", "--trainer.logger.name=x"], "ablate sets seeds and loggers itself"),
+        (["ablate", "--out=g", "--x=data.seed=1,2", "--", "x"], "ablate sets data.seed itself"),
+        (["compare", "--run=empty", "--run=./empty"], "given twice; it would count as two runs"),
+        (["load", "{data}", "--model=a=moe.ckpt", "--model=a=moe2.ckpt"], "are both a, epoch 1; give each network"),
+        (["load", "{data}", "--model=a=moe.ckpt", "--model=a=other.ckpt"], "are different networks, both called a"),
+        (["load", "{data}", "--model=moe.ckpt", "--model=moe.ckpt"], "moe.ckpt and moe.ckpt are both Residual"),
+        (["load", "{data}", "--model=mixed"], "mixed: checkpoints of different networks in one folder"),
+        (["load", "{data}", "--model=old.ckpt"], "old.ckpt: written by a version that did not yet store"),
+        (["load", "{data}", "--model=moe.ckpt", "--model=b=less.ckpt"], "less.ckpt: its tensors do not fit"),
+        (["load", "{data}", "--model=text.ckpt"], "text.ckpt: not a checkpoint that can be read safely"),
+        (["load", "{data}", "--model=facts.ckpt"], "facts.ckpt: not written by vmoe-momentum fit"),
+        (["load", "{data}", "--model=$x=moe.ckpt"], "a label is of letters, digits"),
+        (["load", "{data}", "--model=a/b=moe.ckpt"], "a label is of letters, digits"),
+        (["load", "{data}", "--model=moe.ckpt", "--device=meta"], "--device=meta: not on this machine"),
+        (["load", "{data}", "--model=moe.ckpt", "--out=/proc"], "--out=/proc: cannot be written"),
+        (["load", "--data=lightning.pytorch.LightningDataModule", "--model=moe.ckpt"], "subclass of ImageDataModule"),
         (["spectrumm"], "spectrumm"),
         ([], "command"),
     ],
@@ -154,6 +202,15 @@ def test_mistakes_are_one_line_and_write_nothing(
     write_checkpoint(timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=1), here / "dense.ckpt")
     torch.save({"x": Path}, here / "poison.ckpt")
     (here / "empty").mkdir()
+    write_checkpoint(tiny(rule="HeavyBall"), here / "other.ckpt", epoch=3)
+    write_checkpoint(tiny(), here / "mixed" / "a.ckpt", epoch=1)
+    write_checkpoint(tiny(rule="HeavyBall"), here / "mixed" / "b.ckpt", epoch=2)
+    content = torch.load(here / "other.ckpt", weights_only=True)
+    torch.save({**content, KEY: {k: v for k, v in content[KEY].items() if k != "model_args"}}, here / "old.ckpt")
+    tensors = {k: v for k, v in content["state_dict"].items() if k != "model.net.cls_token"}
+    torch.save({**content, "state_dict": tensors}, here / "less.ckpt")
+    torch.save({**content, KEY: []}, here / "facts.ckpt")
+    (here / "text.ckpt").write_text("e\nnot a checkpoint\n")
     (here / "rule.yaml").write_text("model: {}\n")
     before = {path for path in here.rglob("*") if path.is_file()}
     expanded = [word for each in argv for word in (words(digits) if each == "{data}" else [each])]

@@ -10,7 +10,7 @@ import torch
 from analysis_helpers import files, images, subject, tiny
 
 from vmoe_momentum import ExpertChoiceRouter, HeavyBall, Residual, SoftRouter, TopKRouter
-from vmoe_momentum.analysis import Files, ablate, compare, load, norms, parse_axis, record, sensitivity
+from vmoe_momentum.analysis import Files, ablate, compare, load, norms, parse_axis, record, sample, sensitivity
 from vmoe_momentum.analysis.ablate import Axis
 from vmoe_momentum.analysis.sensitivity import expert_set_change
 from vmoe_momentum.momentum import SAM
@@ -18,6 +18,14 @@ from vmoe_momentum.momentum import SAM
 
 def pixels() -> torch.Tensor:
     return torch.cat(images()) / 127.5 - 1
+
+
+def test_samples_lie_evenly_over_the_split() -> None:
+    """The pictures of a split lie class by class: the first few would be of one class."""
+    loader = [(torch.arange(i, min(i + 4, 10)), None) for i in range(0, 10, 4)]
+    assert torch.cat(sample(loader, 4, 10)).tolist() == [0, 2, 5, 7]
+    assert torch.cat(sample(loader, 10, 10)).tolist() == list(range(10))
+    assert torch.cat(sample(loader, 99, 10)).tolist() == list(range(10))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -61,8 +69,13 @@ def test_load_and_load_by_norm_by_a_loop_over_tokens(tmp_path: Path) -> None:
 
 
 def test_dropped_assignments_are_counted_and_soft_routing_reaches_everyone(tmp_path: Path) -> None:
-    full = load([subject(tiny(router=TopKRouter(eval_capacity_factor=0.5)), tmp_path)], images(), files(tmp_path, "a"))
-    assert all(0.2 < row.value < 0.8 for row in full if row.metric == "dropped")
+    net = tiny(router=TopKRouter(eval_capacity_factor=0.5))
+    full = load([subject(net, tmp_path)], images(), files(tmp_path, "a"))
+    with record(net) as visits, torch.no_grad():
+        net(pixels())
+    kept = visits[0].plan.kept.float().mean()
+    dropped = {row.block: row.value for row in full if row.metric == "dropped"}
+    assert dropped[1] == pytest.approx(1 - float(kept)) and 0.2 < dropped[1] < 0.8
     soft = load([subject(tiny(router=SoftRouter()), tmp_path, "soft")], images(), files(tmp_path, "b"))
     assert all(row.value == 1.0 for row in soft if row.metric == "load_by_norm")
     chosen = load([subject(tiny(router=ExpertChoiceRouter()), tmp_path, "ec")], images(), files(tmp_path, "c"))
@@ -88,6 +101,8 @@ def test_norms_by_the_networks_own_intermediates(tmp_path: Path) -> None:
     p = 0.5 * visits[0].update + visits[1].update
     assert value["hb", 3, "momentum_norm"] == pytest.approx(float(p.norm(dim=-1).mean()), rel=1e-5)
     u, v = visits[0].update.flatten(0, 1), visits[1].update.flatten(0, 1)
+    spread = {(r.model, r.block, r.metric): r.std for r in rows}
+    assert spread["hb", 3, "momentum_norm"] == pytest.approx(float(p.norm(dim=-1).std(correction=0)), rel=1e-5)
     cosine = (u * v).sum(-1) / (u.norm(dim=-1) * v.norm(dim=-1))
     assert value["hb", 1, "cosine"] == pytest.approx(float(cosine.mean()), abs=1e-6)
     assert ("hb", 7, "cosine") not in value and ("plain", 1, "momentum_norm") not in value
@@ -124,6 +139,15 @@ def test_sensitivity_grows_with_noise_and_is_the_same_for_equal_networks(tmp_pat
     rows = sensitivity(subjects, images(), files(tmp_path), noise=[0.0, 8.0, 64.0])
     value = {(r.model, r.noise, r.metric, r.block): r.value for r in rows}
     assert all(v == 0 for key, v in value.items() if key[1] == 0.0)
+    drawn = torch.Generator().manual_seed(0)
+    moved = []
+    for batch in images():
+        clean = batch.float() / 255
+        noisy = (clean + torch.randn(clean.shape, generator=drawn) * 64 / 255).clamp(0, 1)
+        with torch.no_grad():
+            before, after = net(2 * clean - 1), net(2 * noisy - 1)
+        moved.append((after - before).norm(dim=1) / before.norm(dim=1))
+    assert value["a", 64.0, "logits_change", None] == pytest.approx(float(torch.cat(moved).mean()), rel=1e-4)
     assert 0 < value["a", 8.0, "logits_change", None] < value["a", 64.0, "logits_change", None]
     assert 0 < value["a", 8.0, "routing_change", 7] < value["a", 64.0, "routing_change", 7] <= 1
     assert {key[1:]: v for key, v in value.items() if key[0] == "a"} == {
@@ -180,9 +204,20 @@ def test_compare_by_hand(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out" / "compare.csv")[3]["epochs"] == ""
 
 
+def test_runs_without_labels_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_log(tmp_path / name / "digits" / "version_0", [0.5], [1.0])
+    runs = [str(tmp_path / name / "digits" / "version_0") for name in ("a", "b")]
+    rows = compare(runs, [0.9], files(tmp_path))
+    assert [row.label for row in rows] == ["a/digits/version_0", "b/digits/version_0"]
+    with pytest.raises(ValueError, match="given twice"):
+        compare([runs[0], f"x={runs[0]}"], [0.9], files(tmp_path, "y"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("epoch,val/top1,train/epoch_seconds\n10,0.5,1\n", "begins with epoch 10, so it is of a resumed run"),
         ("a,b\n1,x\n", "not a metrics.csv"),
         ("epoch,val/top1\n0,0.5\n", "no train/epoch_seconds"),
         ("val/top1,train/epoch_seconds\n0.5,\n0.6,1\n", "2 validations but 1 epochs"),
@@ -245,13 +280,39 @@ def test_ablate_writes_a_row_a_run_and_continues(tmp_path: Path) -> None:
     assert len(third.commands) == 4
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "no newline"])
+def test_ablate_goes_on_after_a_damaged_file(damage: str, tmp_path: Path) -> None:
+    run(Training(), tmp_path / "g")
+    path = tmp_path / "g" / "ablate.csv"
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:-25], "empty": b"", "no newline": whole[:-1]}[damage])
+    again = Training()
+    run(again, tmp_path / "g")
+    assert len(again.commands) == {"cut": 1, "empty": 8, "no newline": 0}[damage]
+    assert sorted(path.read_text().splitlines()[1:])[0].startswith("0.3,0.5,0,0.15")
+    assert len(rows_of(path)) == 8
+    assert [row["epochs"] for row in rows_of(path)] == ["3"] * 8
+
+
+def test_ablate_stopped_says_how_to_go_on(tmp_path: Path, capsys) -> None:
+    def interrupted(command: list[str]) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    place = Files(str(tmp_path / "g"), "ablate", keep=True)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(interrupted, lambda command: None, ["--config=c.yaml"], X, Y, [0], place)
+    assert "the same command goes on" in capsys.readouterr().out
+    assert len(run(Training(), tmp_path / "g", seeds=(0,))) == 4
+
+
 def test_ablate_does_not_mix_runs_of_different_settings(tmp_path: Path) -> None:
     run(Training(), tmp_path / "g", seeds=(0,))
     with pytest.raises(ValueError, match="the runs there have options"):
         run(Training(), tmp_path / "g", options=("--config=other.yaml",))
-    (tmp_path / "g" / "ablate.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be continued"):
-        run(Training(), tmp_path / "g")
+    for content in ("{", "[]", "3"):
+        (tmp_path / "g" / "ablate.json").write_text(content)
+        with pytest.raises(ValueError, match="cannot be continued|the runs there have x None"):
+            run(Training(), tmp_path / "g")
 
 
 def test_one_bad_value_stops_a_grid_before_its_first_run(tmp_path: Path) -> None:
@@ -284,9 +345,13 @@ def test_axes(text: str, expected: Axis) -> None:
     assert parse_axis(text) == expected
 
 
-@pytest.mark.parametrize("text", ["a", "a=", "=1", "a=1,,2", "a=1,1", "a=[1"])
+@pytest.mark.parametrize("text", [
+        "a", "a=", "=1", "a=1,,2", "a=1,1", "a=[1", "a=0.3,0.30", "a=[]", "a=[2020-01-01]", "seed_everything=1,2",
+        "data.seed=1", "trainer.logger=x",
+    ],
+)  # fmt: skip
 def test_bad_axes(text: str) -> None:
-    with pytest.raises(ValueError, match="use KEY=VALUE|there twice|not a list in YAML"):
+    with pytest.raises(ValueError, match="use KEY=VALUE|the same one twice|not a list of settings|ablate sets"):
         parse_axis(text)
 
 
@@ -297,9 +362,10 @@ def test_files_are_not_replaced_unasked(tmp_path: Path) -> None:
     one = [subject(tiny(), tmp_path)]
     place = tmp_path / "out"
     load(one, images(), Files(str(place), "load"))
-    (place / "load_old.png").write_text("left by an earlier call")
-    with pytest.raises(ValueError, match=r"load.csv, load.png, load_old.png exist there.*--overwrite"):
+    (place / "load_epochs.png").write_text("left by an earlier call")
+    (place / "load_of_mine.csv").write_text("somebody else's")
+    with pytest.raises(ValueError, match=r"load.csv, load.png, load_epochs.png exist there.*--overwrite"):
         Files(str(place), "load")
     load(one, images(), Files(str(place), "load", overwrite=True))
-    assert sorted(path.name for path in place.iterdir()) == ["load.csv", "load.png"]
+    assert sorted(path.name for path in place.iterdir()) == ["load.csv", "load.png", "load_of_mine.csv"]
     Files(str(place), "norms")

@@ -98,6 +98,35 @@ def test_conditioning_of_eigenvalues() -> None:
     assert float(token_spectrum(lambda y: y @ jordan.T, points).condition.min()) > 1e12
 
 
+def test_counting_pairs_never_splits_their_vectors() -> None:
+    """Whatever the cut, conditions are those of the dense matrix: a conjugate pair may be cut between its halves."""
+    generator = torch.Generator().manual_seed(4)
+    matrix = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    points = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    sigma, right = torch.linalg.eig(-matrix)
+    condition = torch.linalg.inv(right).norm(dim=-1) * right.norm(dim=0)
+    for count in range(1, 16):
+        found = image_spectrum(lambda y: (matrix @ y.flatten()).reshape(y.shape), points, count)
+        assert found.sigma.shape == (1, count)
+        for value, known in zip(found.sigma[0], found.condition[0], strict=True):
+            nearest = (sigma - value).abs().argmin()
+            assert float((sigma - value).abs()[nearest]) < 1e-6
+            assert float(known) == pytest.approx(float(condition[nearest]), rel=1e-4)
+
+
+def test_small_images_are_not_crowded_by_the_measurement() -> None:
+    """Capacity never drops anything of four tokens, and must not of sixteen taken from several images."""
+    net = tiny(router=TopKRouter(eval_capacity_factor=1.05), global_pool="avg", image_size=8)
+    with record(net) as visits, torch.no_grad():
+        net(torch.randn(8, 3, 8, 8))
+    points = visits[0].point.double().flatten(0, 1)
+    assert net.blocks[1].mlp.router.takes_tokens_alone(4, 4)
+    together = token_jacobians(update_of(net.blocks[1]), points[:16])
+    alone = torch.cat([token_jacobians(update_of(net.blocks[1]), point[None]) for point in points[:16]])
+    torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
+    assert float(together.abs().amax(dim=(1, 2)).min()) > 1e-3
+
+
 def test_coupled_tokens_agree_with_the_dense_jacobian() -> None:
     net = tiny(router=SoftRouter())
     points = points_of(net, 3)[0]
@@ -130,7 +159,7 @@ def test_tokens_grouped_over_images_are_refused(tmp_path: Path) -> None:
     net = tiny(router=TopKRouter(group_size=17 * 4, eval_capacity_factor=0.5))
     with pytest.raises(ValueError, match="router.group_size=68 mixes tokens of several images"):
         spectrum([subject(net, tmp_path)], images(), files(tmp_path))
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_and_files(tmp_path: Path) -> None:
@@ -155,8 +184,33 @@ def test_rows_and_files(tmp_path: Path) -> None:
     ellipse = (((s.real - 1.5) / 1.5) ** 2 + (s.imag / 0.5) ** 2 < 1).double().mean()
     assert (row.share_residual, row.share_rule) == (pytest.approx(float(disc)), pytest.approx(float(ellipse)))
     assert row.share_residual != row.share_rule
+    assert row.largest == pytest.approx(float((0.8 * torch.tensor(counted).abs()).max()), rel=1e-5)
+    conditions = torch.tensor([float(d["condition"]) for d in own if d["layer_norm_zero"] == "0"])
+    assert row.near_defective == pytest.approx(float((conditions > 1e4).double().mean()))
     none = [(r.model, r.t) for r in rows if r.share_rule is None]
     assert none == [("sam", 1), ("sam", 2), ("sam", 3), ("sam", 4), ("adam", 1)]
+
+
+def test_epochs_and_directories_side_by_side(tmp_path: Path) -> None:
+    from vmoe_momentum.analysis.subjects import open_subjects
+    from vmoe_momentum.models.directory import save
+
+    net = tiny()
+    save(net, tmp_path / "net")
+    epochs = [subject(net, tmp_path, "a", epoch).saved.source for epoch in (0, 1)]
+    subjects = open_subjects([f"a={path}" for path in epochs] + [f"b=local-dir:{tmp_path / 'net'}"], 16)
+    rows = spectrum(subjects, images(), files(tmp_path), tokens=2)
+    assert [row.epoch for row in rows[::4]] == [1, 2, None]
+    assert (tmp_path / "out" / "x_epochs.png").exists()
+
+
+def test_momentum_is_the_first_buffer() -> None:
+    from vmoe_momentum import Complex
+
+    net = tiny(rule=Complex(0.7, 1.0))
+    with record(net) as visits, torch.no_grad():
+        net(images()[0] / 127.5 - 1)
+    torch.testing.assert_close(visits[0].momentum, visits[0].update)  # the real part; the other is 0 at the first block
 
 
 def test_u_is_taken_where_the_rule_evaluates_it() -> None:

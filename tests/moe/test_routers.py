@@ -329,3 +329,13 @@ def test_every_setting_changes_something(cls: type[Router], name: str) -> None:
 def test_impossible_settings_are_named(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_capacity_that_drops_nothing_in_a_group_drops_nothing_in_an_image() -> None:
+    """Groups of 8 tokens with 8 slots an expert; an image of 17 tokens is then routed by itself, without limit."""
+    router = TopKRouter(eval_capacity_factor=1.3, group_size=8).for_layer(16, 4).eval()
+    x = torch.randn(3, 17, 16)
+    x[:, :, 0] += 5.0  # most tokens want the same experts
+    assert router.takes_tokens_alone(17, 4)
+    plan, _ = router(x, None)
+    assert float(plan.dropped()) == 0.0 and plan.gates.shape[:2] == (3, 17)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,16 +31,20 @@ class Axis(NamedTuple):
 def parse_axis(text: str) -> Axis:
     """`KEY=0.3,0.5` or `KEY=[[5, 7], [3, 7]]` (YAML). Raises ValueError: no key, no values, or one twice."""
     key, equals, values = text.partition("=")
+    key = key.removeprefix("--")
     if not (key and equals and values):
         raise ValueError(f"{text}: use KEY=VALUE,VALUE,... with a key of the config, such as model.optimizer.lr")
+    if key in ("seed_everything", "data.seed") or key.startswith("trainer.logger"):
+        raise ValueError(f"{text}: ablate sets {key} itself (seeds: --seeds); choose another setting")
     try:
         listed = yaml.safe_load(values) if values.startswith("[") else values.split(",")
-    except yaml.YAMLError as error:
-        raise ValueError(f"{text}: not a list in YAML ({' '.join(str(error).split())})") from error
-    found = [value.strip() if isinstance(value, str) else json.dumps(value) for value in listed]
-    if not all(found) or len(set(found)) < len(found):
-        raise ValueError(f"{text}: a value is empty or there twice")
-    return Axis(key.removeprefix("--"), found)
+        found = [value.strip() if isinstance(value, str) else json.dumps(value) for value in listed]
+        same = {json.dumps(yaml.safe_load(value)) for value in found}
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"{text}: not a list of settings in YAML ({' '.join(str(error).split())})") from error
+    if not found or not all(found) or len(same) < len(found):
+        raise ValueError(f"{text}: there is no value, an empty one, or the same one twice")
+    return Axis(key, found)
 
 
 def ablate(
@@ -53,29 +58,35 @@ def ablate(
     """
     if x.key == y.key:
         raise ValueError(f"--x and --y are both {x.key}; give two settings")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ValueError(f"--seeds={seeds}: use different numbers from 0 to 4294967295, such as [0,1,2]")
+    for word in options:
+        if word.startswith(("--trainer.logger", "--print_config", "--help", "--seed_everything", "--data.seed")):
+            raise ValueError(f"{word}: not among the options of fit here; ablate sets seeds and loggers itself")
     cells = list(itertools.product(seeds, y.values, x.values))
     done = _read(files.out, x, y, options)
     for seed, *values in track(_corners(cells), "checking the grid"):
         check(_command(options, x, y, values, seed, files.out))
     _describe(files.out, x, y, options)
-    columns = [x.key, y.key, "seed", *SCORES, "epochs", "seconds"]
     path = files.out / "ablate.csv"
+    _rewrite(path, x, y, done)
     for number, (seed, y_value, x_value) in enumerate(cells):
         if any((row[x.key], row[y.key], row["seed"]) == (x_value, y_value, str(seed)) for row in done):
             continue
         Console().rule(f"run {number + 1} of {len(cells)}: {_short(x)} {x_value}, {_short(y)} {y_value}, seed {seed}")
         start = time.perf_counter()
-        scores = fit(_command(options, x, y, [y_value, x_value], seed, files.out))
+        try:
+            scores = fit(_command(options, x, y, [y_value, x_value], seed, files.out))
+        except KeyboardInterrupt:
+            Console().print(f"stopped in run {number + 1}; the same command goes on with it")
+            raise
+        if SCORES["top1"] not in scores:
+            raise ValueError(f"{SCORES['top1']} was not logged, so there is nothing to compare; let fit validate")
         found = {name: f"{scores.get(key, math.nan):.6g}" for name, key in SCORES.items()}
         row = {x.key: x_value, y.key: y_value, "seed": str(seed), **found}
         row |= {"epochs": f"{scores['epochs']:g}", "seconds": f"{time.perf_counter() - start:.1f}"}
-        fresh = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
         done.append(row)
+        _rewrite(path, x, y, done)
     _draw(files, done, x, y)
     return done
 
@@ -106,28 +117,52 @@ def _short(axis: Axis) -> str:
 
 
 def _describe(out: Path, x: Axis, y: Axis, options: list[str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
     (out / "ablate.json").write_text(json.dumps({"x": x.key, "y": y.key, "options": options}, indent=2) + "\n")
 
 
+def _rewrite(path: Path, x: Axis, y: Axis, rows: list[dict[str, str]]) -> None:
+    """The whole file under another name, then in one step: stopped at any time, it is as before or as after."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, _columns(x, y), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def _columns(x: Axis, y: Axis) -> list[str]:
+    return [x.key, y.key, "seed", *SCORES, "epochs", "seconds"]
+
+
 def _read(out: Path, x: Axis, y: Axis, options: list[str]) -> list[dict[str, str]]:
-    """Rows of an earlier, unfinished call. Raises ValueError: it was about something else."""
+    """Whole rows of an earlier, unfinished call. Raises ValueError: it was about something else."""
     path, told = out / "ablate.csv", out / "ablate.json"
     if not path.exists():
         return []
     try:
-        before = json.loads(told.read_text())
+        before = dict(json.loads(told.read_text()))
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        keep = [row for row in rows if row["seconds"]]  # a row cut off by a full disk is run again
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--out={out}: ablate.csv cannot be continued ({error!r}); choose another folder") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--out={out}: ablate.csv cannot be continued ({error}); choose another folder") from error
     for name, value in {"x": x.key, "y": y.key, "options": options}.items():
         if before.get(name) != value:
             raise ValueError(
                 f"--out={out}: the runs there have {name} {before.get(name)}, not {value}; choose another folder, or "
                 "say the same to continue them"
             )
-    return keep
+    return [row for row in rows if _is_whole(row, _columns(x, y))]
+
+
+def _is_whole(row: dict[str, str], columns: list[str]) -> bool:
+    """Not cut off, as by a full disk: those are run again."""
+    if list(row) != columns or None in row.values():
+        return False
+    try:
+        return len([float(row[name]) for name in columns[2:]]) == len(columns) - 2
+    except ValueError:
+        return False
 
 
 def _draw(files: Files, rows: list[dict[str, str]], x: Axis, y: Axis) -> None:

@@ -39,14 +39,15 @@ ON_MODELS = {
 }
 
 
-def run(argv: list[str], fit: Fit, check: Callable[[list[str]], None]) -> None:
+def run(argv: list[str], data_class: type[LightningDataModule], fit: Fit, check: Callable[[list[str]], None]) -> None:
     """Runs `analyze INSTRUMENT`; argv is what follows `analyze`.
 
-    fit, check: train, or only try, a command line of `fit` (ablate needs them). Mistakes come out as exceptions.
+    data_class: what --data may be; it has image_size, num_classes and count("val"). fit, check: train, or only try, a
+    command line of `fit` (ablate needs them). Mistakes come out as exceptions.
     """
     argv, options = _split(argv)
     configs, argv = _configs(argv)
-    settings = _parse(argv, configs)
+    settings = _parse(argv, configs, data_class)
     command, settings = settings["command"], settings[settings["command"]]
     if options is not None and command != "ablate":
         raise ValueError(f"analyze {command}: nothing can follow --; that is for ablate")
@@ -91,8 +92,6 @@ def _on_models(command: str, settings: dict[str, Any]) -> None:
 def _ablate(settings: dict[str, Any], options: list[str] | None, fit: Fit, check: Callable[[list[str]], None]) -> None:
     if not options:
         raise ValueError("analyze ablate: say how to train after --, as: -- --config configs/digits.yaml")
-    if not settings["seeds"] or min(settings["seeds"]) < 0:
-        raise ValueError(f"--seeds={settings['seeds']}: use numbers from 0, such as [0,1,2]")
     x, y = parse_axis(settings["x"]), parse_axis(settings["y"])
     files = Files(settings["out"], "ablate", keep=True)
     ablate(fit, check, options, x, y, settings["seeds"], files)
@@ -108,7 +107,7 @@ def _missing(option: str, value: str) -> list[str]:
 
 def _images(data: LightningDataModule, images: int) -> list[Tensor]:
     data.setup("test")
-    return sample(data.test_dataloader(), images)
+    return sample(data.test_dataloader(), images, data.count("val"))
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
@@ -132,7 +131,7 @@ def _configs(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _data_of(configs: list[str]) -> dict[str, Any] | None:
     """The last `data` section. Raises FileNotFoundError, ValueError: no such file, no YAML, no data in it."""
-    found = None
+    found: dict[str, Any] = {}
     for path in configs:
         if not Path(path).is_file():
             raise FileNotFoundError(f"config={path}: no such file")
@@ -140,20 +139,30 @@ def _data_of(configs: list[str]) -> dict[str, Any] | None:
             content = yaml.safe_load(Path(path).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"config={path}: not valid YAML: {' '.join(str(error).split())}") from error
-        found = content.get("data", found) if isinstance(content, dict) else found
-    if configs and found is None:
+        section = content.get("data") if isinstance(content, dict) else None
+        found = _merged(found, section) if isinstance(section, dict) else found
+    if configs and not found:
         raise ValueError(f"config={', '.join(configs)}: no data section in it; say --data and --data.root")
+    return found or None
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Later settings over earlier ones, part by part, as fit merges its configs."""
+    found = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else value
     return found
 
 
-def _parse(argv: list[str], configs: list[str]) -> dict[str, Any]:
+def _parse(argv: list[str], configs: list[str], data_class: type[LightningDataModule]) -> dict[str, Any]:
     parser = new_parser(
         "Look into trained networks: a CSV and a picture each.", _EXAMPLES, prog="vmoe-momentum analyze"
     )
     commands = parser.add_subcommands(dest="command")
     data = _data_of(configs)
     for name, text in ON_MODELS.items():
-        commands.add_subcommand(name, _model_parser(name, text, data), help=text)
+        commands.add_subcommand(name, _model_parser(name, text, data, data_class), help=text)
     text = "epochs and seconds that runs took to reach an accuracy"
     commands.add_subcommand("compare", _compare_parser(text), help=text)
     text = "train over a grid of two settings and several seeds; resumable, one row a run"
@@ -162,10 +171,12 @@ def _parse(argv: list[str], configs: list[str]) -> dict[str, Any]:
     return parser.instantiate(arguments).as_dict()
 
 
-def _model_parser(name: str, text: str, data: dict[str, Any] | None) -> ArgumentParser:
+def _model_parser(
+    name: str, text: str, data: dict[str, Any] | None, data_class: type[LightningDataModule]
+) -> ArgumentParser:
     parser = new_parser(_sentence(text), _EXAMPLES)
     parser.add_argument("--config", help="A config of fit, for its data section; may be given several times.")
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True, help="Where the images come from.")
+    parser.add_subclass_arguments(data_class, "data", required=True, help="Where the images come from.")
     if data is not None:
         parser.set_defaults({"data": data})
     parser.add_argument(
@@ -173,9 +184,11 @@ def _model_parser(name: str, text: str, data: dict[str, Any] | None) -> Argument
         help="[LABEL=]PATH: a checkpoint of fit, a folder of them (one an epoch), or local-dir:PATH; several times. "
         "The label is the rule's name where none is given.",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, default=360, help="Images of the validation split, from the first.")
+    parser.add_argument(
+        "--images", type=int, default=360, help="At most so many images, evenly over the validation split."
+    )
     if name == "spectrum":
-        parser.add_argument("--tokens", type=int, default=128, help="Tokens sampled among those of the images.")
+        parser.add_argument("--tokens", type=int, default=128, help="At most so many tokens, sampled from the images.")
         parser.add_argument(
             "--coupled_images", type=int, default=2, help="Whole images, where routing couples their tokens (soft)."
         )

@@ -32,7 +32,7 @@ class Curve(NamedTuple):
 
 def compare(runs: list[str], targets: list[float], files: Files) -> list[CompareRow]:
     """Measures, writes and draws. runs: `[LABEL=]FOLDER` with a metrics.csv; one label several times is a group."""
-    curves = [_read(label, folder) for label, folder in labelled(runs)]
+    curves = [_read(label, folder) for label, folder in labelled(runs, "--run")]
     rows = [_row(curve, target) for curve in curves for target in targets]
     files.write(rows)
     _draw(files, curves, targets)
@@ -59,6 +59,12 @@ def _read(label: str, folder: str) -> Curve:
     for name in (ACCURACY, SECONDS):
         if name not in columns:
             raise ValueError(f"--run={folder}: no {name} in its metrics.csv; is it the log of a fit?")
+    first = min(columns.get("epoch", [0.0]))
+    if first > 0:
+        raise ValueError(
+            f"--run={folder}: its log begins with epoch {first:g}, so it is of a resumed run, whose first part lies "
+            "elsewhere; compare needs the whole"
+        )
     seconds = list(itertools.accumulate(columns[SECONDS]))
     if len(seconds) != len(columns[ACCURACY]):
         raise ValueError(

@@ -22,7 +22,7 @@ class Eigenvalues(NamedTuple):
     """Of -du/dx at some tokens."""
 
     sigma: Tensor  # [T, S] complex128
-    condition: Tensor  # [T, S] 1 / |cosine between left and right eigenvector|; 1 for normal matrices
+    condition: Tensor  # [T, S] 1 / |cosine between left and right eigenvector|; 1 for normal matrices, NaN: unknown
     zero: Tensor  # [T, S] bool: a direction that LayerNorm removes
 
 
@@ -37,7 +37,8 @@ def token_jacobians(u: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     num_tokens, width = points.shape
 
     def column(direction: Tensor) -> Tensor:
-        return jvp(u, (points[None],), (direction.expand(1, num_tokens, width),))[1][0]
+        # one token an image: nothing that is counted over an image can come between them
+        return jvp(u, (points[:, None],), (direction.expand(num_tokens, 1, width),))[1][:, 0]
 
     eye = torch.eye(width, dtype=points.dtype, device=points.device)
     columns = vmap(column, chunk_size=max(1, 2**18 // (num_tokens * width)))(eye)  # [column, T, row]
@@ -73,13 +74,17 @@ def image_spectrum(u: Callable[[Tensor], Tensor], points: Tensor, count: int) ->
     def backward_product(v: np.ndarray) -> np.ndarray:
         return -back(_like(v, points))[0].cpu().numpy().ravel()
 
-    right = _arpack(forward_product, points.numel(), count)
-    left = _arpack(backward_product, points.numel(), count)
-    nearest = np.abs(right[0][:, None] - left[0][None]).argmin(axis=1)
+    sigma, right = _arpack(forward_product, points.numel(), count)
+    # more than `count`, and their conjugates: a cut may keep one of a pair here and the other there
+    theirs, left = _arpack(backward_product, points.numel(), count + 4)
+    theirs, left = np.r_[theirs, theirs.conj()], np.c_[left, left.conj()]
+    distance = np.abs(sigma[:, None] - theirs[None])
+    nearest = distance.argmin(axis=1)
     # J^T y = sigma y: the left eigenvector is y without conjugation
-    cosine = np.abs((left[1][:, nearest] * right[1]).sum(axis=0))
-    condition = 1.0 / np.maximum(cosine, 1e-300)
-    sigma = torch.from_numpy(right[0]).unsqueeze(0)
+    cosine = np.abs((left[:, nearest] * right).sum(axis=0))
+    found = distance.min(axis=1) < 1e-6 * np.abs(sigma).max()
+    condition = np.where(found, 1.0 / np.maximum(cosine, 1e-300), np.nan)
+    sigma = torch.from_numpy(sigma).unsqueeze(0)
     return Eigenvalues(sigma, torch.from_numpy(condition).unsqueeze(0), torch.zeros_like(sigma, dtype=torch.bool))
 
 
@@ -94,6 +99,8 @@ def _arpack(product: Callable[[np.ndarray], np.ndarray], size: int, count: int) 
     basis = min(size, max(4 * count, 60))
     try:
         sigma, vectors = eigs(operator, k=count, which="LM", v0=start, ncv=basis, tol=1e-10)
-    except ArpackNoConvergence as error:  # those that did converge
-        sigma, vectors = error.eigenvalues, error.eigenvectors
+    except ArpackNoConvergence as error:
+        if not len(error.eigenvalues):
+            raise ValueError(f"--eigenvalues={count}: none of them converged; ask for fewer") from error
+        sigma, vectors = error.eigenvalues, error.eigenvectors  # fewer, and the row says how many
     return sigma, vectors

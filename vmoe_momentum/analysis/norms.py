@@ -41,7 +41,9 @@ def norms(
 
     logs: `[LABEL=]FOLDER` with a metrics.csv of fit, for a second picture of the same norms over training.
     """
-    training = {label: read_log(folder) for label, folder in labelled(logs or [])}
+    training = {label: read_log(folder) for label, folder in labelled(logs or [], "--logs")}
+    if len(training) < len(logs or []):
+        raise ValueError(f"--logs={logs}: a label is there twice; one log is one row of pictures")
     for label, columns in training.items():
         if not _curves(columns, "update_norm"):
             raise ValueError(f"--logs={label}: no update_norm of any block was logged there; is it a fit of a V-MoE?")
@@ -102,7 +104,7 @@ def _draw_training(files: Files, training: dict[str, dict[str, list[float]]]) ->
     figure, axes = grid(len(training), len(metrics), 4.2, 3.2)
     for line, (label, columns) in zip(axes, training.items(), strict=True):
         for axis, metric in zip(line, metrics, strict=True):
-            for block, values in sorted(_curves(columns, metric).items()):
+            for block, values in sorted(_curves(columns, metric).items()):  # none: no momentum
                 axis.plot(range(1, len(values) + 1), values, label=f"block {block}")
             axis.set_title(f"{label}: {METRICS[metric]}", fontsize=9)
             axis.set_xlabel("validation pass")

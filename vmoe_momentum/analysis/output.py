@@ -1,6 +1,7 @@
 """Rows into CSV files, figures into PNG files, rows onto the console."""
 
 import csv
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,25 +10,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich import progress
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+SUFFIXES = ("", "eigenvalues", "epochs", "training")
 
 
 class Files:
-    """The files `OUT/NAME.*` of one instrument. Raises ValueError: they exist, and overwrite is False.
+    """The files `OUT/NAME.*` of one instrument.
 
-    What an earlier call left is removed when the first new file is written.
+    What an earlier call left is removed when the first new file is written. Raises ValueError: they exist, and
+    overwrite is False; or nothing can be written there.
     """
 
     def __init__(self, out: str, name: str, overwrite: bool = False, keep: bool = False) -> None:
         """keep: what is there already belongs to this call."""
         self.out, self.name = Path(out), name
-        known = [path for path in self.out.glob(f"{name}*") if path.suffix in (".csv", ".png") and not keep]
-        if known and not overwrite:
-            names = ", ".join(sorted(path.name for path in known))
+        every = [self._place(suffix, ending) for suffix in SUFFIXES for ending in ("csv", "png")]
+        self.old = [path for path in every if path.exists() and not keep]
+        if self.old and not overwrite:
+            names = ", ".join(sorted(path.name for path in self.old))
             raise ValueError(f"--out={out}: {names} exist there; choose another folder, or replace them by --overwrite")
-        self.old = known
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
+        above = next(folder for folder in (self.out.absolute(), *self.out.absolute().parents) if folder.exists())
+        try:  # permissions do not tell of every file system
+            with tempfile.TemporaryFile(dir=above):
+                pass
         except OSError as error:
             raise ValueError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -42,15 +49,19 @@ class Files:
         """NAME[_suffix].png."""
         figure.savefig(self._path(suffix, "png"), dpi=110)
 
+    def _place(self, suffix: str, ending: str) -> Path:
+        return self.out / f"{self.name}{'_' if suffix else ''}{suffix}.{ending}"
+
     def _path(self, suffix: str, ending: str) -> Path:
+        self.out.mkdir(parents=True, exist_ok=True)
         while self.old:
             self.old.pop().unlink(missing_ok=True)
-        path = self.out / f"{self.name}{'_' if suffix else ''}{suffix}.{ending}"
-        Console().print(f"[bold]{path.name}[/bold]  {path}", soft_wrap=True, highlight=False)
+        path = self._place(suffix, ending)
+        Console().print(f"[bold]{escape(path.name)}[/bold]  {escape(str(path))}", soft_wrap=True, highlight=False)
         return path
 
 
-def track(things: Sequence[Any], what: str) -> Iterable[Any]:
+def track(things: Iterable[Any], what: str) -> Iterable[Any]:
     """`things`, behind a progress bar where somebody watches."""
     console = Console(stderr=True)
     return progress.track(things, what, console=console, transient=True, disable=not console.is_terminal)
@@ -62,7 +73,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row])
+        table.add_row(*[f"{cell:.3g}" if isinstance(cell, float) else escape(str(cell)) for cell in row])
     Console().print(table)
 
 

@@ -142,11 +142,11 @@ def _rows(
     flat, counted = found.sigma.flatten(), ~found.zero.flatten()
     residual = residual_radius(gamma, flat)
     own = spectral_radius(block.rule, t, coefficients, flat)
-    rule = type(block.rule).__name__
+    rule, condition = type(block.rule).__name__, found.condition.flatten()[counted]
     row = SpectrumRow(
         subject.label, subject.epoch, index, t, rule, part, len(found.sigma), int(counted.sum()), int((~counted).sum()),
         gamma, _share(residual[counted] < 1), None if own is None else _share(own[counted] < 1),
-        float(gamma * flat.abs().max()), _share(found.condition.flatten()[counted] > DEFECTIVE),
+        float(gamma * flat.abs().max()), _share(condition[~condition.isnan()] > DEFECTIVE),
     )  # fmt: skip
     token = torch.arange(len(found.sigma)).unsqueeze(1).expand_as(found.sigma).flatten()
     columns = (token, flat.real, flat.imag, found.condition.flatten(), (~counted).int(), residual)
@@ -215,7 +215,8 @@ def _panel(axis: Axes, s: Tensor, block: MomentumBlock, gamma: float) -> None:
 
 
 def _draw_epochs(files: Files, rows: list[SpectrumRow]) -> None:
-    """Share inside over epochs: mean over blocks (and seeds), band from the lowest to the highest."""
+    """Share inside over epochs: mean over blocks, band from the lowest to the highest."""
+    rows = [row for row in rows if row.epoch is not None]
     labels = list(dict.fromkeys(row.model for row in rows))
     if all(len({row.epoch for row in rows if row.model == label}) < 2 for label in labels):
         return

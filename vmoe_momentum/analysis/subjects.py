@@ -1,13 +1,14 @@
 """The networks an instrument looks at: `[LABEL=]PATH`, a checkpoint of fit, a folder of them, or local-dir:PATH."""
 
-from collections import defaultdict
+import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from ..models import PixelModel
-from ..models.saved import SavedNetwork, open_saved
+from ..models.saved import SavedNetwork, open_saved, read_checkpoint
 
 
 class Subject(NamedTuple):
@@ -30,26 +31,50 @@ class Subject(NamedTuple):
 def open_subjects(models: list[str], image_size: int) -> list[Subject]:
     """Everything that `models` names, checked before anything is computed; by label, then epoch.
 
-    A label may be given many times, for the epochs of a run or the seeds of a rule. Left out, it is the name of the
-    rule. Raises FileNotFoundError and ValueError: nothing there, no MoE layers, another image size than the data's.
+    A label may be given several times, for the epochs of one run; other networks need labels of their own. Left out, it
+    is the name of the rule. Raises FileNotFoundError and ValueError: nothing there, no MoE layers, another image size
+    than the data's, weights that do not fit, a label that means two networks.
     """
     if not models:
         raise ValueError("--model: none given; use --model runs/.../last.ckpt, or --model LABEL=PATH several times")
-    subjects, unlabelled = [], defaultdict(list)
+    subjects: list[Subject] = []
+    known: dict[tuple[str, int | None], str] = {}
     for text in models:
         label, source = split_label(text)
         for saved in _open(source):
             _check(saved, image_size)
-            if not label:
-                unlabelled[_rule(saved)].append(text)
-            subjects.append(Subject(label or _rule(saved), saved))
-    for label, texts in unlabelled.items():
-        if len(set(texts)) > 1:
-            raise ValueError(
-                f"--model: {' and '.join(texts)} are both {label}; give labels, as --model first={texts[0]}"
-            )
+            subject = Subject(label or _rule(saved), saved)
+            other = known.setdefault((subject.label, subject.epoch), saved.source)
+            if len(subjects) and (other != saved.source or any(s.saved.source == saved.source for s in subjects)):
+                raise ValueError(
+                    f"--model: {other} and {saved.source} are both {subject.name}; give each network a label of "
+                    f"its own, as --model first={saved.source}"
+                )
+            subjects.append(subject)
     order = list(dict.fromkeys(subject.label for subject in subjects))
+    for label in order:
+        settings = {json.dumps(s.saved.facts["settings"], sort_keys=True): s for s in subjects if s.label == label}
+        if len(settings) > 1:
+            first, second = (subject.saved.source for subject in list(settings.values())[:2])
+            raise ValueError(
+                f"--model: {first} and {second} are different networks, both called {label}; give two labels"
+            )
+    _check_weights(subjects)
     return sorted(subjects, key=lambda subject: (order.index(subject.label), subject.epoch or 0))
+
+
+def _check_weights(subjects: list[Subject]) -> None:
+    """Each kind of network is built once, and every checkpoint's tensors held against it."""
+    shapes: dict[str, dict[str, torch.Size]] = {}
+    for subject in subjects:
+        if subject.epoch is None:
+            continue
+        kind = json.dumps(subject.saved.facts, sort_keys=True)
+        if kind not in shapes:
+            shapes[kind] = {f"model.{name}": value.shape for name, value in subject.saved.build().state_dict().items()}
+        tensors = read_checkpoint(Path(subject.saved.source))["state_dict"]
+        if {name: value.shape for name, value in tensors.items()} != shapes[kind]:
+            raise ValueError(f"--model={subject.saved.source}: its tensors do not fit the network it describes")
 
 
 def latest(subjects: list[Subject]) -> list[Subject]:
@@ -58,22 +83,41 @@ def latest(subjects: list[Subject]) -> list[Subject]:
 
 
 def split_label(text: str) -> tuple[str, str]:
-    """`LABEL=PATH` or `PATH`; the label is empty where none is given."""
+    """`LABEL=PATH` or `PATH`; the label is empty where none is given. Raises ValueError: one that cannot be drawn."""
     label, equals, path = text.partition("=")
-    return (label, path) if equals and "/" not in label else ("", text)
+    if not equals or text.startswith("local-dir:") or Path(text).exists():
+        return "", text
+    if not re.fullmatch(r"(?!_)[\w.+#(), -]+", label):
+        raise ValueError(f"{text}: in LABEL=PATH a label is of letters, digits, spaces and any of . + - # ( ) , _")
+    return label, path
 
 
-def labelled(texts: list[str]) -> list[tuple[str, str]]:
-    """(label, folder) of `[LABEL=]FOLDER` each; without a label the last two names of the folder."""
+def labelled(texts: list[str], setting: str) -> list[tuple[str, str]]:
+    """(label, folder) of `[LABEL=]FOLDER` each; without a label the end of the folder's name that tells it apart.
+
+    Raises ValueError: a folder given twice.
+    """
     pairs = [split_label(text) for text in texts]
-    return [(label or "/".join(Path(folder).parts[-2:]), folder) for label, folder in pairs]
+    places = [str(Path(folder).resolve()) for _, folder in pairs]
+    if len(set(places)) < len(places):
+        twice = next(folder for (_, folder), place in zip(pairs, places, strict=True) if places.count(place) > 1)
+        raise ValueError(f"{setting}={twice}: given twice; it would count as two runs")
+    found = []
+    for label, folder in pairs:
+        parts = Path(folder).resolve().parts
+        others = [Path(other).resolve().parts for given, other in pairs if not given and other != folder]
+        length = next(
+            (n for n in range(2, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts)
+        )
+        found.append((label or "/".join(parts[-length:]).replace("$", ""), folder))
+    return found
 
 
 def check_device(device: str) -> None:
     """Raises ValueError: this machine has no such device."""
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device={device}: not on this machine; use cpu") from error
 
 
@@ -84,8 +128,11 @@ def _open(source: str) -> list[SavedNetwork]:
     found = sorted(path.glob("*.ckpt"))
     if not found:
         raise FileNotFoundError(f"--model={source}: no .ckpt in this folder")
-    by_epoch = {saved.epoch: saved for saved in map(open_saved, map(str, found))}  # last.ckpt repeats an epoch
-    return list(by_epoch.values())
+    by_step = {saved.step: saved for saved in map(open_saved, map(str, found))}  # best and last repeat one
+    kinds = {json.dumps(saved.facts["settings"], sort_keys=True) for saved in map(open_saved, map(str, found))}
+    if len(kinds) > 1:
+        raise ValueError(f"--model={source}: checkpoints of different networks in one folder; name them one by one")
+    return list(by_step.values())
 
 
 def _check(saved: SavedNetwork, image_size: int) -> None:

@@ -66,14 +66,15 @@ def _watch(index: int, block: MomentumBlock, visits: list[Visit]) -> list[Any]:
     ]
 
 
-def sample(loader: Iterable[tuple[Tensor, Tensor]], images: int) -> list[Tensor]:
-    """The first `images` pictures of a loader, in its batches."""
-    found, left = [], images
-    for batch, _ in loader:
-        found.append(batch[:left].clone())  # loaders may use their memory again
-        left -= len(found[-1])
-        if left <= 0:
-            break
+def sample(loader: Iterable[tuple[Tensor, Tensor]], images: int, count: int) -> list[Tensor]:
+    """At most `images` of the loader's `count` pictures, evenly over all of them: they lie class by class."""
+    wanted = torch.arange(min(images, count)) * count // min(images, count)
+    found, start = [], 0
+    for batch, _ in track(loader, "pictures"):
+        own = wanted[(wanted >= start) & (wanted < start + len(batch))] - start
+        start += len(batch)
+        if len(own):
+            found.append(batch[own])
     return found
 
 

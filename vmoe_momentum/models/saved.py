@@ -1,7 +1,6 @@
 """Networks as they lie in checkpoints of `fit`: read without running code, rebuilt without the config."""
 
 import json
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ class SavedNetwork(NamedTuple):
     source: str
     facts: dict[str, Any]  # as training.identity.describe_network wrote them
     epoch: int | None  # finished epochs; None for directories, which do not say
+    step: int | None
 
     def build(self) -> PixelModel:
         """The network with its weights (the averaged ones where they were averaged), in eval mode, on the CPU.
@@ -53,12 +53,13 @@ def open_saved(source: str) -> SavedNetwork:
         net = create_model(source)
         settings = net.function_settings() if hasattr(net, "function_settings") else {}
         size = net.patch_embed.img_size[0] if hasattr(net, "patch_embed") else net.pretrained_cfg["input_size"][-1]
-        return SavedNetwork(source, {"settings": settings, "num_classes": net.num_classes, "image_size": size}, None)
+        facts = {"settings": settings, "num_classes": net.num_classes, "image_size": size}
+        return SavedNetwork(source, facts, None, None)
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{source}: no such file; give a .ckpt that fit wrote, or local-dir:PATH")
     checkpoint = read_checkpoint(path)
-    return SavedNetwork(source, checkpoint[KEY], checkpoint["epoch"] + 1)
+    return SavedNetwork(source, checkpoint[KEY], checkpoint["epoch"] + 1, checkpoint["global_step"])
 
 
 def read_checkpoint(path: Path, setting: str = "") -> dict[str, Any]:
@@ -68,16 +69,26 @@ def read_checkpoint(path: Path, setting: str = "") -> dict[str, Any]:
     """
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # whatever the bytes of another file make of the reader
         raise ValueError(
             f"{setting}{path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); it is cut off, "
             "of another program, or holds code, which is never run; give a .ckpt that fit wrote"
         ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not _is_whole(checkpoint):
         raise ValueError(
             f"{setting}{path}: not written by vmoe-momentum fit (no model settings in it); give a .ckpt that fit wrote"
         )
     return checkpoint
+
+
+def _is_whole(checkpoint: dict[str, Any]) -> bool:
+    facts = checkpoint.get(KEY)
+    kinds = {"architecture": str, "settings": dict, "num_classes": int, "image_size": int, "mean": list, "std": list}
+    parts = {"state_dict": dict, "epoch": int, "global_step": int}
+    return isinstance(facts, dict) and all(
+        isinstance(place.get(name), kind) for place, wanted in ((facts, kinds), (checkpoint, parts))
+        for name, kind in wanted.items()
+    )  # fmt: skip
 
 
 def build_arguments(net: nn.Module) -> dict[str, Any] | None:
@@ -93,13 +104,20 @@ def build_arguments(net: nn.Module) -> dict[str, Any] | None:
 
 
 def _rebuild(source: str, facts: dict[str, Any]) -> nn.Module:
-    arguments = facts.get("model_args")
+    if "model_args" not in facts:
+        raise ValueError(
+            f"{source}: written by a version that did not yet store how to build the network; load it with `test`, or "
+            "train again"
+        )
+    arguments, architecture = facts["model_args"], facts["architecture"]
     if arguments is None:
         raise ValueError(
-            f"{source}: its network ({facts['architecture']}) was not made by timm's factory, so it cannot be rebuilt "
+            f"{source}: its network ({architecture}) was not made by timm's factory, so it cannot be rebuilt "
             "from the checkpoint alone; use vmoe_momentum.create_model in the config it is trained with"
         )
-    sizes = {"num_classes": facts["num_classes"]}
-    net = timm.create_model(facts["architecture"], pretrained=False, **{**arguments, **sizes})
-    fit_to_data(net, facts["num_classes"], facts["image_size"])
+    try:
+        net = timm.create_model(architecture, pretrained=False, **{**arguments, "num_classes": facts["num_classes"]})
+        fit_to_data(net, facts["num_classes"], facts["image_size"])
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{source}: timm cannot build its network, {architecture} ({error})") from error
     return net

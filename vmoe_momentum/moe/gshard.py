@@ -55,7 +55,7 @@ class GShardRouter(TokenChoice):
         """[B, N, 1] uniform in [0, 1), while training."""
         return torch.rand(*x.shape[:2], 1, device=x.device) if self.training else None
 
-    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
+    def route(self, logits: Tensor, noise: Tensor | None, slots: int | None) -> tuple[TopKPlan, RouterLosses]:
         """logits: [G, S, E]; noise: [G, S, 1], uniform."""
         gates = logits.softmax(dim=-1)
         sorted_gates, sorted_index = gates.sort(dim=-1, descending=True, stable=True)
@@ -65,5 +65,5 @@ class GShardRouter(TokenChoice):
         if noise is not None:
             second = noise < 2.0 * weight[..., 1:]
             wanted = torch.cat([torch.ones_like(second), second], dim=-1)
-        plan = TopKPlan.build(gates, expert, weight, self.slots(*gates.shape[1:]), wanted=wanted)
+        plan = TopKPlan.build(gates, expert, weight, slots, wanted=wanted)
         return plan, self.balanced(losses.gshard_loss(gates, expert))

@@ -73,19 +73,25 @@ class TokenChoice(LinearGate):
         return None if slots >= group_size else slots
 
     def takes_tokens_alone(self, num_tokens: int, num_experts: int) -> bool:
-        return self.slots(num_tokens if self.group_size == "image" else self.group_size, num_experts) is None
+        return self.slots(self._tokens_together(num_tokens), num_experts) is None
 
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
         logits = self.logits(x)
+        slots = self.slots(self._tokens_together(x.shape[1]), logits.shape[-1])
         # In evaluation without dropping each image is a group of its own: then any batch size will do.
-        size = self.group_size
-        if size != "image" and (self.training or self.slots(size, logits.shape[-1]) is not None):
+        if self.group_size != "image" and (self.training or slots is not None):
             logits = self.grouped(logits)
-        return self.route(logits, None if noise is None else noise.reshape(*logits.shape[:2], noise.shape[-1]))
+        return self.route(logits, None if noise is None else noise.reshape(*logits.shape[:2], noise.shape[-1]), slots)
+
+    def _tokens_together(self, num_tokens: int) -> int:
+        return num_tokens if self.group_size == "image" else self.group_size
 
     @abstractmethod
-    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
-        """Everything after the gate's matrix product. logits: [G, S, E]; noise: this router's, [G, S, any]."""
+    def route(self, logits: Tensor, noise: Tensor | None, slots: int | None) -> tuple[TopKPlan, RouterLosses]:
+        """Everything after the gate's matrix product.
+
+        logits: [G, S, E]; noise: this router's, [G, S, any]; slots: C, None where nothing is dropped.
+        """
 
 
 class TopKRouter(TokenChoice):
@@ -156,7 +162,7 @@ class TopKRouter(TokenChoice):
             return self.capacity if self.capacity < group_size else None
         return super().slots(group_size, num_experts)
 
-    def route(self, logits: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
+    def route(self, logits: Tensor, noise: Tensor | None, slots: int | None) -> tuple[TopKPlan, RouterLosses]:
         """logits, noise: [G, S, E]."""
         noisy = logits if noise is None else logits + noise
         clean_gates = logits.softmax(dim=-1)
@@ -166,7 +172,7 @@ class TopKRouter(TokenChoice):
         weight, expert = sorted_gates[..., : self.top_k], sorted_index[..., : self.top_k]
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        plan = TopKPlan.build(gates, expert, weight, self.slots(*gates.shape[1:]), self.batch_priority)
+        plan = TopKPlan.build(gates, expert, weight, slots, self.batch_priority)
 
         parts = {
             "importance": losses.importance_loss(clean_gates),

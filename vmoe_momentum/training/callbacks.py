@@ -33,7 +33,7 @@ class RouterStats(Callback):
         self.stack.close()
         for block, stats in self.watch.result().items():
             values = {f"load_{expert}": share for expert, share in enumerate(stats.load)}
-            values |= {name: value for name, value in stats._asdict().items() if name != "load"}
+            values |= {name: value for name, value in stats._asdict().items() if name != "load" and value is not None}
             # batch_size: these are means over the whole pass already
             module.log_dict({f"{stage}/{block}/{k}": v for k, v in values.items()}, batch_size=1, sync_dist=True)
 

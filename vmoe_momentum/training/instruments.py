@@ -22,7 +22,7 @@ class BlockStats(NamedTuple):
     entropy: float  # of the gates, in nats; log(E) when undecided
     token_norm: float  # mean Euclidean norms: of the residual stream after the block
     update_norm: float  # of u
-    momentum_norm: float  # of the first momentum buffer; 0 for rules without one
+    momentum_norm: float | None  # of the first momentum buffer; None for rules without one
 
 
 class RouterWatch:
@@ -46,8 +46,8 @@ class RouterWatch:
                 dropped=float(values["dropped"]) / tokens,
                 entropy=float(values["entropy"]) / tokens,
                 token_norm=float(values["token_norm"]) / steps,
-                update_norm=float(values["update_norm"]) / tokens,
-                momentum_norm=float(values["momentum_norm"]) / steps,
+                update_norm=float(values["update_norm"]) / steps,
+                momentum_norm=float(values["momentum_norm"]) / steps if "momentum_norm" in values else None,
             )
         return found
 
@@ -60,8 +60,9 @@ def watch_routers(net: nn.Module) -> Iterator[RouterWatch]:
         if isinstance(block, MomentumBlock):
             label = "block" + name.rpartition(".")[2]
             handles.append(block.mlp.router.register_forward_hook(_router_hook(watch, label)))
-            handles.append(block.ls2.register_forward_hook(_update_hook(watch, label)))
-            handles.append(block.register_forward_hook(_block_hook(watch, label)))
+            updates: list[Tensor] = []  # of one step; a rule may evaluate u twice, and the last makes the step
+            handles.append(block.ls2.register_forward_hook(_update_hook(updates)))
+            handles.append(block.register_forward_hook(_block_hook(watch, label, updates)))
     try:
         yield watch
     finally:
@@ -81,19 +82,21 @@ def _router_hook(watch: RouterWatch, label: str):
     return hook
 
 
-def _update_hook(watch: RouterWatch, label: str):
+def _update_hook(updates: list[Tensor]):
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        watch.add(label, "update_norm", output.float().norm(dim=-1).sum())
+        updates.append(output)
 
     return hook
 
 
-def _block_hook(watch: RouterWatch, label: str):
+def _block_hook(watch: RouterWatch, label: str, updates: list[Tensor]):
     def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
         x, carry = output
-        norm = carry.momentum[0].float().norm(dim=-1).sum() if carry.momentum else x.new_zeros(())
-        watch.add(label, "momentum_norm", norm)
+        if module.step and carry.momentum:
+            watch.add(label, "momentum_norm", carry.momentum[0].float().norm(dim=-1).sum())
+        watch.add(label, "update_norm", updates[-1].float().norm(dim=-1).sum())
+        updates.clear()
         watch.add(label, "token_norm", x.float().norm(dim=-1).sum())
-        watch.add(label, "steps", torch.tensor(x.shape[0] * x.shape[1]))  # a rule may evaluate u twice a step
+        watch.add(label, "steps", torch.tensor(x.shape[0] * x.shape[1]))
 
     return hook

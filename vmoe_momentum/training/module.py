@@ -78,7 +78,10 @@ class ImageClassifier(pl.LightningModule):
             self.model.compile()  # in place: no `_orig_mod.` in state dicts
 
     def on_fit_start(self) -> None:
-        batch_size = getattr(self.trainer.datamodule, "batch_size", 2)
+        self.check_batch_size(getattr(self.trainer.datamodule, "batch_size", 2))
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError: mixing cannot pair the images."""
         if self.mixup is not None and batch_size % 2:
             raise ValueError(
                 f"data.batch_size={batch_size}: mixup and cutmix pair the images of a batch; use an even number, or "
