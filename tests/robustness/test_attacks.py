@@ -1,0 +1,279 @@
+"""Attacks against plain loops, and the hygiene around torchattacks."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmoe_momentum.robustness.attacks import (
+    ATTACKS,
+    Budget,
+    attack,
+    check_budget,
+    cross_entropy,
+    direction,
+    frozen,
+    input_gradient,
+    margin,
+    project,
+    projected_gradient,
+    run_attack,
+)
+
+pytest.importorskip("torchattacks")
+EPS = 8 / 255
+RUNNABLE = [name for name in ATTACKS if name != "autoattack"]
+
+
+class Net(nn.Module):
+    """A small smooth classifier of 12-pixel images into 4 classes, with a BatchNorm and dropout to get wrong."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Dropout(0.5))
+        self.head, self.scale = nn.Linear(8 * 100, 4), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.head(self.features((x - 0.5) / 0.25).flatten(1))
+
+
+def data(net: nn.Module, count: int = 12) -> tuple[Tensor, Tensor]:
+    """Images with pure black and white in them, labelled as the net sees them."""
+    images = torch.rand(count, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    images[:, :, :3], images[:, :, -3:] = 0.0, 1.0
+    with torch.no_grad():
+        return images, net.eval()(images).argmax(dim=1)
+
+
+def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return float((net.eval()(images).argmax(dim=1) == labels).float().mean())
+
+
+def naive_pgd(net: nn.Module, images: Tensor, labels: Tensor, eps: float, steps: int, loss: str) -> Tensor:
+    """Image by image, written out."""
+    step, found = min(eps, 2.5 * eps / steps), []
+    for image, label in zip(images, labels.tolist(), strict=True):
+        x = image.clone()
+        for _ in range(steps):
+            x.requires_grad_()
+            logits = net(x[None])[0]
+            if loss == "ce":
+                value = torch.logsumexp(logits, 0) - logits[label]
+            else:
+                value = max(logits[k] for k in range(4) if k != label) - logits[label]
+            (gradient,) = torch.autograd.grad(value, x)
+            x = x.detach() + step * gradient.sign()
+            x = torch.max(torch.min(x, image + eps), image - eps).clamp(0, 1)
+        found.append(x)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("name", "loss"), [("pgd", "ce"), ("pgd-margin", "margin")])
+def test_pgd_is_the_loop(name: str, loss: str) -> None:
+    net = Net()
+    images, labels = data(net)
+    found = run_attack(name, net, images, labels, Budget(EPS, steps=5))
+    torch.testing.assert_close(found, naive_pgd(net, images, labels, EPS, 5, loss), atol=1e-6, rtol=0)
+
+
+def test_ours_is_torchattacks_where_both_are_sound() -> None:
+    net = Net()
+    images, labels = data(net)
+    mine = projected_gradient(net, images, labels, cross_entropy, Budget(EPS, steps=7))
+    torch.testing.assert_close(mine, run_attack("pgd", net, images, labels, Budget(EPS, steps=7)), atol=1e-6, rtol=0)
+
+
+def test_fgsm_by_its_definition() -> None:
+    net = Net()
+    images, labels = data(net)
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(net(leaf), labels, reduction="sum"), leaf)
+    expected = (images + EPS * gradient.sign()).clamp(0, 1)
+    torch.testing.assert_close(run_attack("fgsm", net, images, labels, Budget(EPS)), expected)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_ball_and_box_hold_and_zero_budget_is_the_clean_image(name: str, norm: str) -> None:
+    if norm not in ATTACKS[name].norms:
+        with pytest.raises(ValueError, match=f"norm={norm}: {name} knows"):
+            check_budget(name, Budget(EPS, norm))
+        return
+    net = Net()
+    images, labels = data(net)
+    eps = EPS if norm == "Linf" else 0.5
+    found = run_attack(name, net, images, labels, Budget(eps, norm, steps=4, queries=128))
+    change = (found - images).flatten(1)
+    size = change.abs().amax(dim=1) if norm == "Linf" else change.norm(dim=1)
+    assert float(size.max()) <= eps + 1e-6 and float(size.max()) > 0.2 * eps
+    assert float(found.min()) >= 0 and float(found.max()) <= 1
+    assert found.dtype == torch.float32 and not found.requires_grad and not found.is_inference()
+    assert torch.equal(run_attack(name, net, images, labels, Budget(0.0, norm)), images)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_attacks_make_a_model_worse(name: str) -> None:
+    net = Net()
+    images, labels = data(net, 24)
+    found = run_attack(name, net, images, labels, Budget(32 / 255, steps=20, queries=512))
+    assert accuracy(net, images, labels) == 1.0
+    assert accuracy(net, found, labels) <= 0.7
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_nothing_is_left_behind(name: str) -> None:
+    """Train flags of every sub-module, requires_grad, .grad, random state; inside inference_mode too."""
+    net = Net().train()
+    net.features[1].eval()  # a frozen BatchNorm inside a training model
+    net.head.bias.requires_grad_(False)
+    images, labels = data(net)
+    net.train()
+    net.features[1].eval()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    flags = [module.training for module in net.modules()]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with torch.inference_mode():
+        found = run_attack(name, net, images.clone(), labels, Budget(EPS, steps=3, queries=128))
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in net.modules()] == flags and flags[2:4].count(False) >= 0
+    assert not net.head.bias.requires_grad and net.head.weight.requires_grad
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not torch.equal(found, images)
+
+
+def test_also_after_an_error() -> None:
+    net = Net().train()
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        run_attack("pgd", Broken(), *data(Net()), Budget(EPS))
+    assert all(module.training for module in net.modules())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_pixels_and_budgets_out_of_range_are_refused() -> None:
+    net = Net()
+    images, labels = data(net)
+    for wrong in (images * 255, 2 * images - 1, torch.full_like(images, float("nan"))):
+        with pytest.raises(ValueError, match=r"attacks work on pixels in \[0, 1\]"):
+            run_attack("pgd", net, wrong, labels, Budget(EPS))
+    with pytest.raises(ValueError, match="eps=4: pixels lie in"):
+        check_budget("pgd", Budget(4.0))
+    for eps in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="eps="):
+            check_budget("pgd", Budget(eps))
+    with pytest.raises(ValueError, match="attacks=pgdd: no such attack"):
+        check_budget("pgdd", Budget(EPS))
+    with pytest.raises(ValueError, match="steps=0"):
+        check_budget("pgd", Budget(EPS, steps=0))
+
+
+def test_saturated_logits_hide_the_cross_entropy_not_the_margin() -> None:
+    """Logits times 1,000: most images have no cross-entropy gradient at all, and PGD on it leaves them standing."""
+    net = Net(scale=1000.0)
+    images, labels = data(net, 40)
+    gradient = input_gradient(net, images, labels, cross_entropy, Budget(0.0))
+    assert float((gradient.flatten(1).abs().amax(dim=1) == 0).float().mean()) > 0.2
+    budget = Budget(16 / 255, steps=20)
+    left = {
+        name: accuracy(net, run_attack(name, net, images, labels, budget), labels) for name in ("pgd", "pgd-margin")
+    }
+    assert left["pgd-margin"] < left["pgd"] - 0.1
+
+
+def test_l2_steps_do_not_shrink_for_confident_models() -> None:
+    net = Net(scale=30.0)
+    images, labels = data(net)
+    images = 0.25 + images / 2  # away from the box
+    found = run_attack("pgd", net, images, labels, Budget(0.3, "L2", steps=1))
+    moved = (found - images).flatten(1).norm(dim=1)
+    gradient = input_gradient(net, images, labels, cross_entropy, Budget(0.0)).flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved[gradient > 0], torch.full_like(moved, 0.3)[gradient > 0])
+    assert float(direction(torch.zeros(1, 3, 2, 2), "L2").abs().max()) == 0.0
+
+
+def test_batch_size_and_order_do_not_matter() -> None:
+    net = Net()
+    images, labels = data(net, 14)
+    budget = Budget(EPS, steps=4)
+    order = list(range(14))
+    random.Random(0).shuffle(order)
+    for name in ("fgsm", "pgd", "pgd-margin"):
+        whole = run_attack(name, net, images, labels, budget)
+        for size in (1, 7):
+            parts = [
+                run_attack(name, net, images[i : i + size], labels[i : i + size], budget) for i in range(0, 14, size)
+            ]
+            torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(run_attack(name, net, images[order], labels[order], budget), whole[order])
+
+
+def test_a_router_loss_joins_the_objective() -> None:
+    net = Net()
+    images, labels = data(net)
+    # a loss that only cares for brightness, much larger than the rest
+    aware = Budget(EPS, steps=3, router_loss=lambda x, y: 1e4 * x.sum())
+    for name in ("fgsm", "pgd", "pgd-margin"):
+        found = run_attack(name, net, images, labels, aware)
+        torch.testing.assert_close(found, (images + EPS).clamp(0, 1))
+
+
+def test_projection_and_margin_by_hand() -> None:
+    images = torch.full((1, 3, 1, 1), 0.5)
+    far = images + torch.tensor([3.0, 0.0, 4.0]).view(1, 3, 1, 1)
+    torch.testing.assert_close(project(images, far, Budget(0.1, "L2")).flatten(), torch.tensor([0.56, 0.5, 0.58]))
+    torch.testing.assert_close(project(images, far, Budget(0.1)).flatten(), torch.tensor([0.6, 0.5, 0.6]))
+    assert torch.equal(project(images, far * torch.nan, Budget(0.1)), images)
+    logits = torch.tensor([[3.0, 1.0, 2.5]])
+    assert margin(images, logits, torch.tensor([0])).item() == -0.5
+    assert margin(images, logits, torch.tensor([1])).item() == 2.0
+
+
+def test_spsa_uses_its_queries_and_its_budget() -> None:
+    """torchattacks' own stops at 2.55/255 whatever eps is."""
+    net = Net()
+    images, labels = data(net)
+    calls = []
+    net.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    found = run_attack("spsa", net, images, labels, Budget(32 / 255, queries=640))
+    assert sum(calls) == 640 * len(images)
+    assert float((found - images).abs().max()) > 20 / 255
+
+
+def test_frozen_is_seeded_and_restores_numpy_untouched() -> None:
+    state = np.random.get_state()[1].copy()
+    draws = []
+    for seed in (3, 3, 4):
+        with frozen(Net(), seed):
+            draws.append(torch.rand(1).item())
+    assert draws[0] == draws[1] != draws[2]
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
+def test_a_new_attack_is_one_function() -> None:
+    @attack("Linf")
+    def brighten(model, images, labels, budget):
+        return images + 2 * budget.eps
+
+    try:
+        net = Net()
+        images, labels = data(net)
+        found = run_attack("brighten", net, images, labels, Budget(EPS))
+        torch.testing.assert_close(found, (images + EPS).clamp(0, 1))  # held inside the ball
+    finally:
+        del ATTACKS["brighten"]

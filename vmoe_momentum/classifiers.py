@@ -1,0 +1,151 @@
+"""Any classifier as the robustness benchmark wants it: checkpoints of fit, directories, timm's models, callables.
+
+B images, N tokens, E experts, K classes.
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from .analysis import record
+from .models import MomentumBlock, PixelModel, create_model
+from .models.saved import open_saved
+from .robustness import Model, View
+
+
+def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:
+    """`[LABEL=]SOURCE` each; one label several times is a group, such as the seeds of a rule.
+
+    SOURCE: a .ckpt that fit wrote, local-dir:PATH, a timm name, or module:callable (a function without arguments that
+    gives a module from pixels in [0, 1] to logits). Raises ValueError, FileNotFoundError: none of these.
+    """
+    if not texts:
+        raise ValueError("--model: none given; use --model LABEL=runs/.../last.ckpt, or a timm name")
+    found: list[Model] = []
+    for text in texts:
+        label, equals, source = text.partition("=")
+        if not equals or "/" in label:
+            label, source = "", text
+        found.append(_open(label, source, pretrained))
+    labels = [model.label for model in found]
+    named = []
+    for number, model in enumerate(found):
+        if labels.count(model.label) > 1:
+            model = model._replace(name=f"{model.label}#{labels[: number + 1].count(model.label)}")
+        named.append(model)
+    return named
+
+
+def _open(label: str, source: str, pretrained: bool) -> Model:
+    if source.endswith(".ckpt") or source.startswith("local-dir:"):
+        return _saved(label, source)
+    if ":" in source and not source.startswith("hf-hub:"):
+        return _callable(label, source)
+    if Path(source).is_dir():
+        return _saved(label, f"local-dir:{source}")
+    try:
+        net = create_model(source, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--model={source}: its weights could not be had ({str(error).splitlines()[0]})") from error
+    return _from_net(
+        label or source, source, PixelModel(net), None, None, {"weights": "timm" if pretrained else "random"}
+    )
+
+
+def _saved(label: str, source: str) -> Model:
+    saved = open_saved(source)
+    model = saved.build()
+    file = Path(source) if saved.epoch is not None else Path(source.partition(":")[2]) / "model.safetensors"
+    facts = {"sha256": _sha256(file), "epoch": saved.epoch, "settings": saved.facts["settings"]}
+    rule = saved.facts["settings"].get("rule", {}).get("class_path")
+    names = saved.facts.get("class_names")
+    return _from_net(label or rule or Path(source).stem, source, model, saved.facts["image_size"], names, facts)
+
+
+def _callable(label: str, source: str) -> Model:
+    place, _, name = source.rpartition(":")
+    try:
+        module = getattr(importlib.import_module(place), name)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--model={source}: no such module:callable ({error}); it must be importable from here"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"--model={source}: gives {type(module).__name__}, not a torch module from pixels to logits")
+    size = int(getattr(module, "image_size", 224))
+    module = module.eval()
+    with torch.inference_mode():
+        classes = int(module(torch.zeros(1, 3, size, size)).shape[-1])
+    view = View(size, float(getattr(module, "crop_pct", 0.875)), "bilinear")
+    provenance = {"source": source, "weights": _weights_hash(module)}
+    return Model(label or name, label or name, module, view, classes, None, None, None, provenance)
+
+
+def _from_net(
+    label: str, source: str, model: PixelModel, size: int | None, names: list[str] | None, facts: dict[str, Any]
+) -> Model:
+    net, config = model.net.eval(), resolve_model_data_config(model.net)
+    view = View(size or config["input_size"][-1], float(config["crop_pct"]), _interpolation(config["interpolation"]))
+    sparse = any(isinstance(block, MomentumBlock) for block in net.modules())
+    provenance = {
+        "source": source, "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(),
+        "view": view._asdict(), "timm": timm.__version__, **facts,
+    }  # fmt: skip
+    if "sha256" not in facts:
+        provenance["weights_sha256"] = _weights_hash(net)
+    routing = _routing(model) if sparse else None
+    return Model(
+        label, label, model, view, net.num_classes, names, routing, _router_loss(model) if sparse else None, provenance
+    )
+
+
+def _interpolation(name: str) -> str:
+    return name if name in ("bilinear", "bicubic") else "bilinear"
+
+
+def _routing(model: PixelModel) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Which experts each token reaches; {} under soft routing, where all reach all."""
+
+    def routing(images: Tensor) -> dict[str, Tensor]:
+        with record(model.net) as visits:
+            model(images)
+            found = {}
+            for visit in visits:
+                reached = visit.plan.assigned()
+                if not bool(reached.all()):
+                    found[f"block{visit.block}"] = reached.reshape(*visit.tokens.shape[:2], -1)
+        return found
+
+    return routing
+
+
+def _router_loss(model: PixelModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """The routers' auxiliary loss, which an attack can drive up beside the logits."""
+
+    def router_loss(images: Tensor, labels: Tensor) -> Tensor:
+        return model.forward_with_aux(images)[1]
+
+    return router_loss
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _weights_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

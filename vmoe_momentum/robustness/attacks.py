@@ -1,0 +1,269 @@
+"""Adversarial attacks on pixels in [0, 1], from torchattacks where its arithmetic is sound, behind one wrapper.
+
+B images [B, 3, H, W], K classes. eps is in the same units as the images (1/255, not 1).
+
+The wrapper mends what torchattacks 3.5.1 leaves open: it checks the range of pixels, works in float32 and inside
+inference_mode, restores every sub-module's train flag and the random state also after an error, detaches what comes
+out, and holds it inside the eps ball and the [0, 1] box. The model must normalise inside.
+
+To add one: a function (classifier, images, labels, Budget) -> images, decorated with `@attack`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["Linf", "L2"]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> [B], to be made large
+
+
+class Budget(NamedTuple):
+    """What an attack may do."""
+
+    eps: float
+    norm: Norm = "Linf"
+    steps: int = 20
+    queries: int = 5000
+    seed: int = 0
+    # adds what routers do to the loss; top-k hides gradients of the choice itself. images, labels -> []
+    router_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+class Attack(NamedTuple):
+    run: Callable[[nn.Module, Tensor, Tensor, Budget], Tensor]
+    norms: tuple[Norm, ...]
+    needs: str | None  # package
+
+
+ATTACKS: dict[str, Attack] = {}
+
+
+def attack(*norms: Norm, needs: str | None = None) -> Callable[[Callable], Callable]:
+    """Registers a function under its own name, underscores as hyphens."""
+
+    def register(function: Callable) -> Callable:
+        ATTACKS[function.__name__.replace("_", "-")] = Attack(function, norms, needs)
+        return function
+
+    return register
+
+
+def run_attack(name: str, model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """Images within eps of `images` and within [0, 1]; where the attack fails, any such image.
+
+    Raises ValueError: pixels outside [0, 1], eps that is not in their units, a norm the attack does not know.
+    """
+    check_budget(name, budget)
+    low, high = float(images.amin()), float(images.amax())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"images span [{low:.3g}, {high:.3g}]; attacks work on pixels in [0, 1], normalised inside")
+    if budget.eps == 0:
+        return images.clone()
+    with frozen(model, budget.seed), torch.inference_mode(False), torch.enable_grad():
+        # inference tensors cannot enter autograd: copies made here can
+        images, labels = images.float().clone(), labels.clone()
+        found = ATTACKS[name].run(model, images, labels, budget).detach()
+    return project(images, found, budget)
+
+
+def check_budget(name: str, budget: Budget) -> None:
+    """Raises ValueError: no such attack, norm or eps."""
+    if name not in ATTACKS:
+        raise ValueError(f"attacks={name}: no such attack; valid: {', '.join(ATTACKS)}")
+    if budget.norm not in ATTACKS[name].norms:
+        raise ValueError(f"norm={budget.norm}: {name} knows {', '.join(ATTACKS[name].norms)}")
+    if not math.isfinite(budget.eps) or budget.eps < 0:
+        raise ValueError(f"eps={budget.eps}: use a finite number >= 0, in pixel units such as 4/255")
+    if budget.norm == "Linf" and budget.eps > 1:
+        raise ValueError(
+            f"eps={budget.eps:g}: pixels lie in [0, 1], so this is the whole cube; write {budget.eps:g}/255"
+        )
+    for setting in ("steps", "queries"):
+        if getattr(budget, setting) < 1:
+            raise ValueError(f"{setting}={getattr(budget, setting)}: use 1 or more")
+
+
+def project(images: Tensor, found: Tensor, budget: Budget) -> Tensor:
+    """`found` moved into the ball around `images` and into the box. NaN counts as no change."""
+    change = torch.nan_to_num(found - images, nan=0.0)
+    if budget.norm == "Linf":
+        change = change.clamp(-budget.eps, budget.eps)
+    else:
+        norm = change.flatten(1).norm(dim=1).clamp_min(1e-30)
+        change = change * (budget.eps / norm).clamp_max(1.0).view(-1, 1, 1, 1)
+    # clamping to the box moves towards the images, so it cannot leave the ball
+    return (images + change).clamp(0.0, 1.0)
+
+
+@contextmanager
+def frozen(model: nn.Module, seed: int) -> Iterator[None]:
+    """Eval mode everywhere, gradients of inputs only, its own random numbers; all as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        model.eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad in wanted.items():
+            parameter.requires_grad_(requires_grad)
+
+
+# ---- losses
+
+
+def cross_entropy(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit minus the true one: positive where wrong, and no saturation."""
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.masked_fill(F.one_hot(labels, logits.shape[1]).bool(), -torch.inf)
+    return others.amax(dim=1) - true
+
+
+def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss, budget: Budget) -> Tensor:
+    """Of the sum over images: a mean would make each gradient, and any epsilon added to its norm, depend on B."""
+    images = images.detach().requires_grad_()
+    total = loss(images, model(images), labels).sum()
+    if budget.router_loss is not None:
+        total = total + budget.router_loss(images, labels) * len(images)
+    return torch.autograd.grad(total, images)[0]
+
+
+# ---- attacks
+
+
+@attack("Linf", needs="torchattacks")
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """One step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., arXiv:1412.6572)."""
+    if budget.router_loss is not None:
+        return images + budget.eps * input_gradient(model, images, labels, cross_entropy, budget).sign()
+    return _torchattacks().FGSM(model, eps=budget.eps)(images, labels)
+
+
+@attack("Linf", "L2", needs="torchattacks")
+def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """Projected gradient on the cross-entropy (Madry et al., arXiv:1706.06083), without a random start.
+
+    Linf from torchattacks. Ours in L2, where it adds 1e-10 to the norm of a gradient of the batch's mean, so that steps
+    shrink for confident models; and with a router's loss.
+    """
+    if budget.norm == "Linf" and budget.router_loss is None:
+        step = step_size(budget)
+        return _torchattacks().PGD(model, budget.eps, step, budget.steps, random_start=False)(images, labels)
+    return projected_gradient(model, images, labels, cross_entropy, budget)
+
+
+@attack("Linf", "L2")
+def pgd_margin(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """Projected gradient on the margin: where saturated cross-entropy hides the gradient this one still sees it."""
+    return projected_gradient(model, images, labels, margin, budget)
+
+
+def step_size(budget: Budget) -> float:
+    """2.5 eps / steps: reaches the border and back (Madry et al.'s choice on CIFAR), never more than eps."""
+    return min(budget.eps, 2.5 * budget.eps / budget.steps)
+
+
+def projected_gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss, budget: Budget) -> Tensor:
+    """x <- P(x + a g) with g the gradient's sign, or direction in L2; keeps the last iterate, as PGD does."""
+    found = images
+    for _ in range(budget.steps):
+        gradient = input_gradient(model, found, labels, loss, budget)
+        found = project(images, found + step_size(budget) * direction(gradient, budget.norm), budget)
+    return found
+
+
+def direction(gradient: Tensor, norm: Norm) -> Tensor:
+    """Of steepest ascent; zero where the gradient is zero."""
+    if norm == "Linf":
+        return gradient.sign()
+    length = gradient.double().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return torch.where(length > 0, gradient / length.clamp_min(1e-300), 0.0).to(gradient.dtype)
+
+
+@attack("Linf", needs="torchattacks")
+def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """Random search over squares, margin loss, no gradients (Andriushchenko et al., arXiv:1912.00049).
+
+    Its random numbers are a batch's, so results depend a little on the batch size. Linf only: torchattacks' L2 windows
+    do not fit small images.
+    """
+    options = {"norm": budget.norm, "eps": budget.eps, "n_queries": budget.queries, "seed": budget.seed}
+    with torch.no_grad():
+        return _torchattacks().Square(model, **options)(images, labels)
+
+
+@attack("Linf", "L2", needs="torchattacks")
+def apgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """Step sizes that adapt, cross-entropy (Croce and Hein, arXiv:2003.01690)."""
+    options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed}
+    return _torchattacks().APGD(model, **options)(images, labels)
+
+
+@attack("Linf", "L2", needs="torchattacks")
+def apgd_dlr(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """The same on the difference of logits ratio, which scaling the logits does not change; needs 3 classes."""
+    options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed, "loss": "dlr"}
+    return _torchattacks().APGD(model, **options)(images, labels)
+
+
+@attack("Linf")
+def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """Gradient of the margin from differences along random signs, Adam on it (Uesato et al., arXiv:1802.05666).
+
+    Ours: torchattacks' default is one Adam step, at most 2.55/255 whatever eps is. `queries` forward passes an image:
+    2 * 64 probes a step.
+    """
+    probes, delta, rate = 64, 0.01, budget.eps / 4
+    found = images.clone()
+    first, second = torch.zeros_like(images), torch.zeros_like(images)
+    with torch.no_grad():
+        for step in range(1, max(1, budget.queries // (2 * probes)) + 1):
+            gradient = torch.zeros_like(images)
+            for _ in range(probes):
+                signs = torch.randint(0, 2, images.shape, device=images.device).float() * 2 - 1
+                up, down = (margin(found, model(found + side * delta * signs), labels) for side in (1, -1))
+                gradient += ((up - down) / (2 * delta)).view(-1, 1, 1, 1) * signs / probes
+            first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
+            ascent = first / (1 - 0.9**step) / ((second / (1 - 0.99**step)).sqrt() + 1e-8)
+            found = project(images, found + rate * ascent, budget)
+    return found
+
+
+@attack("Linf", "L2", needs="pyautoattack")
+def autoattack(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """The standard AutoAttack: APGD-CE, APGD-T, FAB-T, Square (Croce and Hein, arXiv:2003.01690)."""
+    package = load_package("pyautoattack")
+    options = {"norm": budget.norm, "eps": budget.eps, "device": images.device, "seed": budget.seed, "verbose": False}
+    found = package.AutoAttack(model, version="standard", **options)
+    result = found.run_standard_evaluation(images, labels, batch_size=len(images))
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _torchattacks():
+    return load_package("torchattacks")
+
+
+def load_package(name: str):
+    """Raises ValueError: it is not installed, or another version."""
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        extra = "autoattack" if name == "pyautoattack" else "attacks"
+        raise ValueError(
+            f"attacks: the package {name} is missing ({error}); pip install 'vmoe_momentum[{extra}]'"
+        ) from error

@@ -1,0 +1,186 @@
+"""One cell: one condition on one set of pictures, for all models at once. N pictures, L MoE blocks.
+
+Outcomes lie on disk as soon as a cell is done, so that a long run goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .attacks import Budget, cross_entropy, input_gradient, run_attack
+from .models import Model
+from .pictures import Batch, Change, Pictures, batches
+
+Kind = Literal["clean", "published", "regenerated", "noise", "attack"]
+
+
+class Cell(NamedTuple):
+    """What is done to which pictures."""
+
+    pictures: Pictures
+    kind: Kind
+    condition: str  # as in the rows: clean, gaussian_noise, pgd-20, uniform-noise
+    severity: str = ""  # 1 to 5, or eps in pixel units of 255
+    change: Change | None = None
+    attack: str | None = None
+    budget: Budget | None = None
+    router_aware: bool = False  # the attack also drives the routers' loss
+    order: tuple[int, ...] | None = None  # numbers of the pictures; None for all
+
+
+class Outcome(NamedTuple):
+    """One model in one cell, picture by picture, in the cell's order."""
+
+    index: np.ndarray  # [N]
+    correct: np.ndarray  # [N] bool
+    predicted: np.ndarray  # [N]
+    confidence: np.ndarray  # [N] largest softmax value, over the classes that count
+    routing: dict[str, np.ndarray]  # block -> [N] 1 - mean IoU of expert sets against the clean picture
+    zero_gradient: np.ndarray  # [N] bool, attacks only: the cross-entropy had no gradient at the clean picture
+
+
+def run_cell(
+    cell: Cell, models: list[Model], batch_size: int, workers: int, device: str, advance: Callable[[int], None]
+) -> tuple[dict[str, Outcome], dict[str, Tensor]]:
+    """Outcomes by model name, and a few of the pictures the first model saw (uint8)."""
+    views = list(dict.fromkeys(model.view for model in models))
+    found: dict[str, list[Outcome]] = {model.name: [] for model in models}
+    examples: dict[str, Tensor] = {}
+    order = None if cell.order is None else list(cell.order)
+    for batch in batches(cell.pictures, views, batch_size, workers, cell.change, order):
+        for model in models:
+            outcome, seen = _answer(cell, model, batch, device)
+            found[model.name].append(outcome)
+            if not examples:
+                examples["pictures"] = (seen[:6] * 255).round().byte().cpu()
+        advance(len(batch.index))
+    return {name: _join(parts) for name, parts in found.items()}, examples
+
+
+def _answer(cell: Cell, model: Model, batch: Batch, device: str) -> tuple[Outcome, Tensor]:
+    labels = batch.labels.to(device)
+    images = batch.views[model.view].to(device).float() / 255
+    before = batch.clean[model.view].to(device).float() / 255 if batch.clean is not None else images
+    zero = np.zeros(0, dtype=bool)
+    if cell.kind == "noise":
+        images = _noisy(images, batch.index, cell.budget)
+    elif cell.kind == "attack":
+        restricted = _restricted(model.module, cell.pictures.classes)
+        zero = _without_gradient(restricted, images, labels)
+        budget = cell.budget._replace(router_loss=model.router_loss if cell.router_aware else None)
+        images = run_attack(cell.attack, restricted, images, labels, budget)
+    with torch.inference_mode():
+        logits = _restricted(model.module, cell.pictures.classes)(images).float()
+        confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        routing = {}
+        if model.routing is not None and (cell.kind in ("noise", "attack", "regenerated") or cell.condition == "clean"):
+            clean, now = model.routing(before), model.routing(images)
+            routing = {block: routing_change(clean[block], now[block]).cpu().numpy() for block in clean}
+    correct = (predicted == labels).cpu().numpy()
+    parts = (batch.index.numpy(), correct, predicted.cpu().numpy(), confidence.cpu().numpy())
+    return Outcome(*parts, routing, zero), images
+
+
+def routing_change(before: Tensor, after: Tensor) -> Tensor:
+    """1 - IoU of each token's expert sets, mean over tokens. [B, N, E] bool -> [B].
+
+    A token that no expert takes before and after has not changed (V-MoE's adversarial project counts it as changed, so
+    that clean against clean is not 0 there).
+    """
+    both, either = (before & after).sum(dim=-1).float(), (before | after).sum(dim=-1).float()
+    return (1.0 - torch.where(either > 0, both / either.clamp_min(1), 1.0)).mean(dim=-1)
+
+
+class _Restricted(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module, classes: list[int]) -> None:
+        super().__init__()
+        self.module, self.classes = module, classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module(images)[:, self.classes]
+
+
+def _restricted(module: torch.nn.Module, classes: list[int] | None) -> torch.nn.Module:
+    return module if classes is None else _Restricted(module, classes)
+
+
+def _noisy(images: Tensor, index: Tensor, budget: Budget) -> Tensor:
+    """Uniform noise of size eps, each picture its own."""
+    drawn = []
+    for image, number in zip(images, index.tolist(), strict=True):
+        generator = torch.Generator().manual_seed(budget.seed * 1_000_003 + number)
+        drawn.append((torch.rand(image.shape, generator=generator) * 2 - 1).to(images.device))
+    return (images + budget.eps * torch.stack(drawn)).clamp(0.0, 1.0)
+
+
+def _without_gradient(module: torch.nn.Module, images: Tensor, labels: Tensor) -> np.ndarray:
+    with torch.inference_mode(False), torch.enable_grad():
+        gradient = input_gradient(module, images.clone(), labels.clone(), cross_entropy, Budget(0.0))
+    return (gradient.flatten(1).abs().amax(dim=1) == 0).cpu().numpy()
+
+
+def _join(parts: list[Outcome]) -> Outcome:
+    blocks = parts[0].routing
+    arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in Outcome._fields[:4]]
+    routing = {block: np.concatenate([part.routing[block] for part in parts]) for block in blocks}
+    return Outcome(*arrays, routing, np.concatenate([part.zero_gradient for part in parts]))
+
+
+class Store:
+    """Outcomes under OUT/cells, one file a model and cell, found again by everything that decided them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, cell: Cell, model: Model, batch_size: int) -> Path:
+        files = hashlib.sha256()
+        numbers = range(len(cell.pictures.paths)) if cell.order is None else cell.order
+        for number in numbers:
+            path = cell.pictures.paths[number]
+            files.update(
+                f"{path.parent.name}/{path.name}/{path.stat().st_size}/{cell.pictures.labels[number]}".encode()
+            )
+        facts: dict[str, Any] = {
+            "model": model.provenance, "view": model.view, "kind": cell.kind, "condition": cell.condition,
+            "severity": cell.severity, "change": cell.change, "attack": cell.attack, "budget": cell.budget,
+            "router_aware": cell.router_aware, "files": files.hexdigest(), "classes": cell.pictures.classes,
+            "batch_size": batch_size if cell.kind == "attack" else None,
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        return self.folder / f"{digest}.npz"
+
+    def read(self, path: Path) -> Outcome | None:
+        """None where it is not there, or damaged (then it is made again)."""
+        try:
+            with np.load(path) as file:
+                routing = {name[8:]: file[name] for name in file.files if name.startswith("routing/")}
+                return Outcome(*(file[name] for name in Outcome._fields[:4]), routing, file["zero_gradient"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def write(self, path: Path, outcome: Outcome) -> None:
+        arrays = {name: getattr(outcome, name) for name in (*Outcome._fields[:4], "zero_gradient")}
+        arrays |= {f"routing/{block}": values for block, values in outcome.routing.items()}
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(partial, path)
+
+    def read_examples(self, path: Path) -> Tensor | None:
+        """Pictures kept beside the first model's outcome."""
+        try:
+            return torch.from_numpy(np.load(path.with_suffix(".npy")))
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def write_examples(self, path: Path, pictures: Tensor) -> None:
+        np.save(path.with_suffix(".npy"), pictures.numpy())

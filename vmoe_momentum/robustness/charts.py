@@ -1,0 +1,121 @@
+"""Pictures of a report: bars a corruption, accuracy over severity and over eps, examples."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .corruptions import BENCHMARK
+from .evaluate import Evaluation
+from .rows import Row
+from .summary import SANITY, WORST
+
+
+def draw(evaluation: Evaluation, rows: list[Row]) -> dict[str, Figure]:
+    """By name, those for which there are rows."""
+    labels = {model.name: model.label for model in evaluation.models}
+    colors = {label: f"C{i % 10}" for i, label in enumerate(dict.fromkeys(labels.values()))}
+    found = {}
+    for dataset in dict.fromkeys(cell.pictures.name for cell in evaluation.cells if cell.severity and not cell.attack):
+        own = [row for row in rows if row.dataset == dataset and row.metric == "top1" and row.condition in BENCHMARK]
+        if own:
+            found[f"corruptions, {dataset}"] = _bars(own, labels, colors)
+            found[f"severity, {dataset}"] = _curves(own, labels, colors)
+    attacks = [row for row in rows if row.metric == "robust_top1" and row.condition != SANITY]
+    if attacks:
+        found["attacks"] = _eps(attacks, rows, labels, colors)
+    routing = [row for row in rows if row.metric.startswith("routing_change/") and row.condition != SANITY]
+    if routing:
+        found["routing"] = _routing(routing, labels, colors)
+    if evaluation.examples:
+        found["examples"] = _examples(evaluation)
+    return found
+
+
+def _mean(rows: list[Row]) -> float:
+    return float(np.mean([row.value for row in rows])) if rows else float("nan")
+
+
+def _bars(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
+    names = [name for name in BENCHMARK if any(row.condition == name for row in rows)]
+    figure = Figure(figsize=(max(6, 0.75 * len(names) + 2), 3.6), layout="constrained")
+    axis, width = figure.subplots(), 0.8 / len(colors)
+    for place, (label, color) in enumerate(colors.items()):
+        heights = [
+            100 * _mean([r for r in rows if (labels[r.model], r.condition, r.severity) == (label, name, "mean")])
+            for name in names
+        ]
+        axis.bar(np.arange(len(names)) + (place + 0.5) * width - 0.4, heights, width, color=color, label=label)
+    axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=7)
+    axis.set(ylabel="top-1 (%), mean over severities", ylim=(0, 100))
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _curves(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    levels = sorted({row.severity for row in rows if row.severity.isdecimal()})
+    for label, color in colors.items():
+        own = [row for row in rows if labels[row.model] == label]
+        each = [[100 * r.value for r in own if r.severity == level] for level in levels]
+        axis.plot([int(level) for level in levels], [np.mean(v) for v in each], marker="o", color=color, label=label)
+    axis.set(xlabel="severity", ylabel="top-1 (%), mean over corruptions", ylim=(0, 101))
+    axis.set_xticks([int(level) for level in levels])
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _eps(attacks: list[Row], rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
+    """A panel an attack; eps 0 is the clean accuracy."""
+    conditions = sorted({row.condition for row in attacks}, key=lambda name: (name == WORST, name))
+    figure = Figure(figsize=(3.4 * len(conditions), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
+    for axis, condition in zip(axes, conditions, strict=True):
+        for label, color in colors.items():
+            own = [r for r in attacks if labels[r.model] == label and r.condition == condition]
+            clean = _mean(
+                [r for r in rows if labels[r.model] == label and (r.condition, r.metric) == ("clean", "top1")]
+            )
+            sizes = sorted({float(row.severity) for row in own})
+            values = [_mean([r for r in own if float(r.severity) == size]) for size in sizes]
+            axis.plot([0, *sizes], [100 * v for v in (clean, *values)], marker="o", color=color, label=label)
+        axis.set(title=condition, xlabel="eps, of 255", ylim=(0, 101))
+    axes[0].set_ylabel("robust top-1 (%)")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _routing(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
+    """Mean over severities or eps, a panel a block."""
+    blocks = list(dict.fromkeys(row.metric.partition("/")[2] for row in rows))
+    kinds = list(dict.fromkeys(row.condition for row in rows))
+    figure = Figure(figsize=(7, 0.8 + 0.24 * len(kinds) * len(colors)), layout="constrained")
+    axis, height = figure.subplots(), 0.8 / len(colors)
+    for place, (label, color) in enumerate(colors.items()):
+        own = [row for row in rows if labels[row.model] == label]
+        means = [[r.value for r in own if r.condition == kind] for kind in kinds]
+        at = np.arange(len(kinds)) + (place + 0.5) * height - 0.4
+        axis.barh(at, [np.mean(v) if v else np.nan for v in means], height, color=color, label=label)
+    axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"routing change, 1 - IoU of expert sets, mean over {len(blocks)} blocks", xlim=(0, None))
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _examples(evaluation: Evaluation) -> Figure:
+    """The first pictures of each condition, severity 3 or the middle eps, as the first model saw them."""
+    chosen: dict[str, list[int]] = {}
+    for number, cell in enumerate(evaluation.cells):
+        if number in evaluation.examples and cell.condition != SANITY:
+            chosen.setdefault(f"{cell.pictures.name}: {cell.condition}", []).append(number)
+    lines = [(what, numbers[len(numbers) // 2]) for what, numbers in chosen.items()]
+    figure = Figure(figsize=(8, 1.15 * len(lines)), layout="constrained")
+    axes = figure.subplots(len(lines), 6, squeeze=False)
+    for line, (what, number) in zip(axes, lines, strict=True):
+        severity = evaluation.cells[number].severity
+        for place, axis in enumerate(line):
+            axis.set_axis_off()
+            if place < len(evaluation.examples[number]):
+                axis.imshow(evaluation.examples[number][place].permute(1, 2, 0).numpy(), interpolation="nearest")
+        line[0].set_title(f"{what} {severity}", fontsize=7, loc="left")
+    return figure

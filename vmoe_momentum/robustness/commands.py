@@ -1,0 +1,139 @@
+"""The command line `vmoe-momentum robustness ...`; benchmarks/robustness.py is the same."""
+
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from ..parsers import new_parser
+from .attacks import ATTACKS
+from .corruptions import BENCHMARK, EXTRA
+from .evaluate import evaluate
+from .models import Model
+from .plan import SHIFTED, Settings, make_plan
+from .report import write_report
+
+_EXAMPLES = """examples:
+  vmoe-momentum robustness --data data/digits --model Residual=a.ckpt --model HeavyBall=b.ckpt --out runs/robustness
+  vmoe-momentum robustness --data data/imagenet --model vit_small_patch16_224 --imagenet_c data/imagenet-c --limit 1000
+  vmoe-momentum robustness --data data/digits --model HB=s0.ckpt --model HB=s1.ckpt --model Res=s2.ckpt --eps [1/255]
+
+It writes rows.csv, report.json, report.md and report.html (self-contained) to --out; stopped, it goes on from there."""
+
+PACKAGES = ("torch", "torchvision", "timm", "torchattacks", "numpy", "scipy", "opencv-python", "pillow")
+
+
+def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> None:
+    """argv: what follows `robustness`. Mistakes come out as exceptions, before anything is evaluated."""
+    given = parser().parse_args(argv).as_dict()
+    settings = Settings(
+        **{name: _value(name, given[name]) for name in Settings._fields if name in given and name != "regenerate"},
+        regenerate=given["corruptions"] != ["none"] and given["data"] is not None and not given["published_only"],
+    )
+    if given["corruptions"] == ["none"]:
+        settings = settings._replace(corruptions=())
+    for name in ("batch_size",):
+        if given[name] < 1:
+            raise ValueError(f"--{name}={given[name]}: use 1 or more")
+    if given["workers"] < 0:
+        raise ValueError(f"--workers={given['workers']}: use 0 or more")
+    try:
+        torch.zeros(1, device=given["device"])
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device={given['device']}: not on this machine; use cpu") from error
+    models = open_models(given["model"] or [])
+    cells, out = make_plan(settings, models), Path(given["out"])
+    _prepare(out)
+    start = time.time()
+    evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], given["device"])
+    provenance = {
+        "models": {model.name: model.provenance for model in models}, "settings": settings._asdict(),
+        "batch_size": given["batch_size"], "device": given["device"], "machine": platform.machine(),
+        "python": platform.python_version(), "versions": _versions(), "seconds": round(time.time() - start, 1),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }  # fmt: skip
+    rows = write_report(evaluation, out, provenance)
+    Console().print(
+        f"{len(rows)} rows: {out / 'rows.csv'}; report: {out / 'report.html'}", soft_wrap=True, highlight=False
+    )
+
+
+def parser() -> ArgumentParser:
+    words = new_parser(
+        "How robust is it? One report for one or many models.", _EXAMPLES, prog="vmoe-momentum robustness"
+    )
+    words.add_argument(
+        "--model", action="append", type=str, default=None,
+        help="[LABEL=]SOURCE: a .ckpt of fit, local-dir:PATH, a timm name, or module:callable; several times. One "
+        "label again makes a group, such as seeds: mean, spread, paired differences.",
+    )  # fmt: skip
+    words.add_argument("--data", type=str | None, help="Clean labelled pictures: ROOT/val/CLASS/* or ROOT/CLASS/*.")
+    words.add_argument(
+        "--imagenet_c", type=str | None, help="The published ImageNet-C: <corruption>/<severity>/<wnid>/*."
+    )
+    for name in SHIFTED:
+        words.add_argument(f"--{name}", type=str | None, help=f"Folder of {name.replace('_', '-')}, one folder a wnid.")
+    names = f"Names, by default the 15 of the benchmark; [none] for none. All: {', '.join((*BENCHMARK, *EXTRA))}."
+    words.add_argument("--corruptions", type=list[str] | None, help=names)
+    words.add_argument("--severities", type=list[int] | None, help="By default [1,2,3,4,5].")
+    words.add_argument("--published_only", action="store_true", help="Do not make corruptions of --data.")
+    words.add_argument(
+        "--attacks", type=list[str], default=["fgsm", "pgd", "pgd-margin", "square"],
+        help=f"Any of {', '.join(ATTACKS)}; [] for none.",
+    )  # fmt: skip
+    words.add_argument(
+        "--eps", type=list[str], default=["1/255", "2/255", "4/255"], help="Budgets in pixels of [0, 1]."
+    )
+    words.add_argument("--norm", type=Literal["Linf", "L2"], default="Linf", help="Of the attacks.")
+    words.add_argument("--steps", type=int, default=20, help="Of iterative attacks.")
+    words.add_argument("--queries", type=int, default=5000, help="Of square and spsa, an image.")
+    words.add_argument("--query_images", type=int, default=1000, help="Images that square and spsa attack.")
+    words.add_argument("--router_aware", action="store_true", help="Attacks also drive up the routers' loss.")
+    words.add_argument("--limit", type=int | None, help="Only so many pictures of each set, the same ones every time.")
+    words.add_argument("--seed", type=int, default=0, help="Of corruptions, noise, attacks and subsets.")
+    words.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
+    words.add_argument("--workers", type=int, default=0, help="Processes that decode and corrupt.")
+    words.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+    words.add_argument(
+        "--out", type=str, default="runs/robustness", help="Folder for the report; a report there is replaced."
+    )
+    return words
+
+
+def _value(name: str, value: Any) -> Any:
+    if name == "eps":
+        return tuple(255 * parse_eps(text) for text in value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parse_eps(text: str) -> float:
+    """`4/255` or `0.0157`. Raises ValueError: neither."""
+    above, slash, below = str(text).partition("/")
+    try:
+        return float(above) / (float(below) if slash else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--eps={text}: use a number in pixels of [0, 1], such as 4/255") from error
+
+
+def _prepare(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "cells").mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,72 @@
+"""Runs a plan: every cell once, all models on the same pictures, finished cells kept."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .cells import Cell, Outcome, Store, run_cell
+from .models import Model, check_model
+
+Outcomes = dict[tuple[str, int], Outcome]  # (model name, number of the cell)
+
+
+class Evaluation(NamedTuple):
+    cells: list[Cell]
+    models: list[Model]
+    outcomes: Outcomes
+    examples: dict[int, torch.Tensor]  # number of the cell -> uint8 [up to 6, 3, H, W], as the first model saw them
+
+
+def evaluate(
+    cells: Sequence[Cell],
+    models: Sequence[Model],
+    out: Path,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+) -> Evaluation:
+    """Everything is checked before the first cell. Cells of an earlier call with the same pictures, models and settings
+    are read from OUT/cells.
+
+    Raises ValueError: a model that gives no logits, a picture that cannot be decoded.
+    """
+    for model in models:
+        model.module.to(device).eval()
+        check_model(model, device)
+    store, outcomes, examples = Store(out / "cells"), {}, {}
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        total = sum(_pictures(cell) for cell in cells) * len(models)
+        task = progress.add_task("robustness", total=total)
+        for number, cell in enumerate(cells):
+            told = f"{cell.pictures.name}: {cell.condition} {cell.severity}".strip()
+            progress.update(task, description=told)
+            paths = {model.name: store.path(cell, model, batch_size) for model in models}
+            known = {name: found for name, path in paths.items() if (found := store.read(path)) is not None}
+            outcomes |= {(name, number): found for name, found in known.items()}
+            missing = [model for model in models if model.name not in known]
+            progress.advance(task, len(known) * _pictures(cell))
+            shown = store.read_examples(paths[models[0].name])
+            if missing:
+                count = len(missing)
+                made, seen = run_cell(
+                    cell, missing, batch_size, workers, device, lambda n, k=count: progress.advance(task, n * k)
+                )
+                for name, outcome in made.items():
+                    store.write(paths[name], outcome)
+                    outcomes[name, number] = outcome
+                if missing[0] is models[0]:
+                    shown = seen["pictures"]
+                    store.write_examples(paths[models[0].name], shown)
+            if shown is not None:
+                examples[number] = shown
+    return Evaluation(list(cells), list(models), outcomes, examples)
+
+
+def _pictures(cell: Cell) -> int:
+    return len(cell.pictures.paths if cell.order is None else cell.order)

@@ -1,0 +1,114 @@
+"""ImageNet-C: AlexNet's errors, mCE, and the published images on disk (Hendrycks and Dietterich, arXiv:1903.12261)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from .corruptions import BENCHMARK, EXTRA, SEVERITIES
+
+# Top-1 error of AlexNet, mean over the severities, to the image (each times 250,000 is an integer): google-research/
+# augmix at 9b9824c, where they are in the benchmark's order. Names, not positions: sorted lists have been zipped wrong.
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360,
+    "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
+    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
+    "speckle_noise": 0.845388, "gaussian_blur": 0.787108, "spatter": 0.717512, "saturate": 0.658248,
+}  # fmt: skip
+ALEXNET_CLEAN = 0.43478  # torchvision's AlexNet V1: acc@1 56.522
+GROUPS = ("noise", "blur", "weather", "digital", "extra")  # as the published archives unpack
+
+Errors = Mapping[str, Mapping[int, float]]  # corruption -> severity -> top-1 error in [0, 1]
+
+
+def corruption_error(errors: Mapping[int, float], name: str) -> float:
+    """CE in percent: the errors of five severities over AlexNet's. Raises ValueError: a severity is missing."""
+    _complete(errors, name)
+    return 100.0 * sum(errors.values()) / len(SEVERITIES) / ALEXNET[name]
+
+
+def mean_corruption_error(errors: Errors) -> float:
+    """mCE in percent: mean of the 15 CEs (not the ratio of means). Extras do not count.
+
+    Raises ValueError: one of the 15, or a severity, is missing.
+    """
+    return _mean([corruption_error(_of(errors, name), name) for name in BENCHMARK])
+
+
+def relative_mean_corruption_error(errors: Errors, clean_error: float) -> float:
+    """Relative mCE in percent: mean of (mean error - clean error) / (AlexNet's - AlexNet's clean)."""
+    ratios = []
+    for name in BENCHMARK:
+        _complete(_of(errors, name), name)
+        rise = sum(errors[name].values()) / len(SEVERITIES) - clean_error
+        ratios.append(100.0 * rise / (ALEXNET[name] - ALEXNET_CLEAN))
+    return _mean(ratios)
+
+
+def mean_corrupted_accuracy(errors: Errors) -> float:
+    """Mean top-1 accuracy over the 15 x 5, in [0, 1]: RobustBench's headline."""
+    for name in BENCHMARK:
+        _complete(_of(errors, name), name)
+    return _mean([1.0 - error for name in BENCHMARK for error in errors[name].values()])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _of(errors: Errors, name: str) -> Mapping[int, float]:
+    if name not in errors:
+        raise ValueError(f"{name}: no errors of it; mCE is the mean over all of {', '.join(BENCHMARK)}")
+    return errors[name]
+
+
+def _complete(errors: Mapping[int, float], name: str) -> None:
+    missing = sorted(set(SEVERITIES) - set(errors))
+    if missing or len(errors) != len(SEVERITIES):
+        raise ValueError(f"{name}: severities {missing or sorted(errors)}; CE needs each of 1 to 5 once")
+
+
+class Tree(NamedTuple):
+    """The published images: where each (corruption, severity) lies."""
+
+    root: Path
+    folders: dict[tuple[str, int], Path]
+
+    @property
+    def complete(self) -> bool:
+        return all((name, severity) in self.folders for name in BENCHMARK for severity in SEVERITIES)
+
+
+def find_tree(root: str, corruptions: list[str] | None = None, severities: list[int] | None = None) -> Tree:
+    """ROOT/<corruption>/<severity>/<wnid>/*, or ROOT/<group>/<corruption>/... as the five archives unpack.
+
+    corruptions, severities: only these are asked for; without them all 15 x 5 must be there. Raises FileNotFoundError
+    and ValueError: no such folder, an unknown name, folders missing.
+    """
+    base = Path(root)
+    if not base.is_dir():
+        raise FileNotFoundError(f"imagenet_c={root}: no such folder")
+    wanted = corruptions or list(BENCHMARK)
+    for name in wanted:
+        if name not in ALEXNET:
+            raise ValueError(f"corruptions={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
+    for severity in severities or []:
+        if severity not in SEVERITIES:
+            raise ValueError(f"severities={severity}: use 1 to 5")
+    folders, missing = {}, []
+    for name in wanted:
+        places = [base / name, *(base / group / name for group in GROUPS)]
+        place = next((path for path in places if path.is_dir()), None)
+        for severity in severities or SEVERITIES:
+            folder = None if place is None else place / str(severity)
+            if folder is not None and folder.is_dir() and any(folder.iterdir()):
+                folders[name, severity] = folder
+            else:
+                missing.append(f"{name}/{severity}")
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(
+            f"imagenet_c={root}: {shown} missing; looked for <corruption>/<severity> there and in noise, blur, "
+            "weather, digital, extra; name the ones you have with --corruptions and --severities (that is then no mCE)"
+        )
+    return Tree(base, folders)

@@ -1,0 +1,58 @@
+"""What the benchmark knows of a model: from pixels to logits, and a few facts. B images, N tokens, E experts."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class View(NamedTuple):
+    """How a picture becomes the square a model wants."""
+
+    size: int  # pixels
+    crop_pct: float  # side of the centre crop over the shorter side, for whole photographs
+    interpolation: str  # bilinear or bicubic
+
+
+class Model(NamedTuple):
+    """One model of the comparison."""
+
+    label: str  # models of one label are a group, such as seeds
+    name: str  # the label, numbered where it is shared
+    module: nn.Module  # float32 pixels in [0, 1], [B, 3, size, size] -> logits [B, K]; normalises inside
+    view: View
+    num_classes: int
+    class_names: list[str] | None
+    # MoE block -> [B, N, E] bool, which experts each token reaches; None for dense models
+    routing: Callable[[Tensor], dict[str, Tensor]] | None
+    # images, labels -> [], what routers add to the loss
+    router_loss: Callable[[Tensor, Tensor], Tensor] | None
+    provenance: dict[str, Any]  # source, hash, settings: goes into the report
+
+
+@torch.no_grad()
+def check_model(model: Model, device: str) -> None:
+    """Two passes over noise. Raises ValueError: no logits of the right shape, probabilities, two different answers."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(8, 3, model.view.size, model.view.size, generator=generator).to(device)
+    module = model.module.eval()
+    try:
+        first, second = module(images), module(images)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"--model={model.name}: fails on {model.view.size}-pixel images ({error})") from error
+    if not isinstance(first, Tensor) or first.shape != (8, model.num_classes):
+        shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
+        raise ValueError(f"--model={model.name}: gives {shape} for 8 images; wanted logits (8, {model.num_classes})")
+    if not bool(first.isfinite().all()):
+        raise ValueError(f"--model={model.name}: gives logits that are not finite on noise in [0, 1]")
+    sums = first.double().sum(dim=1)
+    if bool((first >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            f"--model={model.name}: gives probabilities (rows sum to 1); attacks and confidences need logits, so leave "
+            "out its last softmax"
+        )
+    if not torch.equal(first, second):
+        raise ValueError(
+            f"--model={model.name}: two passes over the same images differ; randomness must be off in eval"
+        )

@@ -1,0 +1,111 @@
+"""Pictures from disk: decoded once a cell, corrupted, and cut for every model's view. uint8 [B, 3, H, W]."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from .corruptions import corrupt
+from .corruptions.base import SMALL
+from .models import View
+
+CORRUPTED_SIZE = 224  # the published images: Resize(256), CenterCrop(224), then the corruption
+
+
+class Pictures(NamedTuple):
+    """A labelled set of files."""
+
+    name: str  # of the dataset
+    paths: list[Path]
+    labels: list[int]  # positions among `classes` where given, else class indices of the model
+    classes: list[int] | None = None  # logits that count, ascending: ImageNet-A, -R, -O
+    whole: bool = False  # published at their final size: never cropped
+
+
+class Batch(NamedTuple):
+    index: Tensor  # [B] number of the picture
+    labels: Tensor  # [B]
+    views: dict[View, Tensor]  # uint8
+    clean: dict[View, Tensor] | None  # the same pictures before a corruption made here
+
+
+class Change(NamedTuple):
+    """A regenerated corruption."""
+
+    name: str
+    severity: int
+    seed: int
+
+
+class _Files(Dataset):
+    def __init__(self, pictures: Pictures, views: list[View], change: Change | None, order: list[int]) -> None:
+        self.pictures, self.views, self.change, self.order = pictures, views, change, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
+        index = self.order[place]
+        path = self.pictures.paths[index]
+        picture = decode(path)
+        whole = self.pictures.whole or min(picture.size) < SMALL
+        clean: list[Tensor] = []
+        if self.change is not None:
+            base = picture if whole else crop(picture, View(CORRUPTED_SIZE, CORRUPTED_SIZE / 256, "bilinear"))
+            clean = [as_tensor(fit(base, view)) for view in self.views]
+            key = f"{path.parent.name}/{path.name}"
+            made = corrupt(np.asarray(base), self.change.name, self.change.severity, self.change.seed, key)
+            picture, whole = Image.fromarray(made), True
+        cut = [as_tensor(fit(picture, view) if whole else crop(picture, view)) for view in self.views]
+        return index, self.pictures.labels[index], cut, clean
+
+
+def batches(
+    pictures: Pictures,
+    views: list[View],
+    batch_size: int,
+    workers: int,
+    change: Change | None = None,
+    order: list[int] | None = None,
+) -> Iterator[Batch]:
+    """order: numbers of the pictures wanted; all by default. Every picture once, the last batch as it comes."""
+    files = _Files(pictures, views, change, list(range(len(pictures.paths))) if order is None else order)
+    loader = DataLoader(files, batch_size, num_workers=workers, collate_fn=list)
+    for items in loader:
+        index, labels, cut, clean = zip(*items, strict=True)
+        stacked = {view: torch.stack([each[i] for each in cut]) for i, view in enumerate(views)}
+        before = {view: torch.stack([each[i] for each in clean]) for i, view in enumerate(views)} if clean[0] else None
+        yield Batch(torch.tensor(index), torch.tensor(labels), stacked, before)
+
+
+def decode(path: Path) -> Image.Image:
+    """RGB, upright. Raises ValueError: damaged or no picture."""
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error}); replace it, or leave it out") from error
+
+
+def crop(picture: Image.Image, view: View) -> Image.Image:
+    """timm's evaluation: the shorter side to size / crop_pct, then the middle."""
+    side = int(view.size / view.crop_pct)
+    return TF.center_crop(TF.resize(picture, side, InterpolationMode(view.interpolation)), [view.size, view.size])
+
+
+def fit(picture: Image.Image, view: View) -> Image.Image:
+    """Whole, without a crop; as it is where it has the size."""
+    if picture.size == (view.size, view.size):
+        return picture
+    return TF.resize(picture, [view.size, view.size], InterpolationMode(view.interpolation))
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

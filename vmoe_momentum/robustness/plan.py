@@ -1,0 +1,202 @@
+"""Which cells a report needs, checked before any of them is run."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import labels
+from .attacks import Budget, Norm, check_budget
+from .cells import Cell
+from .corruptions import BENCHMARK, EXTRA, REGISTRY, SEVERITIES
+from .imagenet_c import find_tree
+from .models import Model
+from .pictures import Change, Pictures
+
+QUERY_ATTACKS = ("square", "spsa")  # bought by the query, so run on a subset
+SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000
+    "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
+}  # fmt: skip
+LARGE_EPS = 64.0  # of 255: any undefended model must fall
+
+
+class Settings(NamedTuple):
+    """What was asked for. Folders are None where a set is not wanted; eps in pixel units of 255."""
+
+    data: str | None = None
+    imagenet_c: str | None = None
+    imagenet_a: str | None = None
+    imagenet_r: str | None = None
+    imagenet_o: str | None = None
+    imagenet_v2: str | None = None
+    imagenet_sketch: str | None = None
+    corruptions: tuple[str, ...] | None = None  # None: the 15
+    severities: tuple[int, ...] | None = None  # None: all five
+    regenerate: bool = True
+    attacks: tuple[str, ...] = ("fgsm", "pgd", "pgd-margin", "square")
+    eps: tuple[float, ...] = (1.0, 2.0, 4.0)
+    norm: Norm = "Linf"
+    steps: int = 20
+    queries: int = 5000
+    query_images: int = 1000
+    router_aware: bool = False
+    limit: int | None = None
+    seed: int = 0
+
+
+def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
+    """Every cell, in the order they are run. Raises ValueError and FileNotFoundError: anything that cannot be done."""
+    check_settings(settings)
+    cells: list[Cell] = []
+    if settings.data is not None:
+        clean = _limited(_pictures("data", settings.data, models), settings)
+        cells.append(Cell(clean, "clean", "clean"))
+        cells += _regenerated(clean, settings) if settings.regenerate else []
+        cells += _adversarial(clean, settings)
+    if settings.imagenet_c is not None:
+        cells += _published(settings, models)
+    for name, which in SHIFTED.items():
+        root = getattr(settings, name)
+        if root is not None:
+            cells += _shifted(name, root, which, settings, models)
+    if not cells:
+        raise ValueError(
+            "nothing to evaluate: give --data, or one of " + ", ".join(f"--{n}" for n in ("imagenet_c", *SHIFTED))
+        )
+    return cells
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ValueError: a name, severity or number that means nothing."""
+    for name in settings.corruptions or ():
+        if name not in REGISTRY:
+            raise ValueError(f"--corruptions={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
+    for severity in settings.severities or ():
+        if severity not in SEVERITIES:
+            raise ValueError(f"--severities={severity}: use 1 to 5")
+    for setting in ("limit", "query_images"):
+        value = getattr(settings, setting)
+        if value is not None and value < 1:
+            raise ValueError(f"--{setting}={value}: use 1 or more")
+    if len(set(settings.eps)) < len(settings.eps):
+        raise ValueError(f"--eps={list(settings.eps)}: one is there twice")
+    for name in settings.attacks:
+        for eps in settings.eps:
+            check_budget(name, _budget(settings, eps))
+
+
+def _budget(settings: Settings, eps: float) -> Budget:
+    return Budget(eps / 255, settings.norm, settings.steps, settings.queries, settings.seed)
+
+
+def _pictures(name: str, root: str, models: Sequence[Model], classes: list[int] | None = None) -> Pictures:
+    """Labels must be the same for all models. Raises ValueError: they do not agree on the classes."""
+    counts = sorted({model.num_classes for model in models})
+    if len(counts) > 1:
+        told = ", ".join(f"{model.name} {model.num_classes}" for model in models)
+        raise ValueError(f"--model: they have different numbers of classes ({told}); compare models of one task")
+    first = models[0]
+    place = Path(root) / "val" if (Path(root) / "val").is_dir() else Path(root)
+    listing = labels.list_pictures(place, first.class_names, first.num_classes, f"--{name}")
+    for model in models[1:]:
+        if model.class_names and first.class_names and model.class_names != first.class_names:
+            raise ValueError(f"--model: {first.name} and {model.name} number their classes differently")
+    if classes is None:
+        return Pictures(name, listing.paths, listing.labels)
+    position = {label: place for place, label in enumerate(classes)}
+    kept = [(path, position[label]) for path, label in zip(*listing, strict=True) if label in position]
+    if not kept:
+        raise ValueError(f"--{name}={root}: none of its pictures is of the {len(classes)} classes that count")
+    return Pictures(name, [path for path, _ in kept], [label for _, label in kept], classes)
+
+
+def _limited(pictures: Pictures, settings: Settings) -> Pictures:
+    """A fixed random part of `limit` pictures, in the set's order."""
+    if settings.limit is None or settings.limit >= len(pictures.paths):
+        return pictures
+    order = subset(len(pictures.paths), settings.limit, settings.seed)
+    paths, chosen = ([values[i] for i in order] for values in (pictures.paths, pictures.labels))
+    return pictures._replace(paths=paths, labels=chosen)
+
+
+def subset(count: int, wanted: int, seed: int) -> list[int]:
+    """`wanted` of `count` numbers, ascending, the same ones for the same seed."""
+    return sorted(random.Random(seed).sample(range(count), min(wanted, count)))
+
+
+def _regenerated(clean: Pictures, settings: Settings) -> list[Cell]:
+    return [
+        Cell(clean._replace(name=f"{clean.name} (regenerated)"), "regenerated", name, str(severity),
+             Change(name, severity, settings.seed))
+        for name in (BENCHMARK if settings.corruptions is None else settings.corruptions)
+        for severity in settings.severities or SEVERITIES
+    ]  # fmt: skip
+
+
+def _adversarial(clean: Pictures, settings: Settings) -> list[Cell]:
+    few = tuple(subset(len(clean.paths), settings.query_images, settings.seed))
+    cells = []
+    if settings.attacks and settings.norm == "Linf":
+        cells += [
+            Cell(clean, "noise", "uniform-noise", f"{eps:g}", budget=_budget(settings, eps)) for eps in settings.eps
+        ]
+    for name in settings.attacks:
+        bought = name in QUERY_ATTACKS
+        for eps in settings.eps:
+            cells.append(
+                Cell(clean, "attack", condition_of(name, settings), f"{eps:g}", attack=name,
+                     budget=_budget(settings, eps), router_aware=settings.router_aware, order=few if bought else None)
+            )  # fmt: skip
+    if "pgd" in settings.attacks and settings.norm == "Linf":
+        check = tuple(subset(len(clean.paths), 100, settings.seed))
+        budget = _budget(settings, LARGE_EPS)
+        cells.append(Cell(clean, "attack", "sanity-pgd", f"{LARGE_EPS:g}", attack="pgd", budget=budget, order=check))
+    return cells
+
+
+def condition_of(name: str, settings: Settings) -> str:
+    """The attack with its budget, as rows call it."""
+    if name == "fgsm":
+        told = name
+    elif name in QUERY_ATTACKS:
+        told = f"{name}-{settings.queries}q"
+    else:
+        told = name if name == "autoattack" else f"{name}-{settings.steps}"
+    return told + ("-router" if settings.router_aware else "") + ("" if settings.norm == "Linf" else "-L2")
+
+
+def _published(settings: Settings, models: Sequence[Model]) -> list[Cell]:
+    names = None if settings.corruptions is None else list(settings.corruptions)
+    levels = None if settings.severities is None else list(settings.severities)
+    tree = find_tree(settings.imagenet_c, names, levels)
+    cells = []
+    for (name, severity), folder in tree.folders.items():
+        pictures = _limited(_pictures("imagenet_c", str(folder), models), settings)
+        cells.append(Cell(pictures._replace(whole=True), "published", name, str(severity)))
+    sizes = {len(cell.pictures.paths) for cell in cells}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"--imagenet_c={settings.imagenet_c}: {min(sizes)} to {max(sizes)} pictures a corruption and severity; a "
+            "part is missing, and a mean over unequal parts is not the benchmark's"
+        )
+    return cells
+
+
+def _shifted(name: str, root: str, which: str | None, settings: Settings, models: Sequence[Model]) -> list[Cell]:
+    if models[0].num_classes != 1000:
+        raise ValueError(f"--{name}={root}: it is for models of ImageNet's 1,000 classes, not {models[0].num_classes}")
+    classes = None if which is None else labels.subset(which)
+    if which == "o":  # pictures of none of the classes: labels mean nothing, confidence does
+        listing = labels.list_pictures(Path(root), None, 1000, f"--{name}")
+        pictures = Pictures(name, listing.paths, [0] * len(listing.paths), classes)
+    else:
+        pictures = _pictures(name, root, models, classes)
+    cells = [Cell(_limited(pictures, settings), "published", "shifted")]
+    if settings.data is not None and classes is not None:
+        same = _limited(_pictures("data", settings.data, models, classes), settings)
+        cells.append(Cell(same._replace(name=f"data on {name}'s classes"), "published", "clean"))
+    return cells
+
+
+def provenance(settings: Settings) -> dict[str, Any]:
+    return settings._asdict()

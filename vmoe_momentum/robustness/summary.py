@@ -1,0 +1,227 @@
+"""From outcomes to rows, group comparisons and warnings."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from .bootstrap import GroupDifference, Interval, group_difference, mean_interval
+from .calibration import aurra, average_precision, rms_calibration_error
+from .cells import Cell, Outcome
+from .corruptions import BENCHMARK, SEVERITIES
+from .evaluate import Evaluation
+from .imagenet_c import (
+    corruption_error,
+    mean_corrupted_accuracy,
+    mean_corruption_error,
+    relative_mean_corruption_error,
+)
+from .labels import real_labels
+from .rows import Row
+
+WORST, SANITY = "worst-case", "sanity-pgd"
+
+
+def make_rows(evaluation: Evaluation) -> list[Row]:
+    """Every number of the report, model by model."""
+    rows = []
+    for model in evaluation.models:
+        own = [(cell, evaluation.outcomes[model.name, i]) for i, cell in enumerate(evaluation.cells)]
+        for cell, outcome in own:
+            rows += _cell_rows(model.name, cell, outcome)
+        rows += _corruption_rows(model.name, own) + _worst_rows(model.name, own) + _real_rows(model.name, own)
+        rows += _ood_rows(model.name, own)
+    return rows
+
+
+def robust(cell: Cell, outcome: Outcome, clean: Outcome) -> np.ndarray:
+    """[N] correct before and after the attack: an image that was wrong already is never robust."""
+    return outcome.correct & _at(clean, outcome.index)
+
+
+def _at(clean: Outcome, index: np.ndarray) -> np.ndarray:
+    place = np.full(int(clean.index.max()) + 1, -1)
+    place[clean.index] = np.arange(len(clean.index))
+    return clean.correct[place[index]]
+
+
+def _clean(own: Iterable[tuple[Cell, Outcome]]) -> Outcome | None:
+    return next((outcome for cell, outcome in own if cell.kind == "clean"), None)
+
+
+def _cell_rows(model: str, cell: Cell, outcome: Outcome) -> list[Row]:
+    start = (model, cell.pictures.name, cell.condition, cell.severity)
+    n = len(outcome.correct)
+    rows, labelled = [], cell.pictures.name != "imagenet_o"  # its pictures are of no class
+    if labelled and cell.kind != "attack":  # there, robust_top1 says more
+        rows.append(Row(*start, "top1", float(outcome.correct.mean()), n))
+    if labelled and cell.kind in ("clean", "published") and cell.severity == "":
+        confidence, correct = outcome.confidence, outcome.correct
+        rows.append(Row(*start, "rms_calibration_error", rms_calibration_error(confidence, correct), n))
+        rows.append(Row(*start, "aurra", aurra(confidence, correct), n))
+    for block, change in outcome.routing.items():
+        rows.append(Row(*start, f"routing_change/{block}", float(change.mean()), n))
+    if len(outcome.zero_gradient):
+        rows.append(Row(*start, "zero_gradient", float(outcome.zero_gradient.mean()), n))
+    return rows
+
+
+def _corruption_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
+    rows = []
+    for kind in ("published", "regenerated"):
+        cells = [(cell, o) for cell, o in own if cell.kind == kind and cell.severity.isdecimal()]
+        errors: dict[str, dict[int, float]] = {}
+        counts: dict[str, int] = {}
+        for cell, outcome in cells:
+            counts[cell.condition] = counts.get(cell.condition, 0) + len(outcome.correct)
+            errors.setdefault(cell.condition, {})[int(cell.severity)] = 1.0 - float(outcome.correct.mean())
+        if not errors:
+            continue
+        start, n = (model, cells[0][0].pictures.name), sum(len(outcome.correct) for _, outcome in cells)
+        for name, found in errors.items():
+            rows.append(Row(*start, name, "mean", "top1", 1.0 - sum(found.values()) / len(found), counts[name]))
+            if kind == "published" and len(found) == len(SEVERITIES):
+                rows.append(Row(*start, name, "mean", "ce", corruption_error(found, name), counts[name]))
+        if set(BENCHMARK) <= set(errors) and all(len(errors[name]) == len(SEVERITIES) for name in BENCHMARK):
+            rows.append(Row(*start, "15 corruptions", "mean", "top1", mean_corrupted_accuracy(errors), n))
+            if kind == "published":  # AlexNet's errors are those of the published pictures
+                rows.append(Row(*start, "15 corruptions", "mean", "mce", mean_corruption_error(errors), n))
+                clean = _clean(own)
+                if clean is not None:
+                    value = relative_mean_corruption_error(errors, 1.0 - float(clean.correct.mean()))
+                    rows.append(Row(*start, "15 corruptions", "mean", "relative_mce", value, n))
+        else:
+            all_errors = [error for found in errors.values() for error in found.values()]
+            told = f"{len(all_errors)} of 75 corruptions x severities"
+            rows.append(Row(*start, told, "mean", "top1", 1.0 - sum(all_errors) / len(all_errors), n))
+    return rows
+
+
+def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
+    """Robust accuracy per attack, and per eps the share that stands every attack made on all images."""
+    clean, rows = _clean(own), []
+    attacks = [(cell, outcome) for cell, outcome in own if cell.kind == "attack"]
+    standing: dict[str, np.ndarray] = {}
+    for cell, outcome in attacks:
+        kept = robust(cell, outcome, clean)
+        start = (model, cell.pictures.name, cell.condition, cell.severity)
+        rows.append(Row(*start, "robust_top1", float(kept.mean()), len(kept)))
+        if cell.condition != SANITY and cell.order is None:
+            standing[cell.severity] = standing.get(cell.severity, np.ones(len(kept), dtype=bool)) & kept
+    for cell, outcome in attacks:  # a query attack counts on its pictures
+        if cell.condition != SANITY and cell.order is not None and cell.severity in standing:
+            places = np.searchsorted(clean.index, outcome.index)
+            standing[cell.severity][places] &= outcome.correct
+    for eps, kept in standing.items():
+        rows.append(Row(model, attacks[0][0].pictures.name, WORST, eps, "robust_top1", float(kept.mean()), len(kept)))
+    return rows
+
+
+def _real_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
+    """ReaL accuracy, where the clean pictures are ImageNet's validation set by name."""
+    for cell, outcome in own:
+        if cell.kind != "clean":
+            continue
+        names = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem) for path in cell.pictures.paths]
+        if not names or not all(names):
+            return []
+        known = real_labels()
+        sets = [known[int(names[i][1]) - 1] for i in outcome.index]
+        scored = [int(p) in s for p, s in zip(outcome.predicted, sets, strict=True) if s]
+        if scored:
+            return [Row(model, cell.pictures.name, "real labels", "", "top1", sum(scored) / len(scored), len(scored))]
+    return []
+
+
+def _ood_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
+    """ImageNet-O: how well low confidence finds the pictures of no class."""
+    by_name = {(cell.pictures.name, cell.condition): outcome for cell, outcome in own}
+    outside, inside = by_name.get(("imagenet_o", "shifted")), by_name.get(("data on imagenet_o's classes", "clean"))
+    if outside is None or inside is None:
+        return []
+    positive = np.r_[np.ones(len(outside.confidence)), np.zeros(len(inside.confidence))]
+    value = average_precision(positive, -np.r_[outside.confidence, inside.confidence])
+    return [Row(model, "imagenet_o", "shifted", "", "aupr", value, len(positive))]
+
+
+class Comparison(NamedTuple):
+    """One line of the comparison table."""
+
+    what: str
+    groups: dict[str, Interval]  # label -> mean over its models, interval over images
+    seeds: dict[str, float | None]  # label -> standard deviation over its models; None for one
+    differences: dict[str, GroupDifference]  # label -> it minus the first label
+
+
+def compare(evaluation: Evaluation) -> list[Comparison]:
+    """Accuracy of each label, condition by condition; corruptions and severities together, and one line each eps."""
+    lines: dict[str, dict[str, list[np.ndarray]]] = {}
+    for model in evaluation.models:
+        own = [(cell, evaluation.outcomes[model.name, i]) for i, cell in enumerate(evaluation.cells)]
+        for what, outcomes in _outcomes_by_line(own).items():
+            lines.setdefault(what, {}).setdefault(model.label, []).append(outcomes)
+    found = []
+    for what, groups in lines.items():
+        stacked = {label: np.stack(outcomes) for label, outcomes in groups.items()}
+        first = next(iter(stacked.values()))
+        spread = {k: float(v.mean(axis=1).std(ddof=1)) if len(v) > 1 else None for k, v in stacked.items()}
+        differences = {label: group_difference(first, group) for label, group in list(stacked.items())[1:]}
+        found.append(Comparison(what, {k: mean_interval(v) for k, v in stacked.items()}, spread, differences))
+    return found
+
+
+def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[str, np.ndarray]:
+    """What -> one number in [0, 1] an image."""
+    clean, lines, corrupted = _clean(own), {}, {}
+    for cell, outcome in own:
+        if cell.pictures.name == "imagenet_o" or cell.condition == SANITY:
+            continue
+        if cell.severity.isdecimal() and cell.kind in ("published", "regenerated"):
+            if cell.condition in BENCHMARK:
+                corrupted.setdefault(cell.pictures.name, []).append(outcome.correct)
+        elif cell.kind == "attack":
+            lines[f"{cell.condition}, eps {cell.severity}/255"] = robust(cell, outcome, clean)
+        elif cell.kind == "noise":
+            lines[f"uniform noise, eps {cell.severity}/255"] = outcome.correct
+        else:
+            lines[cell.pictures.name if cell.kind == "clean" else f"{cell.pictures.name}"] = outcome.correct
+    averages = {f"{name}, mean corrupted": np.mean(parts, axis=0) for name, parts in corrupted.items()}
+    return {name: values.astype(float) for name, values in (lines | averages).items()}
+
+
+def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
+    """Signs of masked gradients, and of numbers that do not fit together (Carlini et al., arXiv:1902.06705)."""
+    found = []
+    cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind == "attack"}
+    for model in evaluation.models:
+        clean = evaluation.outcomes.get((model.name, 0))
+        value = {(r.condition, r.severity, r.metric): r.value for r in rows if r.model == model.name}
+        for (condition, eps), number in cells.items():
+            outcome = evaluation.outcomes[model.name, number]
+            share = value[condition, eps, "zero_gradient"]
+            if share > 0.01 and condition != SANITY:
+                found.append(
+                    f"{model.name}: {100 * share:.0f} % of images have no gradient at all at the clean picture "
+                    f"({condition}); cross-entropy attacks cannot see them, so trust margin and score-free attacks"
+                )
+            for stronger, weaker in (("pgd", "fgsm"), ("pgd", "square"), ("pgd-margin", "square")):
+                base = next((c for c, e in cells if e == eps and re.fullmatch(rf"{stronger}-\d+.*", c)), None)
+                if base is None or not (condition == weaker or condition.startswith(f"{weaker}-")):
+                    continue
+                other = evaluation.outcomes[model.name, cells[base, eps]]
+                mine = robust(evaluation.cells[number], outcome, clean)
+                same = np.isin(other.index, outcome.index)
+                theirs = robust(evaluation.cells[cells[base, eps]], other, clean)[same]
+                if mine.mean() < theirs.mean() - 0.002 - 1e-9:
+                    found.append(
+                        f"{model.name}, eps {eps}/255: {condition} leaves {100 * mine.mean():.1f} % where the stronger "
+                        f"{base} leaves {100 * theirs.mean():.1f} %; its gradients may be masked"
+                    )
+        for (condition, eps, metric), share in value.items():
+            if (condition, metric) == (SANITY, "robust_top1") and share > 0.05:
+                found.append(
+                    f"{model.name}: {100 * share:.0f} % still right at eps {eps}/255, where nothing should be; its "
+                    "gradients may be masked"
+                )
+    return list(dict.fromkeys(found))
