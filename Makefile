@@ -11,7 +11,7 @@ help:  ## list the targets
 setup:  ## create or update .venv (fast when nothing changed)
 	@bash scripts/setup.sh
 
-demo: setup  ## train Residual and HeavyBall side by side on real digit images
+demo: setup  ## train Residual and HeavyBall side by side on real digit images, compare scores and robustness
 	.venv/bin/python benchmarks/demo.py
 
 # All three checks run and any of them fails the target; pytest comes last so that the output ends with its summary.

@@ -1,9 +1,9 @@
-"""The demo: Residual and HeavyBall trained alike on real digit images, a table and a picture of what came out.
+"""The demo: Residual and HeavyBall trained alike on real digit images; how well, and how robust, side by side.
 
-    python benchmarks/demo.py                                                     # one seed, three minutes
+    python benchmarks/demo.py                                                     # one seed, seven minutes
     python benchmarks/demo.py --seeds [0,1,2] --csv benchmarks/results/digits.csv   # the table of the README
 
-Everything is done by the same commands a user types: `vmoe-momentum data prepare`, `fit` and `test`.
+Everything is done by the same commands a user types: `vmoe-momentum data prepare`, `fit`, `test` and `robustness`.
 """
 
 import csv
@@ -140,6 +140,16 @@ def picture(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
+# All 15 corruptions and severities, FGSM and both PGDs on all images, Square with few queries on a hundred of them.
+ROBUSTNESS = ("--queries=200", "--query_images=100", "--batch_size=120", "--workers=1")
+
+
+def robustness(runs: list[Run], data: Path, out: Path, extra: list[str]) -> None:
+    """The report over all runs; the seeds of a rule are a group."""
+    models = [f"--model={run.rule}={run.folder / 'checkpoints' / 'last.ckpt'}" for run in runs]
+    cli.run(["robustness", *models, f"--data={data}", f"--out={out}", *ROBUSTNESS, *extra])
+
+
 def write_rows(runs: list[Run], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -156,8 +166,9 @@ def main(
     out: str = "runs/demo",
     csv: str | None = None,
     max_epochs: int | None = None,
+    limit: int | None = None,
 ) -> None:
-    """Train both rules, print a table, write a picture.
+    """Train both rules, print a table, write a picture and a robustness report.
 
     Args:
         seeds: One pair of runs for each; default [0].
@@ -165,6 +176,7 @@ def main(
         out: Folder for logs, checkpoints, digits.csv and digits.png.
         csv: Another place to write the rows to.
         max_epochs: Fewer epochs, for a look.
+        limit: Fewer images in the robustness report, for a look.
     """
     console, backend = Console(), "FFCVDataModule"
     if find_spec("ffcv") is None:
@@ -184,7 +196,10 @@ def main(
     if csv is not None:
         write_rows(runs, Path(csv))
     console.print(table(runs))
+    console.rule("Robustness")
+    robustness(runs, Path(data), folder / "robustness", [] if limit is None else [f"--limit={limit}"])
     for what, path in (
+        ("robustness", folder / "robustness" / "report.html"),
         ("picture", folder / "digits.png"),
         ("rows", folder / "digits.csv"),
         *((f"{run.rule}, seed {run.seed}: logs and checkpoints", run.folder) for run in runs),

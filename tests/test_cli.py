@@ -280,7 +280,7 @@ def test_fit_leaves_logs_checkpoints_and_a_summary(digits: Path, here: Path, cap
     json.dumps(saved["vmoe_momentum"])
     with (folder / "metrics.csv").open() as file:
         columns = csv.DictReader(file).fieldnames
-    assert {"train/loss_epoch", "val/top1", "val/block7/load_3", "val/block7/momentum_norm"} <= set(columns)
+    assert {"train/loss_epoch", "val/top1", "val/block7/load_3", "val/block7/update_norm"} <= set(columns)
 
 
 def test_predict_writes_probabilities(checkpoint: Path, digits: Path, here: Path) -> None:

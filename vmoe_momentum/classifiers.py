@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .analysis import record
 from .models import MomentumBlock, PixelModel, create_model
 from .models.saved import open_saved
+from .moe import TopKPlan
 from .robustness import Model, View
 
 
@@ -110,27 +111,37 @@ def _interpolation(name: str) -> str:
     return name if name in ("bilinear", "bicubic") else "bilinear"
 
 
-def _routing(model: PixelModel) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Which experts each token reaches; {} under soft routing, where all reach all."""
+def _routing(model: PixelModel) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
+    """Logits, and which experts each token reaches; nothing of blocks where all reach all, as under soft routing."""
 
-    def routing(images: Tensor) -> dict[str, Tensor]:
+    def routing(images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with record(model.net) as visits:
-            model(images)
-            found = {}
+            logits, found = model(images), {}
             for visit in visits:
                 reached = visit.plan.assigned()
                 if not bool(reached.all()):
                     found[f"block{visit.block}"] = reached.reshape(*visit.tokens.shape[:2], -1)
-        return found
+        return logits, found
 
     return routing
 
 
 def _router_loss(model: PixelModel) -> Callable[[Tensor, Tensor], Tensor]:
-    """The routers' auxiliary loss, which an attack can drive up beside the logits."""
+    """How near tokens are to other experts: minus the gap between the last expert chosen and the first not chosen.
+
+    Mean over tokens, summed over blocks. Where experts choose, or all are mixed, the routers' auxiliary loss.
+    """
 
     def router_loss(images: Tensor, labels: Tensor) -> Tensor:
-        return model.forward_with_aux(images)[1]
+        with record(model.net) as visits:
+            auxiliary, total = model.forward_with_aux(images)[1], images.new_zeros(())
+            for visit in visits:
+                if not isinstance(visit.plan, TopKPlan) or visit.plan.expert.shape[-1] == visit.plan.gates.shape[-1]:
+                    return auxiliary
+                top_k = visit.plan.expert.shape[-1]
+                gates = visit.plan.gates.sort(dim=-1, descending=True).values
+                total = total - (gates[..., top_k - 1] - gates[..., top_k]).mean()
+        return total
 
     return router_loss
 

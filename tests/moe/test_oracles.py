@@ -107,7 +107,7 @@ def test_noisy_losses_and_their_gradients(case: str) -> None:
         **facts["loss_weights"],
     )
     logits, noise = LOAD[f"{case}/gate_logits"].requires_grad_(), LOAD[f"{case}/noise"]
-    plan, losses = router.route(logits, noise)
+    plan, losses = router.route(logits, noise, router.slots(*logits.shape[1:]))
     for name, value in {"auxiliary": losses.auxiliary, **losses.parts}.items():
         torch.testing.assert_close(value, LOAD[f"{case}/{name}_loss"], atol=ATOL, rtol=0)
     for name, value in losses.parts.items():

@@ -113,7 +113,7 @@ def test_each_image_has_its_own_numbers_whatever_the_order() -> None:
         assert not np.array_equal(first, corrupt(PHOTO, "snow", *other))
 
 
-@pytest.mark.parametrize("size", [(16, 16), (32, 32), (28, 40), (64, 96), (300, 231), (500, 700)])
+@pytest.mark.parametrize("size", [(16, 16), (28, 40), (64, 96), (300, 231)])
 @pytest.mark.parametrize("name", [*BENCHMARK, *EXTRA])
 def test_other_sizes(name: str, size: tuple[int, int]) -> None:
     """Also what the benchmark does not define: no error, the shape kept, something happens, severity matters."""

@@ -239,3 +239,23 @@ def test_image_sizes_that_do_not_fit_are_named(image_size: int) -> None:
 def test_the_network_follows_the_data() -> None:
     module = classifier(num_classes=7, image_size=32)
     assert module(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 7)
+
+
+def test_a_short_robustness_report_after_test(digits, tmp_path) -> None:
+    """By the callback: clean, a corruption and FGSM on the pictures of the data module, logged; modes restored."""
+    pytest.importorskip("torchattacks")
+    pytest.importorskip("cv2")
+    from vmoe_momentum.datasets import FolderDataModule
+    from vmoe_momentum.training import RobustnessCheck
+
+    module = classifier(class_names=[str(i) for i in range(CLASSES)])
+    nn.init.normal_(module.model.net.head.weight)
+    data = FolderDataModule(str(digits), image_size=16, batch_size=8, num_workers=0, eval_crop_ratio=1.0)
+    check = RobustnessCheck(corruptions=["contrast"], severities=[2, 3], eps=[8.0], limit=20)
+    runner = trainer(tmp_path, limit_test_batches=1, callbacks=[check])
+    (scores,) = runner.test(module, datamodule=data, verbose=False)
+    names = ("clean/top1", "contrast_2/top1", "contrast_3/top1", "fgsm_8/robust_top1", "uniform-noise_8/top1")
+    logged = {name: scores[f"test/robustness/{name}"] for name in names}
+    assert all(0 <= value <= 1 for value in logged.values())
+    assert logged["fgsm_8/robust_top1"] <= logged["clean/top1"]
+    assert (tmp_path / "robustness" / "report.html").exists()

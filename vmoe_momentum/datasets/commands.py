@@ -7,13 +7,17 @@ import inspect
 from jsonargparse import ArgumentParser
 
 from ..parsers import new_parser
+from .photos import prepare_photos
 from .prepare import prepare_digits, prepare_folder
 from .verify import verify
 
 _EXAMPLES = """examples:
   vmoe-momentum data prepare digits --out data/digits
+  vmoe-momentum data prepare photos --out data/photos
   vmoe-momentum data prepare folder --source pictures --out data/pictures --images hardlink
   vmoe-momentum data verify data/digits"""
+
+PREPARE = {"digits": prepare_digits, "photos": prepare_photos, "folder": prepare_folder}
 
 _FLAGS = {
     "overwrite": "Replace a dataset prepared earlier.",
@@ -22,7 +26,7 @@ _FLAGS = {
 
 
 def run(argv: list[str]) -> None:
-    """Runs `data prepare digits|folder` or `data verify ROOT`; argv is what follows `data`.
+    """Runs `data prepare digits|photos|folder` or `data verify ROOT`; argv is what follows `data`.
 
     Mistakes come out as ValueError, FileNotFoundError or the parser's ArgumentError.
     """
@@ -35,8 +39,7 @@ def run(argv: list[str]) -> None:
         )
         return
     what = arguments.prepare.dataset
-    prepare = {"digits": prepare_digits, "folder": prepare_folder}[what]
-    done = prepare(**arguments.prepare[what].as_dict())
+    done = PREPARE[what](**arguments.prepare[what].as_dict())
     backends = "FFCVDataModule or FolderDataModule" if done.betons else "FolderDataModule (no betons: ffcv is missing)"
     print(f"{done.root}: {done.classes} classes, {done.train} training and {done.val} validation images")
     print(f"use it with --data {backends} --data.root {done.root}")
@@ -51,7 +54,7 @@ def _parser() -> ArgumentParser:
     check.add_function_arguments(verify, as_group=False, as_positional=True)
     commands.add_subcommand("verify", check, help="check a prepared dataset against its manifest")
     datasets = prepare.add_subcommands(dest="dataset")
-    for name, function in (("digits", prepare_digits), ("folder", prepare_folder)):
+    for name, function in PREPARE.items():
         dataset = new_parser(inspect.getdoc(function).split("Args:")[0].rstrip(), _EXAMPLES)
         dataset.add_function_arguments(function, as_group=False, as_positional=False, skip=set(_FLAGS))
         for flag, text in _FLAGS.items():

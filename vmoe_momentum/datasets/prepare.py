@@ -56,10 +56,10 @@ def prepare_digits(
     Raises:
         ValueError: `out` exists, or a setting is out of range.
     """
-    _require(8 <= size <= 1024, "size", size, "use 8 to 1024")
+    require(8 <= size <= 1024, "size", size, "use 8 to 1024")
     target = Path(out)
     settings = {"dataset": "digits", "size": size}
-    if exist_ok and (found := _already_prepared(target, settings)):
+    if exist_ok and (found := already_prepared(target, settings)):
         return found
     refuse_existing(target, overwrite, MARK)
     from sklearn.datasets import load_digits
@@ -81,7 +81,7 @@ def prepare_digits(
                 image.save(folder / f"{index:04d}.png")
         write_classes(work, classes)
         seal(work, classes, settings, Encoding("raw", size, 90, 0.0, 0), num_workers=1)
-    return _summary(target)
+    return summary(target)
 
 
 def prepare_folder(
@@ -126,13 +126,13 @@ def prepare_folder(
         del settings[name]
     settings |= {"dataset": "folder", "source": str(Path(source).resolve())}
     target = Path(out)
-    _require(0 < val_fraction < 1, "val_fraction", val_fraction, "use more than 0 and less than 1")
-    _require(1 <= max_resolution <= _MAX_RESOLUTION, "max_resolution", max_resolution, f"use 1 to {_MAX_RESOLUTION}")
-    _require(0 <= compress_probability <= 1, "compress_probability", compress_probability, "use 0 to 1")
-    _require(1 <= jpeg_quality <= 100, "jpeg_quality", jpeg_quality, "use 1 to 100")
-    _require(num_workers == -1 or num_workers >= 1, "num_workers", num_workers, "use 1 or more, or -1")
-    _require(seed >= 0, "seed", seed, "use 0 or more")
-    if exist_ok and (found := _already_prepared(target, settings)):
+    require(0 < val_fraction < 1, "val_fraction", val_fraction, "use more than 0 and less than 1")
+    require(1 <= max_resolution <= _MAX_RESOLUTION, "max_resolution", max_resolution, f"use 1 to {_MAX_RESOLUTION}")
+    require(0 <= compress_probability <= 1, "compress_probability", compress_probability, "use 0 to 1")
+    require(1 <= jpeg_quality <= 100, "jpeg_quality", jpeg_quality, "use 1 to 100")
+    require(num_workers == -1 or num_workers >= 1, "num_workers", num_workers, "use 1 or more, or -1")
+    require(seed >= 0, "seed", seed, "use 0 or more")
+    if exist_ok and (found := already_prepared(target, settings)):
         return found
     _refuse_overlap(Path(source), target)
     refuse_existing(target, overwrite, MARK)
@@ -144,7 +144,7 @@ def prepare_folder(
                 _place(path, work / split / classes[label].id / path.name, images)
         write_classes(work, classes)
         seal(work, classes, settings, encoding, usable_cores() if num_workers < 0 else num_workers)
-    return _summary(target)
+    return summary(target)
 
 
 def _find_images(source: Path, val_fraction: float, seed: int) -> tuple[list[ClassEntry], dict[str, list[ImageFile]]]:
@@ -202,7 +202,7 @@ def _place(source: Path, target: Path, images: str) -> None:
         target.symlink_to(source.resolve())
 
 
-def _already_prepared(target: Path, settings: dict) -> Prepared | None:
+def already_prepared(target: Path, settings: dict) -> Prepared | None:
     """The dataset at `target` if it was made with these settings; raises when it was made with others."""
     manifest = read_manifest(target)
     if not manifest:
@@ -212,7 +212,7 @@ def _already_prepared(target: Path, settings: dict) -> Prepared | None:
             f"--out={target}: prepared with {manifest['settings']} and ffcv {manifest['ffcv']}, not with {settings};"
             " choose another folder, or replace it with --overwrite and without --exist_ok"
         )
-    return _summary(target)
+    return summary(target)
 
 
 def _refuse_overlap(source: Path, target: Path) -> None:
@@ -221,12 +221,12 @@ def _refuse_overlap(source: Path, target: Path) -> None:
         raise ValueError(f"--out={target}: it overlaps --source={source}; choose a folder outside it")
 
 
-def _summary(root: Path) -> Prepared:
+def summary(root: Path) -> Prepared:
     manifest = read_manifest(root)
     train, val = (manifest["splits"][split] for split in SPLITS)
     return Prepared(root, len(train["labels"]), train["count"], val["count"], manifest["ffcv"] is not None)
 
 
-def _require(condition: bool, name: str, value: object, way_out: str) -> None:
+def require(condition: bool, name: str, value: object, way_out: str) -> None:
     if not condition:
         raise ValueError(f"--{name}={value}: {way_out}")

@@ -47,8 +47,34 @@ class Outcome(NamedTuple):
     zero_gradient: np.ndarray  # [N] bool, attacks only: the cross-entropy had no gradient at the clean picture
 
 
+class Memory:
+    """What is asked again in every cell: the routing of clean pictures, and which of them have no gradient.
+
+    Kept while it is small; answers are the same without it.
+    """
+
+    def __init__(self, limit_bytes: int = 2**28) -> None:
+        self.left, self.known = limit_bytes, {}
+
+    def get(self, key: tuple, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if key in self.known:
+            return self.known[key]
+        made = make()
+        size = sum(value.numel() * value.element_size() for value in made.values())
+        if size <= self.left:
+            self.left -= size
+            self.known[key] = made
+        return made
+
+
 def run_cell(
-    cell: Cell, models: list[Model], batch_size: int, workers: int, device: str, advance: Callable[[int], None]
+    cell: Cell,
+    models: list[Model],
+    batch_size: int,
+    workers: int,
+    device: str,
+    memory: Memory,
+    advance: Callable[[int], None],
 ) -> tuple[dict[str, Outcome], dict[str, Tensor]]:
     """Outcomes by model name, and a few of the pictures the first model saw (uint8)."""
     views = list(dict.fromkeys(model.view for model in models))
@@ -57,7 +83,7 @@ def run_cell(
     order = None if cell.order is None else list(cell.order)
     for batch in batches(cell.pictures, views, batch_size, workers, cell.change, order):
         for model in models:
-            outcome, seen = _answer(cell, model, batch, device)
+            outcome, seen = _answer(cell, model, batch, device, memory)
             found[model.name].append(outcome)
             if not examples:
                 examples["pictures"] = (seen[:6] * 255).round().byte().cpu()
@@ -65,25 +91,32 @@ def run_cell(
     return {name: _join(parts) for name, parts in found.items()}, examples
 
 
-def _answer(cell: Cell, model: Model, batch: Batch, device: str) -> tuple[Outcome, Tensor]:
+def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory) -> tuple[Outcome, Tensor]:
     labels = batch.labels.to(device)
     images = batch.views[model.view].to(device).float() / 255
     before = batch.clean[model.view].to(device).float() / 255 if batch.clean is not None else images
     zero = np.zeros(0, dtype=bool)
+    pictures = (model.name, cell.pictures.paths[0], batch.index.numpy().tobytes(), batch.clean is None)
     if cell.kind == "noise":
         images = _noisy(images, batch.index, cell.budget)
     elif cell.kind == "attack":
         restricted = _restricted(model.module, cell.pictures.classes)
-        zero = _without_gradient(restricted, images, labels)
+        found = memory.get(
+            ("gradient", *pictures), lambda: {"zero": _without_gradient(restricted, before, labels)}
+        )  # fmt: skip
+        zero = found["zero"].cpu().numpy()
         budget = cell.budget._replace(router_loss=model.router_loss if cell.router_aware else None)
         images = run_attack(cell.attack, restricted, images, labels, budget)
     with torch.inference_mode():
-        logits = _restricted(model.module, cell.pictures.classes)(images).float()
-        confidence, predicted = logits.softmax(dim=1).max(dim=1)
         routing = {}
-        if model.routing is not None and (cell.kind in ("noise", "attack", "regenerated") or cell.condition == "clean"):
-            clean, now = model.routing(before), model.routing(images)
+        if model.routing is not None and cell.kind != "published":  # of those the clean picture is not at hand
+            clean = memory.get(("routing", *pictures), lambda: model.routing(before)[1])
+            logits, now = model.routing(images)
             routing = {block: routing_change(clean[block], now[block]).cpu().numpy() for block in clean}
+        else:
+            logits = model.module(images)
+        logits = logits.float() if cell.pictures.classes is None else logits.float()[:, cell.pictures.classes]
+        confidence, predicted = logits.softmax(dim=1).max(dim=1)
     correct = (predicted == labels).cpu().numpy()
     parts = (batch.index.numpy(), correct, predicted.cpu().numpy(), confidence.cpu().numpy())
     return Outcome(*parts, routing, zero), images
@@ -121,10 +154,10 @@ def _noisy(images: Tensor, index: Tensor, budget: Budget) -> Tensor:
     return (images + budget.eps * torch.stack(drawn)).clamp(0.0, 1.0)
 
 
-def _without_gradient(module: torch.nn.Module, images: Tensor, labels: Tensor) -> np.ndarray:
+def _without_gradient(module: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         gradient = input_gradient(module, images.clone(), labels.clone(), cross_entropy, Budget(0.0))
-    return (gradient.flatten(1).abs().amax(dim=1) == 0).cpu().numpy()
+    return gradient.flatten(1).abs().amax(dim=1) == 0
 
 
 def _join(parts: list[Outcome]) -> Outcome:

@@ -109,13 +109,17 @@ def _examples(evaluation: Evaluation) -> Figure:
         if number in evaluation.examples and cell.condition != SANITY:
             chosen.setdefault(f"{cell.pictures.name}: {cell.condition}", []).append(number)
     lines = [(what, numbers[len(numbers) // 2]) for what, numbers in chosen.items()]
-    figure = Figure(figsize=(8, 1.15 * len(lines)), layout="constrained")
-    axes = figure.subplots(len(lines), 6, squeeze=False)
-    for line, (what, number) in zip(axes, lines, strict=True):
-        severity = evaluation.cells[number].severity
-        for place, axis in enumerate(line):
-            axis.set_axis_off()
-            if place < len(evaluation.examples[number]):
-                axis.imshow(evaluation.examples[number][place].permute(1, 2, 0).numpy(), interpolation="nearest")
-        line[0].set_title(f"{what} {severity}", fontsize=7, loc="left")
+    side = max(evaluation.examples[number].shape[-1] for _, number in lines)
+    sheet = np.full((len(lines) * (side + 1), 6 * (side + 1), 3), 255, dtype=np.uint8)
+    for line, (_, number) in enumerate(lines):
+        for place, picture in enumerate(evaluation.examples[number][:6]):
+            top, left = line * (side + 1), place * (side + 1)
+            sheet[top : top + side, left : left + side] = picture.permute(1, 2, 0).numpy()
+    figure = Figure(figsize=(8, 0.85 * len(lines) + 0.2), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(sheet, interpolation="nearest", aspect="equal")
+    axis.set_xticks([])
+    middles = [line * (side + 1) + side / 2 for line in range(len(lines))]
+    told = [f"{what} {evaluation.cells[number].severity}".strip() for what, number in lines]
+    axis.set_yticks(middles, told, fontsize=7)
     return figure

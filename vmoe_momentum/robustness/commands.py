@@ -88,7 +88,7 @@ def parser() -> ArgumentParser:
         help=f"Any of {', '.join(ATTACKS)}; [] for none.",
     )  # fmt: skip
     words.add_argument(
-        "--eps", type=list[str], default=["1/255", "2/255", "4/255"], help="Budgets in pixels of [0, 1]."
+        "--eps", type=list[float | str], default=["1/255", "2/255", "4/255"], help="Budgets in pixels of [0, 1]."
     )
     words.add_argument("--norm", type=Literal["Linf", "L2"], default="Linf", help="Of the attacks.")
     words.add_argument("--steps", type=int, default=20, help="Of iterative attacks.")

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .cells import Cell, Outcome, Store, run_cell
+from .cells import Cell, Memory, Outcome, Store, run_cell
 from .models import Model, check_model
 
 Outcomes = dict[tuple[str, int], Outcome]  # (model name, number of the cell)
@@ -37,7 +37,7 @@ def evaluate(
     for model in models:
         model.module.to(device).eval()
         check_model(model, device)
-    store, outcomes, examples = Store(out / "cells"), {}, {}
+    store, memory, outcomes, examples = Store(out / "cells"), Memory(), {}, {}
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -55,7 +55,7 @@ def evaluate(
             if missing:
                 count = len(missing)
                 made, seen = run_cell(
-                    cell, missing, batch_size, workers, device, lambda n, k=count: progress.advance(task, n * k)
+                    cell, missing, batch_size, workers, device, memory, lambda n, k=count: progress.advance(task, n * k)
                 )
                 for name, outcome in made.items():
                     store.write(paths[name], outcome)

@@ -24,8 +24,8 @@ class Model(NamedTuple):
     view: View
     num_classes: int
     class_names: list[str] | None
-    # MoE block -> [B, N, E] bool, which experts each token reaches; None for dense models
-    routing: Callable[[Tensor], dict[str, Tensor]] | None
+    # images -> logits and, for each MoE block, [B, N, E] bool: which experts each token reaches; None for dense models
+    routing: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] | None
     # images, labels -> [], what routers add to the loss
     router_loss: Callable[[Tensor, Tensor], Tensor] | None
     provenance: dict[str, Any]  # source, hash, settings: goes into the report

@@ -31,9 +31,10 @@ def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) 
     (out / "report.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
     tables = [_comparison(lines), *_metric_tables(rows)]
     (out / "report.md").write_text(_markdown(tables, warnings, figures))
-    for name, figure in figures.items():
-        figure.savefig(out / f"{_file(name)}.png", dpi=110)
-    (out / "report.html").write_text(_page(tables, warnings, figures, provenance))
+    pictures = {name: _png(figure) for name, figure in figures.items()}
+    for name, content in pictures.items():
+        (out / f"{_file(name)}.png").write_bytes(content)
+    (out / "report.html").write_text(_page(tables, warnings, pictures, provenance))
     return rows
 
 
@@ -135,7 +136,13 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _page(tables: list[Table], warnings: list[str], figures: dict[str, Figure], provenance: dict[str, Any]) -> str:
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _page(tables: list[Table], warnings: list[str], pictures: dict[str, bytes], provenance: dict[str, Any]) -> str:
     parts = [f"<!doctype html><meta charset=utf-8><title>Robustness report</title><style>{STYLE}</style>"]
     parts.append("<h1>Robustness report</h1>")
     if warnings:
@@ -143,10 +150,8 @@ def _page(tables: list[Table], warnings: list[str], figures: dict[str, Figure], 
         parts.append(f"<div class=warn><b>Read this first</b><ul>{items}</ul></div>")
     first, *others = tables
     parts.append(_table(first))
-    for name, figure in figures.items():
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=110)
-        data = base64.b64encode(file.getvalue()).decode()
+    for name, picture in pictures.items():
+        data = base64.b64encode(picture).decode()
         told = html.escape(name)
         parts.append(f'<h2>{told.capitalize()}</h2><img alt="{told}" src="data:image/png;base64,{data}">')
     parts += [_table(table) for table in others]

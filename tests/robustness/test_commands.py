@@ -1,0 +1,189 @@
+"""`vmoe-momentum robustness` on real digits with our networks, and its refusals."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from analysis_helpers import tiny, write_checkpoint
+from PIL import Image
+
+from vmoe_momentum import SoftRouter, cli
+from vmoe_momentum.classifiers import open_models
+from vmoe_momentum.robustness.commands import parse_eps
+
+pytest.importorskip("torchattacks")
+pytest.importorskip("cv2")
+SHORT = ["--limit=6", "--corruptions=[contrast]", "--severities=[2]", "--attacks=[fgsm]", "--eps=[2/255]"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fails(argv: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["robustness", *argv])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "Traceback" not in captured.err and "usage:" not in captured.err
+    return captured.err.strip().splitlines()[-1]
+
+
+def test_two_networks_and_a_timm_model_side_by_side(digits: Path, here: Path) -> None:
+    """Every condition, n and routing; the dense model has no routing; nothing changes nothing."""
+    write_checkpoint(tiny(), here / "a.ckpt")
+    write_checkpoint(tiny(rule="HeavyBall"), here / "b.ckpt")
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=1, embed_dim=32, num_heads=2)
+    write_checkpoint(dense, here / "c.ckpt")
+    argv = ["--model=a.ckpt", "--model=hb=b.ckpt", "--model=dense=c.ckpt", f"--data={digits}", "--out=o", *SHORT]
+    cli.run(["robustness", *argv, "--attacks=[fgsm,pgd,pgd-margin,square]", "--queries=20", "--query_images=3"])
+    found = rows(here / "o" / "rows.csv")
+    assert {row["model"] for row in found} == {"Residual", "hb", "dense"}
+    n = {(row["condition"], row["metric"]): row["n"] for row in found}
+    assert n["clean", "top1"] == "6" and n["square-20q", "robust_top1"] == "3" and n["fgsm", "robust_top1"] == "6"
+    assert {row["severity"] for row in found if row["condition"] == "pgd-20"} == {"2"}
+    routing = [row for row in found if row["metric"].startswith("routing_change/")]
+    assert {row["model"] for row in routing} == {"Residual", "hb"}
+    assert {row["condition"] for row in routing} >= {"clean", "contrast", "uniform-noise", "fgsm", "pgd-20"}
+    assert all(float(row["value"]) == 0 for row in routing if row["condition"] == "clean")
+    assert any(float(row["value"]) > 0 for row in routing if row["condition"] == "fgsm")
+    assert {row["dataset"] for row in found if row["condition"] == "contrast"} == {"data (regenerated)"}
+    told = json.loads((here / "o" / "report.json").read_text())["provenance"]
+    assert set(told["models"]) == {"Residual", "hb", "dense"} and len(told["models"]["hb"]["sha256"]) == 64
+    assert told["settings"]["eps"] == [pytest.approx(2.0)] and told["versions"]["torch"]
+    assert {path.name for path in (here / "o").iterdir()} >= {"report.html", "report.md", "rows.csv", "examples.png"}
+
+
+def test_clean_accuracy_is_that_of_test(digits: Path, here: Path) -> None:
+    """The same pictures, not cropped, normalised once: as `vmoe-momentum test` scores them."""
+    net = tiny()
+    write_checkpoint(net, here / "a.ckpt")
+    cli.run(["robustness", "--model=a.ckpt", f"--data={digits}", "--out=o", "--corruptions=[none]", "--attacks=[]"])
+    (score,) = [row for row in rows(here / "o" / "rows.csv") if row["metric"] == "top1"]
+    right, total = 0, 0
+    for folder in sorted((digits / "val").iterdir()):
+        for path in sorted(folder.iterdir()):
+            pixels = torch.frombuffer(bytearray(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
+            with torch.no_grad():
+                answer = net(pixels.view(1, 16, 16, 3).permute(0, 3, 1, 2) / 127.5 - 1).argmax()
+            right, total = right + int(answer == int(folder.name)), total + 1
+    assert float(score["value"]) == pytest.approx(right / total) and int(score["n"]) == total == 360
+
+
+def test_router_aware_attacks_are_others(digits: Path, here: Path) -> None:
+    write_checkpoint(tiny(), here / "a.ckpt")
+    argv = ["--model=a.ckpt", f"--data={digits}", *SHORT, "--attacks=[pgd-margin]"]
+    cli.run(["robustness", *argv, "--out=o"])
+    cli.run(["robustness", *argv, "--out=p", "--router_aware"])
+    assert "pgd-margin-20-router" in {row["condition"] for row in rows(here / "p" / "rows.csv")}
+    plain, aware = (
+        {row["metric"]: row["value"] for row in rows(here / f / "rows.csv") if "pgd-m" in row["condition"]}
+        for f in "op"
+    )
+    changed = [sum(float(v) for k, v in each.items() if k.startswith("routing_change")) for each in (plain, aware)]
+    assert changed[1] > changed[0] > 0  # it drives the routers, too
+
+
+def test_models_from_everywhere(here: Path, monkeypatch) -> None:
+    from vmoe_momentum.models.directory import save
+
+    save(tiny(rule="Nesterov"), here / "net")
+    (here / "mine.py").write_text(
+        "import torch\n"
+        "class Mine(torch.nn.Module):\n"
+        "    image_size = 20\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = torch.nn.Linear(1200, 7)\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(x.flatten(1))\n"
+        "number = lambda: 3\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    write_checkpoint(tiny(router=SoftRouter()), here / "a=b.ckpt")
+    models = open_models(["local-dir:net", "x=net", "mine:Mine", "hb=./a=b.ckpt", "hb=./a=b.ckpt"])
+    assert [model.name for model in models] == ["Nesterov", "x", "Mine", "hb#1", "hb#2"]
+    assert [model.view.size for model in models] == [16, 16, 20, 16, 16] and models[2].num_classes == 7
+    assert models[2].routing is None and models[0].routing is not None
+    images = torch.rand(2, 3, 16, 16)
+    logits, routes = models[0].routing(images)
+    torch.testing.assert_close(logits, models[0].module(images))
+    assert {block: tuple(r.shape) for block, r in routes.items()} == {f"block{i}": (2, 17, 4) for i in (1, 3, 5, 7)}
+    assert models[3].routing(images)[1] == {}
+    (dense,) = open_models(["vit_tiny_patch16_224"], pretrained=False)
+    assert dense.view == (224, pytest.approx(0.9), "bicubic") and dense.num_classes == 1000
+    with pytest.raises(ValueError, match="no such module:callable"):
+        open_models(["mine:Nothing"])
+    with pytest.raises(ValueError, match="gives int, not a torch module"):
+        open_models(["mine:number"])
+    with pytest.raises(ValueError, match="no such timm model"):
+        open_models(["vit_tinny"])
+
+
+def test_eps_in_pixels() -> None:
+    assert parse_eps("4/255") == pytest.approx(4 / 255) and parse_eps("0.01") == 0.01
+    for wrong in ("four", "1/0", "4/x"):
+        with pytest.raises(ValueError, match="such as 4/255"):
+            parse_eps(wrong)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data={d}"], "--model: none given"),
+        (["--model=none.ckpt", "--data={d}"], "none.ckpt: no such file"),
+        (["--model=a.ckpt"], "nothing to evaluate: give --data"),
+        (["--model=a.ckpt", "--data=nowhere"], "--data=nowhere: no such folder"),
+        (["--model=a.ckpt", "--data={d}", "--eps=[4]"], "eps=4: pixels lie in [0, 1]"),
+        (["--model=a.ckpt", "--data={d}", "--eps=[x]"], "--eps=x: use a number in pixels"),
+        (["--model=a.ckpt", "--data={d}", "--eps=[1/255,1/255]"], "one is there twice"),
+        (["--model=a.ckpt", "--data={d}", "--attacks=[pdg]"], "attacks=pdg: no such attack; valid:"),
+        (["--model=a.ckpt", "--data={d}", "--norm=L2"], "norm=L2: fgsm knows Linf"),
+        (["--model=a.ckpt", "--data={d}", "--corruptions=[smoke]"], "--corruptions=smoke: not one of"),
+        (["--model=a.ckpt", "--data={d}", "--severities=[0]"], "--severities=0: use 1 to 5"),
+        (["--model=a.ckpt", "--data={d}", "--limit=0"], "--limit=0: use 1 or more"),
+        (["--model=a.ckpt", "--data={d}", "--batch_size=0"], "--batch_size=0: use 1 or more"),
+        (["--model=a.ckpt", "--data={d}", "--workers=-1"], "--workers=-1: use 0 or more"),
+        (["--model=a.ckpt", "--data={d}", "--steps=0"], "steps=0: use 1 or more"),
+        (["--model=a.ckpt", "--data={d}", "--device=cuda:9"], "--device=cuda:9: not on this machine"),
+        (["--model=a.ckpt", "--imagenet_c=nowhere"], "imagenet_c=nowhere: no such folder"),
+        (["--model=a.ckpt", "--imagenet_c=partial"], "gaussian_noise/1"),
+        (["--model=a.ckpt", "--imagenet_a=partial"], "it is for models of ImageNet's 1,000 classes, not 10"),
+        (["--model=a.ckpt", "--data=strange"], "folder cat is no class of this model"),
+        (["--model=a.ckpt", "--data=broken", "--corruptions=[none]"], "x.jpg: cannot be decoded"),
+        (["--model=a.ckpt", "--data={d}", "--out=a.ckpt"], "--out=a.ckpt: cannot be written"),
+        (["--model=a.ckpt", "--data={d}", "--attack=[fgsm]"], "attack"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_mistakes_are_one_line_and_leave_no_report(
+    argv: list[str], message: str, digits: Path, here: Path, capsys
+) -> None:
+    write_checkpoint(tiny(), here / "a.ckpt")
+    (here / "partial" / "fog" / "1" / "0").mkdir(parents=True)
+    (here / "strange" / "cat").mkdir(parents=True)
+    (here / "strange" / "cat" / "x.png").touch()
+    (here / "broken" / "3").mkdir(parents=True)
+    source = Image.radial_gradient("L").convert("RGB")
+    source.save(here / "broken" / "3" / "x.jpg")
+    content = (here / "broken" / "3" / "x.jpg").read_bytes()
+    (here / "broken" / "3" / "x.jpg").write_bytes(content[: len(content) // 2])
+    assert message in fails([word.format(d=digits) for word in argv], capsys)
+    assert not list(here.rglob("rows.csv")) and not list(here.rglob("report.*")) and not list(here.rglob("*.npz"))
+
+
+def test_help_teaches(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["robustness", "--help"])
+    text = capsys.readouterr().out
+    assert "examples:" in text and "--imagenet_c" in text and "pgd-margin" in text

@@ -1,0 +1,62 @@
+"""A short robustness report at the end of `test`, by a callback."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from ..robustness import Model, Settings, View, evaluate, make_plan, write_report
+
+
+class RobustnessCheck(Callback):
+    """After `test`: clean, a few regenerated corruptions and FGSM on the same pictures, logged and written to disk.
+
+    Add it with --trainer.callbacks+=RobustnessCheck. Rows are logged as test/robustness/<condition>_<severity>/<metric>
+    and lie, with a page to look at, in the log folder's `robustness`. The whole benchmark: vmoe-momentum robustness.
+
+    Args:
+        corruptions: Names of ImageNet-C's corruptions.
+        severities: 1 to 5.
+        eps: Budgets of FGSM in pixel units of 255; empty for none.
+        limit: Pictures, the same ones every time; null for all.
+        batch_size: Pictures at once.
+    """
+
+    def __init__(
+        self,
+        corruptions: list[str] = ["gaussian_noise", "motion_blur", "fog", "contrast"],  # noqa: B006  (jsonargparse reads it)
+        severities: list[int] = [3],  # noqa: B006
+        eps: list[float] = [1.0],  # noqa: B006
+        limit: int | None = 1000,
+        batch_size: int = 64,
+    ) -> None:
+        attacks = ("fgsm",) if eps else ()
+        self.batch_size = batch_size
+        self.settings = Settings(
+            corruptions=tuple(corruptions), severities=tuple(severities), attacks=attacks, eps=tuple(eps), limit=limit
+        )
+
+    @rank_zero_only
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        data, folder = trainer.datamodule, Path(trainer.log_dir or trainer.default_root_dir) / "robustness"
+        view = View(pl_module.image_size, float(data.eval_crop_ratio), "bilinear")
+        label = type(pl_module.model.net).__name__
+        # not kept from an earlier call: weights change, and cells are known by their source
+        told = {"source": str(trainer.ckpt_path), "step": trainer.global_step, "run": str(folder)}
+        model = Model(
+            label, label, pl_module.model, view, pl_module.num_classes, pl_module.class_names, None, None, told
+        )  # fmt: skip
+        cells = make_plan(self.settings._replace(data=str(data.root)), [model])
+        training = {module: module.training for module in pl_module.model.modules()}
+        rows = write_report(
+            evaluate(cells, [model], folder, self.batch_size, device=str(pl_module.device)), folder, {"model": told}
+        )  # fmt: skip
+        for module, was in training.items():
+            module.training = was
+        for row in rows:
+            name = "_".join(part.replace(" ", "_") for part in (row.condition, row.severity) if part)
+            pl_module.log(f"test/robustness/{name}/{row.metric}", row.value, batch_size=1, rank_zero_only=True)
+        Console().print(f"[bold]robustness[/bold]  {folder / 'report.html'}", soft_wrap=True, highlight=False)
