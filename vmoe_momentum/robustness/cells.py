@@ -19,6 +19,8 @@ from .attacks import Budget, cross_entropy, input_gradient, run_attack
 from .models import Model
 from .pictures import Batch, Change, Pictures, batches
 
+EXAMPLES = 6
+
 Kind = Literal["clean", "published", "regenerated", "noise", "attack"]
 
 
@@ -75,20 +77,23 @@ def run_cell(
     device: str,
     memory: Memory,
     advance: Callable[[int], None],
-) -> tuple[dict[str, Outcome], dict[str, Tensor]]:
+) -> tuple[dict[str, Outcome], Tensor]:
     """Outcomes by model name, and a few of the pictures the first model saw (uint8)."""
     views = list(dict.fromkeys(model.view for model in models))
     found: dict[str, list[Outcome]] = {model.name: [] for model in models}
-    examples: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
+    numbers = range(len(cell.pictures.paths)) if cell.order is None else cell.order
+    shown = {numbers[i * len(numbers) // EXAMPLES] for i in range(EXAMPLES)}  # they lie class by class
     order = None if cell.order is None else list(cell.order)
     for batch in batches(cell.pictures, views, batch_size, workers, cell.change, order):
         for model in models:
-            outcome, seen = _answer(cell, model, batch, device, memory)
+            outcome, images = _answer(cell, model, batch, device, memory)
             found[model.name].append(outcome)
-            if not examples:
-                examples["pictures"] = (seen[:6] * 255).round().byte().cpu()
+            if model is models[0]:
+                own = [i for i, number in enumerate(batch.index.tolist()) if number in shown]
+                seen.append((images[own] * 255).round().byte().cpu())
         advance(len(batch.index))
-    return {name: _join(parts) for name, parts in found.items()}, examples
+    return {name: _join(parts) for name, parts in found.items()}, torch.cat(seen)
 
 
 def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory) -> tuple[Outcome, Tensor]:

@@ -46,7 +46,7 @@ def _bars(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Fi
         axis.bar(np.arange(len(names)) + (place + 0.5) * width - 0.4, heights, width, color=color, label=label)
     axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=7)
     axis.set(ylabel="top-1 (%), mean over severities", ylim=(0, 100))
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(colors), frameon=False)
     return figure
 
 
@@ -115,11 +115,11 @@ def _examples(evaluation: Evaluation) -> Figure:
         for place, picture in enumerate(evaluation.examples[number][:6]):
             top, left = line * (side + 1), place * (side + 1)
             sheet[top : top + side, left : left + side] = picture.permute(1, 2, 0).numpy()
-    figure = Figure(figsize=(8, 0.85 * len(lines) + 0.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 0.85 * len(lines) + 0.2), layout="constrained")
     axis = figure.subplots()
     axis.imshow(sheet, interpolation="nearest", aspect="equal")
     axis.set_xticks([])
     middles = [line * (side + 1) + side / 2 for line in range(len(lines))]
-    told = [f"{what} {evaluation.cells[number].severity}".strip() for what, number in lines]
+    told = [f"{what.replace(': ', chr(10))} {evaluation.cells[number].severity}".strip() for what, number in lines]
     axis.set_yticks(middles, told, fontsize=7)
     return figure

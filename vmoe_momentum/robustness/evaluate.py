@@ -61,7 +61,7 @@ def evaluate(
                     store.write(paths[name], outcome)
                     outcomes[name, number] = outcome
                 if missing[0] is models[0]:
-                    shown = seen["pictures"]
+                    shown = seen
                     store.write_examples(paths[models[0].name], shown)
             if shown is not None:
                 examples[number] = shown
