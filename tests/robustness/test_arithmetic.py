@@ -122,6 +122,9 @@ def test_folders_become_labels_by_name_never_by_order(tmp_path) -> None:
         (tmp_path / "c" / folder).mkdir(parents=True)
         (tmp_path / "c" / folder / "x.png").touch()
     assert labels.list_pictures(tmp_path / "c", ["dog", "eel", "cat"], 3, "--data").labels == [2, 0]
+    assert labels.list_pictures(tmp_path / "c", None, 2, "--data").labels == [0, 1]
+    with pytest.raises(ValueError, match="folder cat is no class of this model"):
+        labels.list_pictures(tmp_path / "c", None, 3, "--data")
     with pytest.raises(ValueError, match="folder cat is no class of this model"):
         labels.list_pictures(tmp_path / "c", None, 1000, "--data")
     with pytest.raises(ValueError, match="folder 10 is no class of this model"):

@@ -86,11 +86,16 @@ def list_pictures(root: Path, class_names: list[str] | None, num_classes: int, s
 
 
 def class_index(class_names: list[str] | None, num_classes: int, folders: set[str]) -> dict[str, int]:
-    """Folder name -> label. Class names come first; then wnids for 1,000 classes; then numbers."""
+    """Folder name -> label. Class names come first; then wnids for 1,000 classes; then numbers.
+
+    A model of another task without class names has its classes in the order of the folders, as ImageFolder numbers them.
+    """
     if class_names is not None and folders <= set(class_names):
         return {name: place for place, name in enumerate(class_names)}
     if num_classes == 1000 and folders <= set(wnids()):
         return dict(_index())
     if all(name.isdecimal() for name in folders):
         return {name: int(name) for name in folders if int(name) < num_classes}
+    if class_names is None and num_classes != 1000 and len(folders) == num_classes:
+        return {name: place for place, name in enumerate(sorted(folders))}
     return dict(_index()) if num_classes == 1000 else {name: i for i, name in enumerate(class_names or [])}

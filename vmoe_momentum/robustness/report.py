@@ -93,15 +93,15 @@ def _metric_tables(rows: list[Row]) -> list[Table]:
         own = [row for row in rows if row.metric.partition("/")[0] == metric]
         if metric == "top1":
             own += [row for row in rows if row.metric == "robust_top1"]
-        keys = dict.fromkeys((r.dataset, r.condition, r.severity, r.metric.partition("/")[0]) for r in own)
         if not own or (metric == "zero_gradient" and not any(row.value for row in own)):
             continue
+        by_key: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
+        for row in own:
+            by_key.setdefault(_key(row), {}).setdefault(row.model, []).append(row)
         table = [["condition", *models, "n"]]
-        for key in keys:
-            found = {r.model: [x for x in own if (x.model, *_key(x)) == (r.model, *key)] for r in own}
-            means = [_cell([x.value for x in found.get(model, [])], factor) for model in models]
-            count = next(x.n for xs in found.values() for x in xs)
-            table.append([_name(key), *means, str(count)])
+        for key, found in by_key.items():
+            means = [_cell([row.value for row in found.get(model, [])], factor) for model in models]
+            table.append([_name(key), *means, str(next(iter(found.values()))[0].n)])
         tables.append((title, note, table))
     return tables
 
