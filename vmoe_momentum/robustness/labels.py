@@ -88,7 +88,7 @@ def list_pictures(root: Path, class_names: list[str] | None, num_classes: int, s
 def class_index(class_names: list[str] | None, num_classes: int, folders: set[str]) -> dict[str, int]:
     """Folder name -> label. Class names come first; then wnids for 1,000 classes; then numbers.
 
-    A model of another task without class names has its classes in the order of the folders, as ImageFolder numbers them.
+    A model of another task without class names has its classes in the order of folders, as ImageFolder does.
     """
     if class_names is not None and folders <= set(class_names):
         return {name: place for place, name in enumerate(class_names)}
