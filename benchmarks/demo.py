@@ -1,6 +1,6 @@
 """The demo: Residual and HeavyBall trained alike on real digit images; how well, and how robust, side by side.
 
-    python benchmarks/demo.py                                                     # one seed, seven minutes
+    python benchmarks/demo.py                                                     # one seed, six minutes
     python benchmarks/demo.py --seeds [0,1,2] --csv benchmarks/results/digits.csv   # the table of the README
 
 Everything is done by the same commands a user types: `vmoe-momentum data prepare`, `fit`, `test` and `robustness`.
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vmoe_momentum import cli
+from vmoe_momentum.analysis.logs import read_log
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
@@ -65,7 +66,7 @@ def train(rule: str, seed: int, backend: str, root: Path, out: Path, extra: list
     folder = out / name / "fit"
     test = [*shared[:1], *logger, "--trainer.logger.version=test", *shared[1:]]
     cli.run(["test", *test, f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"])
-    curves, scores = read_metrics(folder / "metrics.csv"), read_metrics(out / name / "test" / "metrics.csv")
+    curves, scores = read_log(str(folder)), read_log(str(out / name / "test"))
     load: dict[str, list[float]] = defaultdict(list)
     for key, values in scores.items():
         if "/load_" in key:
@@ -82,17 +83,6 @@ def train(rule: str, seed: int, backend: str, root: Path, out: Path, extra: list
         dict(load),
         folder,
     )
-
-
-def read_metrics(path: Path) -> dict[str, list[float]]:
-    """Lightning's metrics.csv as columns, empty cells left out."""
-    columns: dict[str, list[float]] = defaultdict(list)
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for key, value in row.items():
-                if value:
-                    columns[key].append(float(value))
-    return columns
 
 
 def table(runs: list[Run]) -> Table:

@@ -10,10 +10,11 @@ import csv as csv_files
 from pathlib import Path
 
 import jsonargparse
-from demo import CONFIG, ROOT, read_metrics
+from demo import CONFIG, ROOT
 from rich.console import Console
 
 from vmoe_momentum import cli
+from vmoe_momentum.analysis.logs import read_log
 
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "rules").glob("*.yaml"))
 COLUMNS = ("overlay", "seed", "epochs", "top1", "loss", "diverged")
@@ -36,7 +37,7 @@ def train(overlay: str, seed: int, data: str, out: Path) -> dict[str, object]:
     cli.run(["fit", *base, *shared, "--trainer.logger.version=fit"])
     last = folder / "fit" / "checkpoints" / "last.ckpt"
     cli.run(["test", *base, *shared, "--trainer.logger.version=test", f"--ckpt_path={last}"])
-    curves, scores = read_metrics(folder / "fit" / "metrics.csv"), read_metrics(folder / "test" / "metrics.csv")
+    curves, scores = read_log(str(folder / "fit")), read_log(str(folder / "test"))
     loss = scores["test/loss"][-1]
     numbers = {"top1": f"{scores['test/top1'][-1]:.6f}", "loss": f"{loss:.6f}", "diverged": int(loss != loss)}
     return {"overlay": overlay, "seed": seed, "epochs": len(curves["val/top1"]), **numbers}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cli_helpers import fails
 from dataset_helpers import decoding_threads, requires_ffcv
 
 from vmoe_momentum import cli
@@ -42,18 +43,6 @@ def checkpoint(digits: Path, tmp_path_factory) -> Path:
         patch.chdir(folder)
         cli.run(["fit", *arguments(digits), RULE, "HeavyBall"])
     return folder / "runs/digits/version_0/checkpoints/last.ckpt"
-
-
-def fails(argv: list[str], capsys) -> str:
-    """Runs main and gives the last line on stderr; the exit code must be 2, without traceback or usage dump."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(argv)
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2
-    for text in (captured.out, captured.err):
-        assert "Traceback" not in text
-        assert "usage:" not in text
-    return captured.err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .analysis import record
+from .analysis.subjects import split_label
 from .models import MomentumBlock, PixelModel, create_model
 from .models.saved import open_saved
 from .moe import TopKPlan
@@ -31,10 +32,7 @@ def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:
         raise ValueError("--model: none given; use --model LABEL=runs/.../last.ckpt, or a timm name")
     found: list[Model] = []
     for text in texts:
-        label, equals, source = text.partition("=")
-        if not equals or "/" in label:
-            label, source = "", text
-        found.append(_open(label, source, pretrained))
+        found.append(_open(*split_label(text), pretrained))
     labels = [model.label for model in found]
     named = []
     for number, model in enumerate(found):

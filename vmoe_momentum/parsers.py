@@ -2,6 +2,7 @@
 
 from argparse import RawDescriptionHelpFormatter
 
+import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 
@@ -19,3 +20,11 @@ def new_parser(description: str, examples: str, **options: str) -> ArgumentParse
         allow_abbrev=False,
         **options,
     )
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError: this machine has no such device."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device={device}: not on this machine; use cpu") from error

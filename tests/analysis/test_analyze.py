@@ -1,12 +1,12 @@
 """`vmoe-momentum analyze` on a network that fit trained, and what it says when something is wrong."""
 
-import csv
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from analysis_helpers import tiny, write_checkpoint
+from cli_helpers import fails, rows
 
 from vmoe_momentum import cli
 from vmoe_momentum.models.saved import KEY
@@ -36,20 +36,6 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def words(digits: Path, *more: str) -> list[str]:
     return [f"--config={CONFIGS / 'digits.yaml'}", "--data=FolderDataModule", f"--data.root={digits}", *more]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def fails(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["analyze", *argv])
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert "Traceback" not in captured.err and "usage:" not in captured.err
-    return captured.err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -102,9 +88,9 @@ def test_compare_and_ablate_from_the_command_line(run: Path, digits: Path, here:
 
 def test_a_grid_with_one_bad_value_is_refused_before_training(digits: Path, here: Path, capsys) -> None:
     fit = [*words(digits), "--model.net.init_args.rule=HeavyBall"]
-    line = fails(["ablate", "--x=model.net.init_args.rule.mu=0.3,1.5", "--out=g", "--", *fit], capsys)
+    line = fails(["analyze", "ablate", "--x=model.net.init_args.rule.mu=0.3,1.5", "--out=g", "--", *fit], capsys)
     assert "HeavyBall.mu=1.5 is outside [0, 1)" in line
-    line = fails(["ablate", "--out=g", "--", *words(digits)], capsys)  # the config's rule is Residual
+    line = fails(["analyze", "ablate", "--out=g", "--", *words(digits)], capsys)  # the config's rule is Residual
     assert "Residual takes no 'mu'" in line
     for more, message in (
         (["--x=model.optimizer.name=adamw,nonsense"], "model.optimizer.name=nonsense"),
@@ -112,9 +98,11 @@ def test_a_grid_with_one_bad_value_is_refused_before_training(digits: Path, here
         (["--x=data.batch_size=4,5000"], "data.batch_size=5000"),
         (["--x=model.net.init_args.router.group_size=17,19"], "router.group_size=19 does not divide"),
     ):
-        line = fails(["ablate", *more, "--out=g", "--", *fit, "--model.net.init_args.router=TopKRouter"], capsys)
+        line = fails(
+            ["analyze", "ablate", *more, "--out=g", "--", *fit, "--model.net.init_args.router=TopKRouter"], capsys
+        )
         assert message in line
-    line = fails(["ablate", "--out=g", "--x=data.batch_size=4,5", "--", *fit, "--model.mixup=0.2"], capsys)
+    line = fails(["analyze", "ablate", "--out=g", "--x=data.batch_size=4,5", "--", *fit, "--model.mixup=0.2"], capsys)
     assert "data.batch_size=5: mixup and cutmix pair" in line
     assert not list(here.iterdir())
 
@@ -134,7 +122,7 @@ def test_ablate_without_validation_says_so(digits: Path, here: Path, capsys) -> 
     fit = [*words(digits, "--data.num_workers=0"), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     fit += ["--model.schedule.warmup_steps=0", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"]
     grid = ["--x=model.optimizer.lr=0.001", "--y=model.label_smoothing=0.0", "--seeds=[0]", "--out=g"]
-    assert "val/top1 was not logged" in fails(["ablate", *grid, "--", *fit], capsys)
+    assert "val/top1 was not logged" in fails(["analyze", "ablate", *grid, "--", *fit], capsys)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +202,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     (here / "rule.yaml").write_text("model: {}\n")
     before = {path for path in here.rglob("*") if path.is_file()}
     expanded = [word for each in argv for word in (words(digits) if each == "{data}" else [each])]
-    assert message in fails(expanded, capsys)
+    assert message in fails(["analyze", *expanded], capsys)
     assert {path for path in here.rglob("*") if path.is_file()} == before
 
 

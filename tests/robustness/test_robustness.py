@@ -1,6 +1,5 @@
 """`vmoe-momentum robustness` on real digits with our networks, and its refusals."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import timm
 import torch
 from analysis_helpers import tiny, write_checkpoint
+from cli_helpers import fails, rows
 from PIL import Image
 
 from vmoe_momentum import SoftRouter, cli
@@ -23,20 +23,6 @@ SHORT = ["--limit=6", "--corruptions=[contrast]", "--severities=[2]", "--attacks
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def fails(argv: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["robustness", *argv])
-    captured = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert "Traceback" not in captured.err and "usage:" not in captured.err
-    return captured.err.strip().splitlines()[-1]
 
 
 def test_two_networks_and_a_timm_model_side_by_side(digits: Path, here: Path) -> None:
@@ -178,7 +164,7 @@ def test_mistakes_are_one_line_and_leave_no_report(
     source.save(here / "broken" / "3" / "x.jpg")
     content = (here / "broken" / "3" / "x.jpg").read_bytes()
     (here / "broken" / "3" / "x.jpg").write_bytes(content[: len(content) // 2])
-    assert message in fails([word.format(d=digits) for word in argv], capsys)
+    assert message in fails(["robustness", *[word.format(d=digits) for word in argv]], capsys)
     assert not list(here.rglob("rows.csv")) and not list(here.rglob("report.*")) and not list(here.rglob("*.npz"))
 
 

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from ..parsers import new_parser
+from ..parsers import check_device, new_parser
 from .ablate import Fit, ablate, parse_axis
 from .compare import check_targets, compare
 from .load import load
@@ -17,7 +17,7 @@ from .norms import norms
 from .output import Files
 from .sensitivity import sensitivity
 from .spectrum import spectrum
-from .subjects import check_device, open_subjects
+from .subjects import open_subjects
 from .trace import sample
 
 _EXAMPLES = """examples:

@@ -113,14 +113,6 @@ def labelled(texts: list[str], setting: str) -> list[tuple[str, str]]:
     return found
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError: this machine has no such device."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device={device}: not on this machine; use cpu") from error
-
-
 def _open(source: str) -> list[SavedNetwork]:
     path = Path(source)
     if not path.is_dir():

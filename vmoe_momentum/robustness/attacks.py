@@ -37,17 +37,16 @@ class Budget(NamedTuple):
 class Attack(NamedTuple):
     run: Callable[[nn.Module, Tensor, Tensor, Budget], Tensor]
     norms: tuple[Norm, ...]
-    needs: str | None  # package
 
 
 ATTACKS: dict[str, Attack] = {}
 
 
-def attack(*norms: Norm, needs: str | None = None) -> Callable[[Callable], Callable]:
+def attack(*norms: Norm) -> Callable[[Callable], Callable]:
     """Registers a function under its own name, underscores as hyphens."""
 
     def register(function: Callable) -> Callable:
-        ATTACKS[function.__name__.replace("_", "-")] = Attack(function, norms, needs)
+        ATTACKS[function.__name__.replace("_", "-")] = Attack(function, norms)
         return function
 
     return register
@@ -144,7 +143,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss,
 # ---- attacks
 
 
-@attack("Linf", needs="torchattacks")
+@attack("Linf")
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """One step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., arXiv:1412.6572)."""
     if budget.router_loss is not None:
@@ -152,7 +151,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     return _torchattacks().FGSM(model, eps=budget.eps)(images, labels)
 
 
-@attack("Linf", "L2", needs="torchattacks")
+@attack("Linf", "L2")
 def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Projected gradient on the cross-entropy (Madry et al., arXiv:1706.06083), without a random start.
 
@@ -193,7 +192,7 @@ def direction(gradient: Tensor, norm: Norm) -> Tensor:
     return torch.where(length > 0, gradient / length.clamp_min(1e-300), 0.0).to(gradient.dtype)
 
 
-@attack("Linf", needs="torchattacks")
+@attack("Linf")
 def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Random search over squares, margin loss, no gradients (Andriushchenko et al., arXiv:1912.00049).
 
@@ -205,14 +204,14 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> 
         return _torchattacks().Square(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", needs="torchattacks")
+@attack("Linf", "L2")
 def apgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Step sizes that adapt, cross-entropy (Croce and Hein, arXiv:2003.01690)."""
     options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed}
     return _torchattacks().APGD(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", needs="torchattacks")
+@attack("Linf", "L2")
 def apgd_dlr(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """The same on the difference of logits ratio, which scaling the logits does not change; needs 3 classes."""
     options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed, "loss": "dlr"}
@@ -242,7 +241,7 @@ def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     return found
 
 
-@attack("Linf", "L2", needs="pyautoattack")
+@attack("Linf", "L2")
 def autoattack(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """The standard AutoAttack: APGD-CE, APGD-T, FAB-T, Square (Croce and Hein, arXiv:2003.01690)."""
     package = load_package("pyautoattack")

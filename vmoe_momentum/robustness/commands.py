@@ -7,11 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from ..parsers import new_parser
+from ..parsers import check_device, new_parser
 from .attacks import ATTACKS
 from .corruptions import BENCHMARK, EXTRA
 from .evaluate import evaluate
@@ -38,15 +37,11 @@ def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> Non
     )
     if given["corruptions"] == ["none"]:
         settings = settings._replace(corruptions=())
-    for name in ("batch_size",):
-        if given[name] < 1:
-            raise ValueError(f"--{name}={given[name]}: use 1 or more")
+    if given["batch_size"] < 1:
+        raise ValueError(f"--batch_size={given['batch_size']}: use 1 or more")
     if given["workers"] < 0:
         raise ValueError(f"--workers={given['workers']}: use 0 or more")
-    try:
-        torch.zeros(1, device=given["device"])
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device={given['device']}: not on this machine; use cpu") from error
+    check_device(given["device"])
     models = open_models(given["model"] or [])
     cells, out = make_plan(settings, models), Path(given["out"])
     _prepare(out)

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import labels
 from .attacks import Budget, Norm, check_budget
@@ -196,7 +196,3 @@ def _shifted(name: str, root: str, which: str | None, settings: Settings, models
         same = _limited(_pictures("data", settings.data, models, classes), settings)
         cells.append(Cell(same._replace(name=f"data on {name}'s classes"), "published", "clean"))
     return cells
-
-
-def provenance(settings: Settings) -> dict[str, Any]:
-    return settings._asdict()

@@ -185,7 +185,7 @@ def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[str, np.ndarray]:
         elif cell.kind == "noise":
             lines[f"uniform noise, eps {cell.severity}/255"] = outcome.correct
         else:
-            lines[cell.pictures.name if cell.kind == "clean" else f"{cell.pictures.name}"] = outcome.correct
+            lines[cell.pictures.name] = outcome.correct
     averages = {f"{name}, mean corrupted": np.mean(parts, axis=0) for name, parts in corrupted.items()}
     return {name: values.astype(float) for name, values in (lines | averages).items()}
 
