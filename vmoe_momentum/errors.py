@@ -102,8 +102,8 @@ def _key(message: str, sections: dict[str, Iterable[str]]) -> str | None:
 def _type(message: str) -> str:
     """A value of the wrong type."""
     value = WRONG_TYPE.search(message)
-    kinds = re.findall(r"Expected an? <class '([\w.]+)'>", message)
-    wanted = " or ".join(dict.fromkeys(kind.rpartition(".")[2] for kind in kinds)) or "another type"
+    kinds = [kind.rpartition(".")[2] or literals for kind, literals in WANTED.findall(message)]
+    wanted = " or ".join(dict.fromkeys(kinds)) or "another type"
     return f"{_setting(message)}={value[1] if value else '?'}: expected {wanted.replace('NoneType', 'null')}"
 
 

@@ -12,6 +12,7 @@ from vmoe_momentum.robustness.attacks import (
     ATTACKS,
     Budget,
     attack,
+    check_attack,
     check_budget,
     cross_entropy,
     direction,
@@ -25,17 +26,18 @@ from vmoe_momentum.robustness.attacks import (
 
 pytest.importorskip("torchattacks")
 EPS = 8 / 255
-RUNNABLE = [name for name in ATTACKS if name != "autoattack"]
+# the ensemble is long, and has a test of its own
+ALONE = [name for name in ATTACKS if name != "autoattack"]
 
 
 class Net(nn.Module):
-    """A small smooth classifier of 12-pixel images into 4 classes, with a BatchNorm and dropout to get wrong."""
+    """A small smooth classifier of 16-pixel images into 4 classes, with a BatchNorm and dropout to get wrong."""
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Dropout(0.5))
-        self.head, self.scale = nn.Linear(8 * 100, 4), scale
+        self.head, self.scale = nn.Linear(8 * 196, 4), scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * self.head(self.features((x - 0.5) / 0.25).flatten(1))
@@ -43,7 +45,7 @@ class Net(nn.Module):
 
 def data(net: nn.Module, count: int = 12) -> tuple[Tensor, Tensor]:
     """Images with pure black and white in them, labelled as the net sees them."""
-    images = torch.rand(count, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     images[:, :, :3], images[:, :, -3:] = 0.0, 1.0
     with torch.no_grad():
         return images, net.eval()(images).argmax(dim=1)
@@ -88,6 +90,61 @@ def test_ours_is_torchattacks_where_both_are_sound() -> None:
     torch.testing.assert_close(mine, run_attack("pgd", net, images, labels, Budget(EPS, steps=7)), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", EPS), ("L2", 0.5)])
+def test_pgd_is_foolbox(norm: str, eps: float, steps: int) -> None:
+    foolbox = pytest.importorskip("foolbox")
+    net = Net()
+    images, labels = data(net)
+    kind = {"Linf": foolbox.attacks.LinfPGD, "L2": foolbox.attacks.L2PGD}[norm]
+    peer = kind(abs_stepsize=min(eps, 2.5 * eps / steps), steps=steps, random_start=False)
+    expected = peer(foolbox.PyTorchModel(net.eval(), bounds=(0, 1), device="cpu"), images, labels, epsilons=eps)[1]
+    found = run_attack("pgd", net, images, labels, Budget(eps, norm, steps=steps))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 4 / 255), pytest.param("L2", 0.4, marks=pytest.mark.long)])
+def test_autoattack_is_no_weaker_than_its_parts(norm: str, eps: float) -> None:
+    """4 classes: fewer than the 9 it targets by default. Its official form, not torchattacks' ten steps."""
+    pytest.importorskip("pyautoattack")
+    net = Net()
+    images, labels = data(net, 4)
+    before = torch.get_rng_state()
+    found = run_attack("autoattack", net, images, labels, Budget(eps, norm))
+    assert torch.equal(torch.get_rng_state(), before)
+    size = (found - images).flatten(1)
+    assert float((size.abs().amax(dim=1) if norm == "Linf" else size.norm(dim=1)).max()) <= eps + 1e-6
+    parts = [run_attack(name, net, images, labels, Budget(eps, norm, steps=50)) for name in ("apgd", "pgd-margin")]
+    assert accuracy(net, found, labels) <= min(accuracy(net, part, labels) for part in parts) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "classes", "norm", "message"),
+    [
+        ("apgd-dlr", 16, 2, "Linf", "apgd-dlr: needs 3 classes, there are 2"),
+        ("autoattack", 16, 3, "Linf", "autoattack: needs 4 classes"),
+        ("square", 24, 10, "L2", "square: in L2 it cannot cut up 24-pixel images"),
+    ],
+)
+def test_what_cannot_be_attacked_is_said_first(name: str, side: int, classes: int, norm: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_attack(name, side, classes, norm)
+    check_attack("square", 24, 2, "Linf")
+
+
+@pytest.mark.parametrize("side", [*range(4, 40), 96, 224])
+def test_which_sides_square_cuts_up_in_l2(side: int) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * side**2, 2))
+    images = torch.rand(2, 3, side, side)
+    labels = net(images).argmax(dim=1)  # so that it has something to do
+    budget = Budget(0.1, "L2", queries=2)
+    if side in ATTACKS["square"].not_in_l2:
+        with pytest.raises((RuntimeError, ZeroDivisionError)):
+            run_attack("square", net, images, labels, budget)
+    else:
+        run_attack("square", net, images, labels, budget)
+
+
 def test_fgsm_by_its_definition() -> None:
     net = Net()
     images, labels = data(net)
@@ -98,12 +155,8 @@ def test_fgsm_by_its_definition() -> None:
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", ALONE)
 def test_ball_and_box_hold_and_zero_budget_is_the_clean_image(name: str, norm: str) -> None:
-    if norm not in ATTACKS[name].norms:
-        with pytest.raises(ValueError, match=f"norm={norm}: {name} knows"):
-            check_budget(name, Budget(EPS, norm))
-        return
     net = Net()
     images, labels = data(net)
     eps = EPS if norm == "Linf" else 0.5
@@ -116,16 +169,17 @@ def test_ball_and_box_hold_and_zero_budget_is_the_clean_image(name: str, norm: s
     assert torch.equal(run_attack(name, net, images, labels, Budget(0.0, norm)), images)
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
-def test_attacks_make_a_model_worse(name: str) -> None:
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 32 / 255), ("L2", 2.0)])
+@pytest.mark.parametrize("name", ALONE)
+def test_attacks_make_a_model_worse(name: str, norm: str, eps: float) -> None:
     net = Net()
     images, labels = data(net, 24)
-    found = run_attack(name, net, images, labels, Budget(32 / 255, steps=20, queries=512))
+    found = run_attack(name, net, images, labels, Budget(eps, norm, steps=20, queries=512))
     assert accuracy(net, images, labels) == 1.0
     assert accuracy(net, found, labels) <= 0.7
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", ALONE)
 def test_nothing_is_left_behind(name: str) -> None:
     """Train flags of every sub-module, requires_grad, .grad, random state; inside inference_mode too."""
     net = Net().train()
@@ -179,6 +233,8 @@ def test_pixels_and_budgets_out_of_range_are_refused() -> None:
             check_budget("pgd", Budget(eps))
     with pytest.raises(ValueError, match="attacks=pgdd: no such attack"):
         check_budget("pgdd", Budget(EPS))
+    with pytest.raises(ValueError, match="norm=L1: pgd knows Linf, L2"):
+        check_budget("pgd", Budget(EPS, "L1"))
     with pytest.raises(ValueError, match="steps=0"):
         check_budget("pgd", Budget(EPS, steps=0))
 

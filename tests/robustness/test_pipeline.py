@@ -25,8 +25,8 @@ PLAIN = Settings(attacks=(), regenerate=False)
 
 def report(settings: Settings, models, out: Path, **options) -> dict[tuple[str, ...], float]:
     evaluation = evaluate(make_plan(settings, models), models, out, **options)
-    rows = write_report(evaluation, out, {})
-    return {(r.model, r.dataset, r.condition, r.severity, r.metric): r.value for r in rows} | {
+    rows = write_report(evaluation, out, {}).rows
+    return {(r.model, r.dataset, r.condition, r.severity_or_eps, r.metric): r.value for r in rows} | {
         ("n", *r[:5]): r.n for r in rows
     }
 
@@ -223,7 +223,7 @@ def test_wrong_before_is_never_robust(tmp_path: Path, flipper) -> None:
     names = [str(i) for i in range(10)]
     for i in range(10):
         paint(tmp_path / "in" / "4" / f"{i}.png", 3 if i < 4 else 4)  # four answer 3: wrong, until attacked
-    settings = Settings(data=str(tmp_path / "in"), regenerate=False, attacks=("flip",), eps=(1.0,))
+    settings = Settings(data=str(tmp_path / "in"), regenerate=False, attacks=("flip",), eps=(1 / 255,))
     model = planted(num_classes=10, names=names)
     evaluation = evaluate(make_plan(settings, [model]), [model], tmp_path / "out")
     rows = {(r.condition, r.metric): r.value for r in make_rows(evaluation)}
@@ -292,7 +292,7 @@ def test_signs_of_masked_gradients() -> None:
     assert "square-200q leaves 0.0 %" in told(
         3, ("attack", "square-200q", "4", outcome([0, 0], index=[0, 2], zero=[0, 0]))
     )
-    assert "33 % still right at eps 64/255" in told(
+    assert "33 % still right under PGD at eps 64/255" in told(
         4, ("attack", "sanity-pgd", "64", outcome([1, 1, 0, 0, 0, 0], zero=none))
     )
     assert "50 % of images have no gradient at all" in told(
@@ -339,7 +339,7 @@ def test_the_page_stands_alone_and_everything_is_in_it(tmp_path: Path) -> None:
     )
     models = [planted("<b>&"), planted("two")]
     evaluation = evaluate(make_plan(settings, models), models, tmp_path / "out")
-    rows = write_report(evaluation, tmp_path / "out", {"seed": 3})
+    rows = write_report(evaluation, tmp_path / "out", {"seed": 3}).rows
     page = (tmp_path / "out" / "report.html").read_text()
     assert "http" not in page and 'src="data:image/png;base64,' in page
     assert "&lt;b&gt;&amp;" in page and "<b>&<" not in page

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vmoe_momentum import SoftRouter, cli
 from vmoe_momentum.classifiers import open_models
-from vmoe_momentum.robustness.commands import parse_eps
+from vmoe_momentum.robustness import parse_eps
 
 pytest.importorskip("torchattacks")
 pytest.importorskip("cv2")
@@ -37,7 +37,7 @@ def test_two_networks_and_a_timm_model_side_by_side(digits: Path, here: Path) ->
     assert {row["model"] for row in found} == {"Residual", "hb", "dense"}
     n = {(row["condition"], row["metric"]): row["n"] for row in found}
     assert n["clean", "top1"] == "6" and n["square-20q", "robust_top1"] == "3" and n["fgsm", "robust_top1"] == "6"
-    assert {row["severity"] for row in found if row["condition"] == "pgd-20"} == {"2"}
+    assert {row["severity_or_eps"] for row in found if row["condition"] == "pgd-20"} == {"2"}
     routing = [row for row in found if row["metric"].startswith("routing_change/")]
     assert {row["model"] for row in routing} == {"Residual", "hb"}
     assert {row["condition"] for row in routing} >= {"clean", "contrast", "uniform-noise", "fgsm", "pgd-20"}
@@ -46,8 +46,21 @@ def test_two_networks_and_a_timm_model_side_by_side(digits: Path, here: Path) ->
     assert {row["dataset"] for row in found if row["condition"] == "contrast"} == {"data (regenerated)"}
     told = json.loads((here / "o" / "report.json").read_text())["provenance"]
     assert set(told["models"]) == {"Residual", "hb", "dense"} and len(told["models"]["hb"]["sha256"]) == 64
-    assert told["settings"]["eps"] == [pytest.approx(2.0)] and told["versions"]["torch"]
+    assert told["settings"]["eps"] == [pytest.approx(2 / 255)] and told["versions"]["torch"]
+    assert told["command"].startswith("vmoe-momentum robustness --model=a.ckpt") and told["versions"]["vmoe_momentum"]
     assert {path.name for path in (here / "o").iterdir()} >= {"report.html", "report.md", "rows.csv", "examples.png"}
+
+
+def test_budgets_in_l2(digits: Path, here: Path, capsys) -> None:
+    """Their defaults, noise of the same length, rows in units of 1; the comparison is on the terminal, too."""
+    write_checkpoint(tiny(), here / "a.ckpt")
+    argv = ["--model=a.ckpt", f"--data={digits}", "--out=o", "--limit=6", "--corruptions=[none]", "--norm=L2"]
+    cli.run(["robustness", *argv, "--attacks=[fgsm,pgd,square]", "--queries=20", "--steps=3"])
+    found = {(row["condition"], row["severity_or_eps"]) for row in rows(here / "o" / "rows.csv")}
+    for name in ("uniform-noise-L2", "fgsm-L2", "pgd-3-L2", "square-20q-L2", "worst-case-L2"):
+        assert {eps for condition, eps in found if condition == name} == {"0.5", "1", "2"}
+    assert ("sanity-pgd", "64") in found  # in Linf always
+    assert "fgsm-L2, eps 0.5 " in capsys.readouterr().out
 
 
 def test_clean_accuracy_is_that_of_test(digits: Path, here: Path) -> None:
@@ -134,7 +147,7 @@ def test_eps_in_pixels() -> None:
         (["--model=a.ckpt", "--data={d}", "--eps=[x]"], "--eps=x: use a number in pixels"),
         (["--model=a.ckpt", "--data={d}", "--eps=[1/255,1/255]"], "one is there twice"),
         (["--model=a.ckpt", "--data={d}", "--attacks=[pdg]"], "attacks=pdg: no such attack; valid:"),
-        (["--model=a.ckpt", "--data={d}", "--norm=L2"], "norm=L2: fgsm knows Linf"),
+        (["--model=a.ckpt", "--data={d}", "--norm=L1"], "norm=L1: expected 'Linf', 'L2'"),
         (["--model=a.ckpt", "--data={d}", "--corruptions=[smoke]"], "--corruptions=smoke: not one of"),
         (["--model=a.ckpt", "--data={d}", "--severities=[0]"], "--severities=0: use 1 to 5"),
         (["--model=a.ckpt", "--data={d}", "--limit=0"], "--limit=0: use 1 or more"),

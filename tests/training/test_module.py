@@ -251,7 +251,7 @@ def test_a_short_robustness_report_after_test(digits, tmp_path) -> None:
     module = classifier(class_names=[str(i) for i in range(CLASSES)])
     nn.init.normal_(module.model.net.head.weight)
     data = FolderDataModule(str(digits), image_size=16, batch_size=8, num_workers=0, eval_crop_ratio=1.0)
-    check = RobustnessCheck(corruptions=["contrast"], severities=[2, 3], eps=[8.0], limit=20)
+    check = RobustnessCheck(corruptions=["contrast"], severities=[2, 3], eps=["8/255"], limit=20)
     runner = trainer(tmp_path, limit_test_batches=1, callbacks=[check])
     (scores,) = runner.test(module, datamodule=data, verbose=False)
     names = ("clean/top1", "contrast_2/top1", "contrast_3/top1", "fgsm_8/robust_top1", "uniform-noise_8/top1")

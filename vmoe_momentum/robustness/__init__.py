@@ -7,7 +7,7 @@ from .attacks import ATTACKS, Budget, run_attack
 from .corruptions import BENCHMARK, EXTRA, SEVERITIES, corrupt
 from .evaluate import Evaluation, evaluate
 from .models import Model, View
-from .plan import Settings, make_plan
+from .plan import Settings, make_plan, parse_eps
 from .report import write_report
 from .rows import Row, read_rows, write_rows
 
@@ -25,6 +25,7 @@ __all__ = [
     "corrupt",
     "evaluate",
     "make_plan",
+    "parse_eps",
     "read_rows",
     "run_attack",
     "write_report",

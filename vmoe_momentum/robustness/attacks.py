@@ -9,6 +9,7 @@ out, and holds it inside the eps ball and the [0, 1] box. The model must normali
 To add one: a function (classifier, images, labels, Budget) -> images, decorated with `@attack`.
 """
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,16 +38,21 @@ class Budget(NamedTuple):
 class Attack(NamedTuple):
     run: Callable[[nn.Module, Tensor, Tensor, Budget], Tensor]
     norms: tuple[Norm, ...]
+    package: str | None  # what it is made with
+    min_classes: int  # its loss needs so many
+    not_in_l2: tuple[int, ...]  # sides of images that its L2 form cannot cut up
 
 
 ATTACKS: dict[str, Attack] = {}
 
 
-def attack(*norms: Norm) -> Callable[[Callable], Callable]:
+def attack(
+    *norms: Norm, package: str | None = None, min_classes: int = 2, not_in_l2: tuple[int, ...] = ()
+) -> Callable[[Callable], Callable]:
     """Registers a function under its own name, underscores as hyphens."""
 
     def register(function: Callable) -> Callable:
-        ATTACKS[function.__name__.replace("_", "-")] = Attack(function, norms)
+        ATTACKS[function.__name__.replace("_", "-")] = Attack(function, norms, package, min_classes, not_in_l2)
         return function
 
     return register
@@ -85,6 +91,17 @@ def check_budget(name: str, budget: Budget) -> None:
     for setting in ("steps", "queries"):
         if getattr(budget, setting) < 1:
             raise ValueError(f"{setting}={getattr(budget, setting)}: use 1 or more")
+
+
+def check_attack(name: str, side: int, classes: int, norm: Norm) -> None:
+    """Whether it can be run on images of `side` pixels. Raises ValueError: it cannot, or a package is missing."""
+    found = ATTACKS[name]
+    if found.package is not None:
+        load_package(found.package)
+    if classes < found.min_classes:
+        raise ValueError(f"attacks={name}: needs {found.min_classes} classes, there are {classes}; use pgd-margin")
+    if norm == "L2" and side in found.not_in_l2:
+        raise ValueError(f"attacks={name}: in L2 it cannot cut up {side}-pixel images; leave it out, or use norm=Linf")
 
 
 def project(images: Tensor, found: Tensor, budget: Budget) -> Tensor:
@@ -143,15 +160,19 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss,
 # ---- attacks
 
 
-@attack("Linf")
+@attack("Linf", "L2", package="torchattacks")
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-    """One step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., arXiv:1412.6572)."""
-    if budget.router_loss is not None:
-        return images + budget.eps * input_gradient(model, images, labels, cross_entropy, budget).sign()
-    return _torchattacks().FGSM(model, eps=budget.eps)(images, labels)
+    """One step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., arXiv:1412.6572).
+
+    Linf from torchattacks, which has no L2 form; ours along the gradient itself there, and with a router's loss.
+    """
+    if budget.norm == "Linf" and budget.router_loss is None:
+        return load_package("torchattacks").FGSM(model, eps=budget.eps)(images, labels)
+    gradient = input_gradient(model, images, labels, cross_entropy, budget)
+    return images + budget.eps * direction(gradient, budget.norm)
 
 
-@attack("Linf", "L2")
+@attack("Linf", "L2", package="torchattacks")
 def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Projected gradient on the cross-entropy (Madry et al., arXiv:1706.06083), without a random start.
 
@@ -160,7 +181,9 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Ten
     """
     if budget.norm == "Linf" and budget.router_loss is None:
         step = step_size(budget)
-        return _torchattacks().PGD(model, budget.eps, step, budget.steps, random_start=False)(images, labels)
+        return load_package("torchattacks").PGD(model, budget.eps, step, budget.steps, random_start=False)(
+            images, labels
+        )
     return projected_gradient(model, images, labels, cross_entropy, budget)
 
 
@@ -192,38 +215,39 @@ def direction(gradient: Tensor, norm: Norm) -> Tensor:
     return torch.where(length > 0, gradient / length.clamp_min(1e-300), 0.0).to(gradient.dtype)
 
 
-@attack("Linf")
+# In L2 five windows of a fifth of the side, and a sixth where there is room for one but for the margin before it.
+@attack("Linf", "L2", package="torchattacks", not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24))
 def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Random search over squares, margin loss, no gradients (Andriushchenko et al., arXiv:1912.00049).
 
-    Its random numbers are a batch's, so results depend a little on the batch size. Linf only: torchattacks' L2 windows
-    do not fit small images.
+    The schedule of their sizes is stretched or shrunk to the queries. Its random numbers are a batch's, so results
+    depend a little on the batch size.
     """
     options = {"norm": budget.norm, "eps": budget.eps, "n_queries": budget.queries, "seed": budget.seed}
     with torch.no_grad():
-        return _torchattacks().Square(model, **options)(images, labels)
+        return load_package("torchattacks").Square(model, **options)(images, labels)
 
 
-@attack("Linf", "L2")
+@attack("Linf", "L2", package="torchattacks")
 def apgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Step sizes that adapt, cross-entropy (Croce and Hein, arXiv:2003.01690)."""
     options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed}
-    return _torchattacks().APGD(model, **options)(images, labels)
+    return load_package("torchattacks").APGD(model, **options)(images, labels)
+
+
+@attack("Linf", "L2", package="torchattacks", min_classes=3)
+def apgd_dlr(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """The same on the difference of logits ratio, which scaling the logits does not change."""
+    options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed, "loss": "dlr"}
+    return load_package("torchattacks").APGD(model, **options)(images, labels)
 
 
 @attack("Linf", "L2")
-def apgd_dlr(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-    """The same on the difference of logits ratio, which scaling the logits does not change; needs 3 classes."""
-    options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed, "loss": "dlr"}
-    return _torchattacks().APGD(model, **options)(images, labels)
-
-
-@attack("Linf")
 def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Gradient of the margin from differences along random signs, Adam on it (Uesato et al., arXiv:1802.05666).
 
     Ours: torchattacks' default is one Adam step, at most 2.55/255 whatever eps is. `queries` forward passes an image:
-    2 * 64 probes a step.
+    2 * 64 probes a step. In L2 the step is a quarter of eps along Adam's direction.
     """
     probes, delta, rate = 64, 0.01, budget.eps / 4
     found = images.clone()
@@ -237,28 +261,31 @@ def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
                 gradient += ((up - down) / (2 * delta)).view(-1, 1, 1, 1) * signs / probes
             first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
             ascent = first / (1 - 0.9**step) / ((second / (1 - 0.99**step)).sqrt() + 1e-8)
-            found = project(images, found + rate * ascent, budget)
+            found = project(
+                images, found + rate * (ascent if budget.norm == "Linf" else direction(ascent, "L2")), budget
+            )
     return found
 
 
-@attack("Linf", "L2")
+@attack("Linf", "L2", package="pyautoattack", min_classes=4, not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24))
 def autoattack(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
-    """The standard AutoAttack: APGD-CE, APGD-T, FAB-T, Square (Croce and Hein, arXiv:2003.01690)."""
+    """The standard AutoAttack: APGD-CE, APGD-T, FAB-T, Square (Croce and Hein, arXiv:2003.01690).
+
+    It targets the 9 classes next in line, all others where they are fewer; its targeted loss is not defined on fewer
+    than 4 classes. It has its own steps and queries: those of `budget` change nothing.
+    """
     package = load_package("pyautoattack")
-    options = {"norm": budget.norm, "eps": budget.eps, "device": images.device, "seed": budget.seed, "verbose": False}
-    found = package.AutoAttack(model, version="standard", **options)
-    result = found.run_standard_evaluation(images, labels, batch_size=len(images))
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _torchattacks():
-    return load_package("torchattacks")
+    with torch.no_grad():
+        classes = model(images[:1]).shape[1]
+    options = {"norm": budget.norm, "eps": budget.eps, "device": images.device, "seed": budget.seed}
+    ensemble = package.AutoAttack(model, version="standard", **options)
+    for targeted in (ensemble.apgd_targeted, ensemble.fab):
+        targeted.n_target_classes = min(9, classes - 1)
+    return ensemble.run_standard_evaluation(images, labels, batch_size=len(images))[0]
 
 
 def load_package(name: str):
     """Raises ValueError: it is not installed, or another version."""
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:

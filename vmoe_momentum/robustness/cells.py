@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     pictures: Pictures
     kind: Kind
     condition: str  # as in the rows: clean, gaussian_noise, pgd-20, uniform-noise
-    severity: str = ""  # 1 to 5, or eps in pixel units of 255
+    severity: str = ""  # 1 to 5, or eps: of 255 in Linf, of 1 in L2
     change: Change | None = None
     attack: str | None = None
     budget: Budget | None = None
@@ -151,11 +151,16 @@ def _restricted(module: torch.nn.Module, classes: list[int] | None) -> torch.nn.
 
 
 def _noisy(images: Tensor, index: Tensor, budget: Budget) -> Tensor:
-    """Uniform noise of size eps, each picture its own."""
+    """Noise of size eps, each picture its own: uniform in the Linf ball or on the L2 sphere, clipped to the box."""
     drawn = []
     for image, number in zip(images, index.tolist(), strict=True):
         generator = torch.Generator().manual_seed(budget.seed * 1_000_003 + number)
-        drawn.append((torch.rand(image.shape, generator=generator) * 2 - 1).to(images.device))
+        if budget.norm == "Linf":
+            noise = torch.rand(image.shape, generator=generator) * 2 - 1
+        else:
+            noise = torch.randn(image.shape, generator=generator)
+            noise /= noise.norm()
+        drawn.append(noise.to(images.device))
     return (images + budget.eps * torch.stack(drawn)).clamp(0.0, 1.0)
 
 

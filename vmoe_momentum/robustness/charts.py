@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from .corruptions import BENCHMARK
 from .evaluate import Evaluation
 from .rows import Row
-from .summary import SANITY, WORST
+from .summary import L2, SANITY, WORST
 
 
 def draw(evaluation: Evaluation, rows: list[Row]) -> dict[str, Figure]:
@@ -40,7 +40,7 @@ def _bars(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Fi
     axis, width = figure.subplots(), 0.8 / len(colors)
     for place, (label, color) in enumerate(colors.items()):
         heights = [
-            100 * _mean([r for r in rows if (labels[r.model], r.condition, r.severity) == (label, name, "mean")])
+            100 * _mean([r for r in rows if (labels[r.model], r.condition, r.severity_or_eps) == (label, name, "mean")])
             for name in names
         ]
         axis.bar(np.arange(len(names)) + (place + 0.5) * width - 0.4, heights, width, color=color, label=label)
@@ -53,10 +53,10 @@ def _bars(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Fi
 def _curves(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axis = figure.subplots()
-    levels = sorted({row.severity for row in rows if row.severity.isdecimal()})
+    levels = sorted({row.severity_or_eps for row in rows if row.severity_or_eps.isdecimal()})
     for label, color in colors.items():
         own = [row for row in rows if labels[row.model] == label]
-        each = [[100 * r.value for r in own if r.severity == level] for level in levels]
+        each = [[100 * r.value for r in own if r.severity_or_eps == level] for level in levels]
         axis.plot([int(level) for level in levels], [np.mean(v) for v in each], marker="o", color=color, label=label)
     axis.set(xlabel="severity", ylabel="top-1 (%), mean over corruptions", ylim=(0, 101))
     axis.set_xticks([int(level) for level in levels])
@@ -65,27 +65,32 @@ def _curves(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> 
 
 
 def _eps(attacks: list[Row], rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
-    """A panel an attack; eps 0 is the clean accuracy."""
-    conditions = sorted({row.condition for row in attacks}, key=lambda name: (name == WORST, name))
-    figure = Figure(figsize=(3.4 * len(conditions), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(conditions), squeeze=False, sharey=True)[0]
-    for axis, condition in zip(axes, conditions, strict=True):
+    """A panel an attack, three in a line; eps 0 is the clean accuracy."""
+    conditions = sorted({row.condition for row in attacks}, key=lambda name: (name.startswith(WORST), name))
+    across, down = min(3, len(conditions)), -(-len(conditions) // 3)
+    figure = Figure(figsize=(3.4 * across, 3.0 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    for axis in axes[len(conditions) :]:
+        axis.set_axis_off()
+    for axis, condition in zip(axes, conditions, strict=False):
         for label, color in colors.items():
             own = [r for r in attacks if labels[r.model] == label and r.condition == condition]
             clean = _mean(
                 [r for r in rows if labels[r.model] == label and (r.condition, r.metric) == ("clean", "top1")]
             )
-            sizes = sorted({float(row.severity) for row in own})
-            values = [_mean([r for r in own if float(r.severity) == size]) for size in sizes]
+            sizes = sorted({float(row.severity_or_eps) for row in own})
+            values = [_mean([r for r in own if float(r.severity_or_eps) == size]) for size in sizes]
             axis.plot([0, *sizes], [100 * v for v in (clean, *values)], marker="o", color=color, label=label)
-        axis.set(title=condition, xlabel="eps, of 255", ylim=(0, 101))
-    axes[0].set_ylabel("robust top-1 (%)")
+        axis.set(title=condition, xlabel="eps" if condition.endswith(L2) else "eps, of 255", ylim=(0, 101))
+    for axis in axes[::across]:
+        axis.set_ylabel("robust top-1 (%)")
     axes[0].legend(fontsize=8)
     return figure
 
 
 def _routing(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
-    """Mean over severities or eps, a panel a block."""
+    """Mean over blocks and severities or eps; models without MoE blocks are not in it."""
+    colors = {label: colors[label] for label in dict.fromkeys(labels[row.model] for row in rows)}
     blocks = list(dict.fromkeys(row.metric.partition("/")[2] for row in rows))
     kinds = list(dict.fromkeys(row.condition for row in rows))
     figure = Figure(figsize=(7, 0.8 + 0.24 * len(kinds) * len(colors)), layout="constrained")

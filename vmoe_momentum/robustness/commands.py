@@ -1,6 +1,7 @@
 """The command line `vmoe-momentum robustness ...`; benchmarks/robustness.py is the same."""
 
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -9,14 +10,16 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from ..parsers import check_device, new_parser
 from .attacks import ATTACKS
 from .corruptions import BENCHMARK, EXTRA
 from .evaluate import evaluate
 from .models import Model
-from .plan import SHIFTED, Settings, make_plan
-from .report import write_report
+from .plan import DEFAULT_EPS, SHIFTED, Settings, make_plan, parse_eps
+from .report import Report, write_report
 
 _EXAMPLES = """examples:
   vmoe-momentum robustness --data data/digits --model Residual=a.ckpt --model HeavyBall=b.ckpt --out runs/robustness
@@ -25,14 +28,22 @@ _EXAMPLES = """examples:
 
 It writes rows.csv, report.json, report.md and report.html (self-contained) to --out; stopped, it goes on from there."""
 
-PACKAGES = ("torch", "torchvision", "timm", "torchattacks", "numpy", "scipy", "opencv-python", "pillow")
+PACKAGES = (
+    "vmoe_momentum", "torch", "torchvision", "timm", "torchattacks", "pyautoattack", "numpy", "scipy", "opencv-python",
+    "pillow",
+)  # fmt: skip
 
 
 def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> None:
     """argv: what follows `robustness`. Mistakes come out as exceptions, before anything is evaluated."""
     given = parser().parse_args(argv).as_dict()
     settings = Settings(
-        **{name: _value(name, given[name]) for name in Settings._fields if name in given and name != "regenerate"},
+        **{
+            name: _tuple(given[name])
+            for name in Settings._fields
+            if name in given and name not in ("eps", "regenerate")
+        },
+        eps=DEFAULT_EPS[given["norm"]] if given["eps"] is None else tuple(parse_eps(text) for text in given["eps"]),
         regenerate=given["corruptions"] != ["none"] and given["data"] is not None and not given["published_only"],
     )
     if given["corruptions"] == ["none"]:
@@ -48,15 +59,32 @@ def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> Non
     start = time.time()
     evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], given["device"])
     provenance = {
-        "models": {model.name: model.provenance for model in models}, "settings": settings._asdict(),
-        "batch_size": given["batch_size"], "device": given["device"], "machine": platform.machine(),
-        "python": platform.python_version(), "versions": _versions(), "seconds": round(time.time() - start, 1),
+        "command": shlex.join(["vmoe-momentum", "robustness", *argv]), "settings": settings._asdict(),
+        "models": {model.name: model.provenance for model in models}, "batch_size": given["batch_size"],
+        "device": given["device"], "machine": platform.machine(), "python": platform.python_version(),
+        "versions": _versions(), "seconds": round(time.time() - start, 1),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }  # fmt: skip
-    rows = write_report(evaluation, out, provenance)
-    Console().print(
-        f"{len(rows)} rows: {out / 'rows.csv'}; report: {out / 'report.html'}", soft_wrap=True, highlight=False
-    )
+    report = write_report(evaluation, out, provenance)
+    _show(report)
+    told = f"{len(report.rows)} rows: {out / 'rows.csv'}; report: {out / 'report.html'}"
+    Console().print(told, soft_wrap=True, highlight=False, markup=False)
+
+
+def _show(report: Report) -> None:
+    """The comparison and the warnings, on the terminal."""
+    _, _, (header, *lines) = report.comparison
+    table = Table(box=None, header_style="bold")
+    for place, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if place else "left")
+    for line in lines:
+        table.add_row(*[Text(cell.replace("**", "")) for cell in line])
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # into a file: do not fold lines at 80
+    console.print(table)
+    for line in report.warnings:
+        console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
 
 
 def parser() -> ArgumentParser:
@@ -83,8 +111,9 @@ def parser() -> ArgumentParser:
         help=f"Any of {', '.join(ATTACKS)}; [] for none.",
     )  # fmt: skip
     words.add_argument(
-        "--eps", type=list[float | str], default=["1/255", "2/255", "4/255"], help="Budgets in pixels of [0, 1]."
-    )
+        "--eps", type=list[float | str] | None, default=None,
+        help="Budgets in pixels of [0, 1]; by default [1/255,2/255,4/255], or [0.5,1,2] in L2.",
+    )  # fmt: skip
     words.add_argument("--norm", type=Literal["Linf", "L2"], default="Linf", help="Of the attacks.")
     words.add_argument("--steps", type=int, default=20, help="Of iterative attacks.")
     words.add_argument("--queries", type=int, default=5000, help="Of square and spsa, an image.")
@@ -101,19 +130,8 @@ def parser() -> ArgumentParser:
     return words
 
 
-def _value(name: str, value: Any) -> Any:
-    if name == "eps":
-        return tuple(255 * parse_eps(text) for text in value)
+def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def parse_eps(text: str) -> float:
-    """`4/255` or `0.0157`. Raises ValueError: neither."""
-    above, slash, below = str(text).partition("/")
-    try:
-        return float(above) / (float(below) if slash else 1.0)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--eps={text}: use a number in pixels of [0, 1], such as 4/255") from error
 
 
 def _prepare(out: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import labels
-from .attacks import Budget, Norm, check_budget
+from .attacks import Budget, Norm, check_attack, check_budget
 from .cells import Cell
 from .corruptions import BENCHMARK, EXTRA, REGISTRY, SEVERITIES
 from .imagenet_c import find_tree
@@ -17,11 +17,12 @@ QUERY_ATTACKS = ("square", "spsa")  # bought by the query, so run on a subset
 SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000
     "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
 }  # fmt: skip
-LARGE_EPS = 64.0  # of 255: any undefended model must fall
+LARGE_EPS = 64 / 255  # Linf: any undefended model must fall
+DEFAULT_EPS: dict[Norm, tuple[float, ...]] = {"Linf": (1 / 255, 2 / 255, 4 / 255), "L2": (0.5, 1.0, 2.0)}
 
 
 class Settings(NamedTuple):
-    """What was asked for. Folders are None where a set is not wanted; eps in pixel units of 255."""
+    """What was asked for. Folders are None where a set is not wanted; eps in units of pixels in [0, 1]."""
 
     data: str | None = None
     imagenet_c: str | None = None
@@ -34,7 +35,7 @@ class Settings(NamedTuple):
     severities: tuple[int, ...] | None = None  # None: all five
     regenerate: bool = True
     attacks: tuple[str, ...] = ("fgsm", "pgd", "pgd-margin", "square")
-    eps: tuple[float, ...] = (1.0, 2.0, 4.0)
+    eps: tuple[float, ...] = DEFAULT_EPS["Linf"]
     norm: Norm = "Linf"
     steps: int = 20
     queries: int = 5000
@@ -52,6 +53,9 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
         clean = _limited(_pictures("data", settings.data, models), settings)
         cells.append(Cell(clean, "clean", "clean"))
         cells += _regenerated(clean, settings) if settings.regenerate else []
+        for name in settings.attacks:
+            for model in models:
+                check_attack(name, model.view.size, model.num_classes, settings.norm)
         cells += _adversarial(clean, settings)
     if settings.imagenet_c is not None:
         cells += _published(settings, models)
@@ -78,7 +82,7 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, setting)
         if value is not None and value < 1:
             raise ValueError(f"--{setting}={value}: use 1 or more")
-    if len(set(settings.eps)) < len(settings.eps):
+    if len({_severity(eps, settings.norm) for eps in settings.eps}) < len(settings.eps):
         raise ValueError(f"--eps={list(settings.eps)}: one is there twice")
     for name in settings.attacks:
         for eps in settings.eps:
@@ -86,7 +90,21 @@ def check_settings(settings: Settings) -> None:
 
 
 def _budget(settings: Settings, eps: float) -> Budget:
-    return Budget(eps / 255, settings.norm, settings.steps, settings.queries, settings.seed)
+    return Budget(eps, settings.norm, settings.steps, settings.queries, settings.seed)
+
+
+def _severity(eps: float, norm: Norm) -> str:
+    """As rows say it: of 255 in Linf."""
+    return f"{255 * eps:g}" if norm == "Linf" else f"{eps:g}"
+
+
+def parse_eps(text: str | float) -> float:
+    """`4/255` or `0.0157`. Raises ValueError: neither."""
+    above, slash, below = str(text).partition("/")
+    try:
+        return float(above) / (float(below) if slash else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--eps={text}: use a number in pixels of [0, 1], such as 4/255") from error
 
 
 def _pictures(name: str, root: str, models: Sequence[Model], classes: list[int] | None = None) -> Pictures:
@@ -136,21 +154,24 @@ def _regenerated(clean: Pictures, settings: Settings) -> list[Cell]:
 def _adversarial(clean: Pictures, settings: Settings) -> list[Cell]:
     few = tuple(subset(len(clean.paths), settings.query_images, settings.seed))
     cells = []
-    if settings.attacks and settings.norm == "Linf":
+    if settings.attacks:
+        noise = "uniform-noise" if settings.norm == "Linf" else "uniform-noise-L2"
         cells += [
-            Cell(clean, "noise", "uniform-noise", f"{eps:g}", budget=_budget(settings, eps)) for eps in settings.eps
+            Cell(clean, "noise", noise, _severity(eps, settings.norm), budget=_budget(settings, eps))
+            for eps in settings.eps
         ]
     for name in settings.attacks:
         bought = name in QUERY_ATTACKS
         for eps in settings.eps:
             cells.append(
-                Cell(clean, "attack", condition_of(name, settings), f"{eps:g}", attack=name,
+                Cell(clean, "attack", condition_of(name, settings), _severity(eps, settings.norm), attack=name,
                      budget=_budget(settings, eps), router_aware=settings.router_aware, order=few if bought else None)
             )  # fmt: skip
-    if "pgd" in settings.attacks and settings.norm == "Linf":
+    if "pgd" in settings.attacks:
         check = tuple(subset(len(clean.paths), 100, settings.seed))
-        budget = _budget(settings, LARGE_EPS)
-        cells.append(Cell(clean, "attack", "sanity-pgd", f"{LARGE_EPS:g}", attack="pgd", budget=budget, order=check))
+        budget = _budget(settings, LARGE_EPS)._replace(norm="Linf")
+        severity = _severity(LARGE_EPS, "Linf")
+        cells.append(Cell(clean, "attack", "sanity-pgd", severity, attack="pgd", budget=budget, order=check))
     return cells
 
 

@@ -5,7 +5,7 @@ import html
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -17,12 +17,26 @@ from .summary import Comparison, compare, make_rows, warnings_of
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}small{color:#666}img{max-width:100%}li{margin:.3rem 0}
+summary{cursor:pointer;color:#06c}
 .warn{background:#fff6e0;border-left:4px solid #e0a000;padding:.3rem 1rem}
 pre{overflow-x:auto;background:#f6f6f6;padding:1rem}"""
 
+LONG = 30  # lines of a table that is folded away
 
-def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) -> list[Row]:
-    """rows.csv, report.json, report.md, report.html and the pictures, in `out`. Gives the rows."""
+
+Table = tuple[str, str, list[list[str]]]  # title, note, header and lines
+
+
+class Report(NamedTuple):
+    """What was written."""
+
+    rows: list[Row]
+    comparison: Table
+    warnings: list[str]
+
+
+def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) -> Report:
+    """rows.csv, report.json, report.md, report.html and the pictures, in `out`."""
     rows = make_rows(evaluation)
     lines, warnings = compare(evaluation), warnings_of(evaluation, rows)
     figures = draw(evaluation, rows)
@@ -35,10 +49,7 @@ def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) 
     for name, content in pictures.items():
         (out / f"{_file(name)}.png").write_bytes(content)
     (out / "report.html").write_text(_page(tables, warnings, pictures, provenance))
-    return rows
-
-
-Table = tuple[str, str, list[list[str]]]  # title, note, header and lines
+    return Report(rows, tables[0], warnings)
 
 
 def _comparison(lines: list[Comparison]) -> Table:
@@ -107,7 +118,7 @@ def _metric_tables(rows: list[Row]) -> list[Table]:
 
 
 def _key(row: Row) -> tuple[str, str, str, str]:
-    return row.dataset, row.condition, row.severity, row.metric.partition("/")[0]
+    return row.dataset, row.condition, row.severity_or_eps, row.metric.partition("/")[0]
 
 
 def _name(key: tuple[str, str, str, str]) -> str:
@@ -143,28 +154,35 @@ def _png(figure: Figure) -> bytes:
 
 
 def _page(tables: list[Table], warnings: list[str], pictures: dict[str, bytes], provenance: dict[str, Any]) -> str:
-    parts = [f"<!doctype html><meta charset=utf-8><title>Robustness report</title><style>{STYLE}</style>"]
+    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>Robustness report</title><style>{STYLE}</style>"]
     parts.append("<h1>Robustness report</h1>")
+    names = ", ".join(provenance["models"]) if "models" in provenance else ""
+    parts.append(f"<p>{html.escape(names)}</p>")
     if warnings:
         items = "".join(f"<li>{html.escape(line)}</li>" for line in warnings)
         parts.append(f"<div class=warn><b>Read this first</b><ul>{items}</ul></div>")
     first, *others = tables
-    parts.append(_table(first))
+    parts.append(_table(first, folded=False))
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()
         told = html.escape(name)
         parts.append(f'<h2>{told.capitalize()}</h2><img alt="{told}" src="data:image/png;base64,{data}">')
-    parts += [_table(table) for table in others]
+    parts += [_table(table, folded=len(table[2]) > LONG) for table in others]
     told = html.escape(json.dumps(provenance, indent=1, default=str))
-    parts.append(f"<h2>Provenance</h2><pre>{told}</pre>")
+    parts.append(
+        f"<h2>Provenance</h2><details><summary>models, settings, versions</summary><pre>{told}</pre></details>"
+    )
     return "\n".join(parts)
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, folded: bool) -> str:
     title, note, (header, *lines) = table
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{_bold(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-    return f"<h2>{html.escape(title)}</h2><p><small>{html.escape(note)}</small></p><table><tr>{head}</tr>{body}</table>"
+    content = f"<table><tr>{head}</tr>{body}</table>"
+    if folded:
+        content = f"<details><summary>{len(lines)} lines</summary>{content}</details>"
+    return f"<h2>{html.escape(title)}</h2><p><small>{html.escape(note)}</small></p>{content}"
 
 
 def _bold(cell: str) -> str:

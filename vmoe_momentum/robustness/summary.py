@@ -20,7 +20,7 @@ from .imagenet_c import (
 from .labels import real_labels
 from .rows import Row
 
-WORST, SANITY = "worst-case", "sanity-pgd"
+WORST, SANITY, L2 = "worst-case", "sanity-pgd", "-L2"
 
 
 def make_rows(evaluation: Evaluation) -> list[Row]:
@@ -38,6 +38,11 @@ def make_rows(evaluation: Evaluation) -> list[Row]:
 def robust(cell: Cell, outcome: Outcome, clean: Outcome) -> np.ndarray:
     """[N] correct before and after the attack: an image that was wrong already is never robust."""
     return outcome.correct & _at(clean, outcome.index)
+
+
+def eps_text(condition: str, severity: str) -> str:
+    """4/255 in Linf, 0.5 in L2."""
+    return severity if condition.endswith(L2) else f"{severity}/255"
 
 
 def _at(clean: Outcome, index: np.ndarray) -> np.ndarray:
@@ -114,7 +119,8 @@ def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
             places = np.searchsorted(clean.index, outcome.index)
             standing[cell.severity][places] &= outcome.correct
     for eps, kept in standing.items():
-        rows.append(Row(model, attacks[0][0].pictures.name, WORST, eps, "robust_top1", float(kept.mean()), len(kept)))
+        name = WORST + (L2 if attacks[0][0].condition.endswith(L2) else "")
+        rows.append(Row(model, attacks[0][0].pictures.name, name, eps, "robust_top1", float(kept.mean()), len(kept)))
     return rows
 
 
@@ -181,9 +187,9 @@ def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[str, np.ndarray]:
             if cell.condition in BENCHMARK:
                 corrupted.setdefault(cell.pictures.name, []).append(outcome.correct)
         elif cell.kind == "attack":
-            lines[f"{cell.condition}, eps {cell.severity}/255"] = robust(cell, outcome, clean)
+            lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = robust(cell, outcome, clean)
         elif cell.kind == "noise":
-            lines[f"uniform noise, eps {cell.severity}/255"] = outcome.correct
+            lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = outcome.correct
         else:
             lines[cell.pictures.name] = outcome.correct
     averages = {f"{name}, mean corrupted": np.mean(parts, axis=0) for name, parts in corrupted.items()}
@@ -196,7 +202,7 @@ def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
     cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind == "attack"}
     for model in evaluation.models:
         clean = evaluation.outcomes.get((model.name, 0))
-        value = {(r.condition, r.severity, r.metric): r.value for r in rows if r.model == model.name}
+        value = {(r.condition, r.severity_or_eps, r.metric): r.value for r in rows if r.model == model.name}
         for (condition, eps), number in cells.items():
             outcome = evaluation.outcomes[model.name, number]
             share = value[condition, eps, "zero_gradient"]
@@ -215,13 +221,13 @@ def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
                 theirs = robust(evaluation.cells[cells[base, eps]], other, clean)[same]
                 if mine.mean() < theirs.mean() - 0.002 - 1e-9:
                     found.append(
-                        f"{model.name}, eps {eps}/255: {condition} leaves {100 * mine.mean():.1f} % where the stronger "
-                        f"{base} leaves {100 * theirs.mean():.1f} %; its gradients may be masked"
+                        f"{model.name}, eps {eps_text(condition, eps)}: {condition} leaves {100 * mine.mean():.1f} % "
+                        f"where the stronger {base} leaves {100 * theirs.mean():.1f} %; its gradients may be masked"
                     )
         for (condition, eps, metric), share in value.items():
             if (condition, metric) == (SANITY, "robust_top1") and share > 0.05:
                 found.append(
-                    f"{model.name}: {100 * share:.0f} % still right at eps {eps}/255, where nothing should be; its "
-                    "gradients may be masked"
+                    f"{model.name}: {100 * share:.0f} % still right under PGD at eps {eps}/255, where nothing should "
+                    "be; its gradients may be masked"
                 )
     return list(dict.fromkeys(found))

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from ..robustness import Model, Settings, View, evaluate, make_plan, write_report
+from ..robustness import Model, Settings, View, evaluate, make_plan, parse_eps, write_report
 
 
 class RobustnessCheck(Callback):
@@ -20,7 +20,7 @@ class RobustnessCheck(Callback):
     Args:
         corruptions: Names of ImageNet-C's corruptions.
         severities: 1 to 5.
-        eps: Budgets of FGSM in pixel units of 255; empty for none.
+        eps: Budgets of FGSM in pixels of [0, 1], such as 1/255; empty for none.
         limit: Pictures, the same ones every time; null for all.
         batch_size: Pictures at once.
     """
@@ -29,14 +29,15 @@ class RobustnessCheck(Callback):
         self,
         corruptions: list[str] = ["gaussian_noise", "motion_blur", "fog", "contrast"],  # noqa: B006  (jsonargparse reads it)
         severities: list[int] = [3],  # noqa: B006
-        eps: list[float] = [1.0],  # noqa: B006
+        eps: list[float | str] = ["1/255"],  # noqa: B006
         limit: int | None = 1000,
         batch_size: int = 64,
     ) -> None:
         attacks = ("fgsm",) if eps else ()
         self.batch_size = batch_size
+        budgets = tuple(parse_eps(text) for text in eps)
         self.settings = Settings(
-            corruptions=tuple(corruptions), severities=tuple(severities), attacks=attacks, eps=tuple(eps), limit=limit
+            corruptions=tuple(corruptions), severities=tuple(severities), attacks=attacks, eps=budgets, limit=limit
         )
 
     @rank_zero_only
@@ -51,12 +52,11 @@ class RobustnessCheck(Callback):
         )  # fmt: skip
         cells = make_plan(self.settings._replace(data=str(data.root)), [model])
         training = {module: module.training for module in pl_module.model.modules()}
-        rows = write_report(
-            evaluate(cells, [model], folder, self.batch_size, device=str(pl_module.device)), folder, {"model": told}
-        )  # fmt: skip
+        evaluation = evaluate(cells, [model], folder, self.batch_size, device=str(pl_module.device))
+        report = write_report(evaluation, folder, {"models": {label: told}})
         for module, was in training.items():
             module.training = was
-        for row in rows:
-            name = "_".join(part.replace(" ", "_") for part in (row.condition, row.severity) if part)
+        for row in report.rows:
+            name = "_".join(part.replace(" ", "_") for part in (row.condition, row.severity_or_eps) if part)
             pl_module.log(f"test/robustness/{name}/{row.metric}", row.value, batch_size=1, rank_zero_only=True)
         Console().print(f"[bold]robustness[/bold]  {folder / 'report.html'}", soft_wrap=True, highlight=False)
