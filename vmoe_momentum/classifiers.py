@@ -5,6 +5,7 @@ B images, N tokens, E experts, K classes.
 
 import hashlib
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:
         raise ValueError("--model: none given; use --model LABEL=runs/.../last.ckpt, or a timm name")
     found: list[Model] = []
     for text in texts:
+        if not split_label(text)[1]:
+            raise ValueError(f"--model={text}: no source; use LABEL=runs/.../last.ckpt, or a timm name")
         found.append(_open(*split_label(text), pretrained))
     labels = [model.label for model in found]
     named = []
@@ -39,7 +42,24 @@ def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:
         if labels.count(model.label) > 1:
             model = model._replace(name=f"{model.label}#{labels[: number + 1].count(model.label)}")
         named.append(model)
+    _check_names(named)
     return named
+
+
+def _check_names(models: list[Model]) -> None:
+    """Raises ValueError: two models of one name, one model twice in a group, a group of different networks."""
+    names = [model.name for model in models]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"--model: two are called {twice}; choose labels without #")
+    for label in dict.fromkeys(model.label for model in models):
+        told = [model.provenance for model in models if model.label == label]
+        for key in ("sha256", "weights_sha256"):
+            found = [facts[key] for facts in told if key in facts]
+            if len(set(found)) < len(found):
+                raise ValueError(f"--model: {label} is the same weights twice; a group is of different seeds")
+        if len({json.dumps(facts.get("settings"), sort_keys=True) for facts in told}) > 1:
+            raise ValueError(f"--model: different networks are called {label}; give each a label, as --model mine=PATH")
 
 
 def _open(label: str, source: str, pretrained: bool) -> Model:
@@ -70,20 +90,33 @@ def _saved(label: str, source: str) -> Model:
 
 def _callable(label: str, source: str) -> Model:
     place, _, name = source.rpartition(":")
+    if not place or not name:
+        raise ValueError(f"--model={source}: write module:callable")
     try:
         module = getattr(importlib.import_module(place), name)()
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"--model={source}: no such module:callable ({error}); it must be importable from here"
         ) from error
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(f"--model={source}: raises {type(error).__name__} ({error}); call it by hand") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"--model={source}: gives {type(module).__name__}, not a torch module from pixels to logits")
     size = int(getattr(module, "image_size", 224))
     module = module.eval()
-    with torch.inference_mode():
-        classes = int(module(torch.zeros(1, 3, size, size)).shape[-1])
+    try:
+        with torch.inference_mode():
+            classes = int(module(torch.zeros(1, 3, size, size)).shape[-1])
+    except Exception as error:
+        raise ValueError(
+            f"--model={source}: fails on {size}-pixel images ({type(error).__name__}: {error}); it takes [B, 3, H, W] "
+            "in [0, 1] and gives logits; an attribute image_size says another size"
+        ) from error
     view = View(size, float(getattr(module, "crop_pct", 0.875)), "bilinear")
-    provenance = {"source": source, "weights": _weights_hash(module)}
+    provenance = {
+        "source": source, "view": view._asdict(), "weights_sha256": _weights_hash(module),
+        "answers_sha256": _answers_hash(module, size),
+    }  # fmt: skip
     return Model(label or name, label or name, module, view, classes, None, None, None, provenance)
 
 
@@ -150,6 +183,13 @@ def _sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _answers_hash(module: nn.Module, size: int) -> str:
+    """Of its logits on noise: code may change where weights do not."""
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return hashlib.sha256(module(images).double().numpy().tobytes()).hexdigest()
 
 
 def _weights_hash(module: nn.Module) -> str:

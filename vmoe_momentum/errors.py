@@ -104,6 +104,8 @@ def _type(message: str) -> str:
     value = WRONG_TYPE.search(message)
     kinds = [kind.rpartition(".")[2] or literals for kind, literals in WANTED.findall(message)]
     wanted = " or ".join(dict.fromkeys(kinds)) or "another type"
+    if "list" in kinds and value:
+        wanted += f", such as [{value[1]}]"
     return f"{_setting(message)}={value[1] if value else '?'}: expected {wanted.replace('NoneType', 'null')}"
 
 

@@ -1,5 +1,8 @@
 """mCE, calibration, class lists and intervals against published numbers and hand arithmetic."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -17,10 +20,18 @@ from vmoe_momentum.robustness.imagenet_c import (
     relative_mean_corruption_error,
 )
 
+ORACLES = Path(__file__).parent.parent / "oracles" / "corruptions"
+
 
 def table(mean_error: dict[str, float]) -> dict[str, dict[int, float]]:
     """The same mean spread unevenly over severities, never constant."""
     return {name: {s: error * (0.8 + 0.1 * (s - 1)) for s in SEVERITIES} for name, error in mean_error.items()}
+
+
+def test_alexnets_errors_to_the_image() -> None:
+    known = json.loads((ORACLES / "params.json").read_text())
+    assert known["alexnet_error"] == ALEXNET and known["alexnet_clean_error"] == ALEXNET_CLEAN
+    assert tuple(known["benchmark"]) == BENCHMARK and tuple(known["extra"]) == EXTRA
 
 
 def test_alexnet_is_100() -> None:
@@ -75,18 +86,18 @@ def test_both_layouts_are_found_and_partial_trees_refused(grouped: bool, tmp_pat
         for severity in SEVERITIES:
             place = tmp_path / (f"{groups[name]}/{name}" if grouped else name) / str(severity) / "n01440764"
             place.mkdir(parents=True)
-    tree = find_tree(str(tmp_path))
-    assert tree.complete and len(tree.folders) == 75
-    assert tree.folders["snow", 2].parent.name == "snow"
-    (tree.folders["snow", 2] / "n01440764").rmdir()
+    folders = find_tree(str(tmp_path))
+    assert list(folders) == [(name, severity) for name in BENCHMARK for severity in SEVERITIES]
+    assert folders["snow", 2].parent.name == "snow"
+    (folders["snow", 2] / "n01440764").rmdir()
     with pytest.raises(ValueError, match=r"snow/2 missing; looked for <corruption>/<severity>"):
         find_tree(str(tmp_path))
     part = find_tree(str(tmp_path), ["fog", "snow"], [1, 5])
-    assert not part.complete and list(part.folders) == [("fog", 1), ("fog", 5), ("snow", 1), ("snow", 5)]
+    assert list(part) == [("fog", 1), ("fog", 5), ("snow", 1), ("snow", 5)]
     with pytest.raises(ValueError, match="corruptions=smoke: not one of"):
         find_tree(str(tmp_path), ["smoke"])
-    with pytest.raises(ValueError, match="severities=6: use 1 to 5"):
-        find_tree(str(tmp_path), ["fog"], [6])
+    (tmp_path / ("extra/spatter" if grouped else "spatter") / "1" / "n01440764").mkdir(parents=True)
+    assert list(find_tree(str(tmp_path), ["spatter"], [1])) == [("spatter", 1)]
     with pytest.raises(FileNotFoundError, match="no such folder"):
         find_tree(str(tmp_path / "none"))
 
@@ -100,6 +111,13 @@ def test_class_lists() -> None:
     assert (len(r), sum(r), r[:6], r[-5:]) == (200, 86135, [1, 2, 4, 6, 8, 9], [967, 980, 981, 983, 988])
     assert (len(o), len(set(a) & set(r)), len(set(a) | set(r)), len(set(a) & set(o))) == (200, 86, 314, 59)
     assert list(labels.wnids()) == sorted(labels.wnids()) and len(labels.wnids()) == 1000
+
+
+def test_another_list_is_refused(monkeypatch) -> None:
+    for name in labels.SHA:
+        monkeypatch.setitem(labels.SHA, name, "0" * 16)
+        with pytest.raises(ValueError, match=f"timm's {name} is another list"):
+            labels._info(name)
 
 
 def test_real_labels() -> None:
@@ -123,6 +141,11 @@ def test_folders_become_labels_by_name_never_by_order(tmp_path) -> None:
         (tmp_path / "c" / folder / "x.png").touch()
     assert labels.list_pictures(tmp_path / "c", ["dog", "eel", "cat"], 3, "--data").labels == [2, 0]
     assert labels.list_pictures(tmp_path / "c", None, 2, "--data").labels == [0, 1]
+    for folder in ("7", "0007"):
+        (tmp_path / "z" / folder).mkdir(parents=True)
+        (tmp_path / "z" / folder / "x.png").touch()
+    with pytest.raises(ValueError, match="folder 0007 is no class of this model"):
+        labels.list_pictures(tmp_path / "z", None, 10, "--data")
     with pytest.raises(ValueError, match="folder cat is no class of this model"):
         labels.list_pictures(tmp_path / "c", None, 3, "--data")
     with pytest.raises(ValueError, match="folder cat is no class of this model"):
@@ -146,6 +169,9 @@ def test_rms_calibration_error_by_hand() -> None:
     more = rms_calibration_error(np.append(confidence, 1.0), np.append(correct, 0), 2)
     assert more == pytest.approx(np.sqrt(0.4 * (0.3 - 0.5) ** 2 + 0.6 * (0.9 - 1 / 3) ** 2))
     assert rms_calibration_error(confidence, correct, 100) == pytest.approx(abs(confidence.mean() - 0.5))
+    many, right = np.linspace(0, 1, 250), np.arange(250) % 3 == 0
+    assert rms_calibration_error(many, right) == rms_calibration_error(many, right, 100)  # the published size
+    assert rms_calibration_error(many, right) != rms_calibration_error(many, right, 50)
     with pytest.raises(ValueError, match="no images"):
         rms_calibration_error(np.zeros(0), np.zeros(0))
 
@@ -163,6 +189,7 @@ def test_a_calibrated_model_has_no_error_and_order_does_not_matter() -> None:
 
 def test_aurra_and_aupr_by_hand() -> None:
     assert aurra(np.array([0.1, 0.9, 0.5]), np.array([0, 1, 0])) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert aurra(np.array([0.5, 0.5]), np.array([1, 0])) == pytest.approx(3 / 4)  # a tie keeps the images' order
     assert average_precision(np.array([1, 0, 1, 0]), np.array([0.9, 0.8, 0.7, 0.1])) == pytest.approx((1 + 2 / 3) / 2)
 
 
@@ -175,6 +202,11 @@ def test_bootstrap_interval_is_the_binomial_one() -> None:
     half = 1.96 * np.sqrt(0.7 * 0.3 / 1000)
     assert found.value == 0.7
     assert (found.low, found.high) == (pytest.approx(0.7 - half, abs=0.003), pytest.approx(0.7 + half, abs=0.003))
+
+
+def test_seeds_are_no_more_images() -> None:
+    outcomes = (np.arange(200) % 3 > 0).astype(float)
+    assert mean_interval(np.stack([outcomes] * 5)) == mean_interval(outcomes)
 
 
 def test_paired_differences_are_narrower_and_seeds_are_apart() -> None:

@@ -193,14 +193,19 @@ def test_nothing_is_left_behind(name: str) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
+    budget = Budget(EPS, steps=3, queries=128)
     with torch.inference_mode():
-        found = run_attack(name, net, images.clone(), labels, Budget(EPS, steps=3, queries=128))
+        found = run_attack(name, net, images.clone(), labels, budget)
     assert torch.equal(torch.rand(3), expected)
+    with torch.no_grad():
+        assert torch.equal(run_attack(name, net, images.double(), labels, budget), found)
+    assert found.dtype == torch.float32
     assert [module.training for module in net.modules()] == flags and True in flags and False in flags
     assert not net.head.bias.requires_grad and net.head.weight.requires_grad
     assert all(parameter.grad is None for parameter in net.parameters())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not torch.equal(found, images)
+    assert torch.equal(run_attack(name, net.eval(), images, labels, budget), found)  # in eval mode all along
 
 
 def test_also_after_an_error() -> None:
@@ -246,14 +251,13 @@ def test_saturated_logits_hide_the_cross_entropy_not_the_margin() -> None:
     gradient = input_gradient(net, images, labels, cross_entropy, Budget(0.0))
     assert float((gradient.flatten(1).abs().amax(dim=1) == 0).float().mean()) > 0.2
     budget = Budget(16 / 255, steps=20)
-    left = {
-        name: accuracy(net, run_attack(name, net, images, labels, budget), labels) for name in ("pgd", "pgd-margin")
-    }
-    assert left["pgd-margin"] < left["pgd"] - 0.1
+    names = ("pgd", "pgd-margin", "apgd", "apgd-dlr")
+    left = {name: accuracy(net, run_attack(name, net, images, labels, budget), labels) for name in names}
+    assert left["pgd-margin"] < left["pgd"] - 0.1 and left["apgd-dlr"] < left["apgd"] - 0.1
 
 
 def test_l2_steps_do_not_shrink_for_confident_models() -> None:
-    net = Net(scale=30.0)
+    net = Net(scale=300.0)
     images, labels = data(net)
     images = 0.25 + images / 2  # away from the box
     found = run_attack("pgd", net, images, labels, Budget(0.3, "L2", steps=1))
@@ -284,7 +288,10 @@ def test_a_router_loss_joins_the_objective() -> None:
     images, labels = data(net)
     # a loss that only cares for brightness, much larger than the rest
     aware = Budget(EPS, steps=3, router_loss=lambda x, y: 1e4 * x.sum())
+    none = Budget(EPS, steps=3, router_loss=lambda x, y: 0 * x.sum())
     for name in ("fgsm", "pgd", "pgd-margin"):
+        plain = run_attack(name, net, images, labels, Budget(EPS, steps=3))
+        torch.testing.assert_close(run_attack(name, net, images, labels, none), plain, atol=1e-6, rtol=0)
         found = run_attack(name, net, images, labels, aware)
         torch.testing.assert_close(found, (images + EPS).clamp(0, 1))
 
@@ -309,6 +316,26 @@ def test_spsa_uses_its_queries_and_its_budget() -> None:
     found = run_attack("spsa", net, images, labels, Budget(32 / 255, queries=640))
     assert sum(calls) == 640 * len(images)
     assert float((found - images).abs().max()) > 20 / 255
+
+
+@pytest.mark.parametrize(
+    ("name", "spent", "seeded"),
+    [("fgsm", 1, False), ("pgd", 20, False), ("pgd-margin", 20, False), ("apgd", 22, True), ("apgd-dlr", 22, True),
+     ("square", 40, True), ("spsa", 128, True)],
+)  # fmt: skip
+def test_budgets_and_seeds_are_used(name: str, spent: int, seeded: bool) -> None:
+    """Forward passes an image, a few more for starts and ends; other random numbers with another seed."""
+    net = Net()
+    images, labels = data(net)
+    calls = []
+    handle = net.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    budget = Budget(0.1 / 255, steps=20, queries=128 if name == "spsa" else 40)  # too small to end early
+    run_attack(name, net, images, labels, budget)
+    handle.remove()
+    assert spent <= sum(calls) / len(images) <= spent + 3
+    budget = Budget(EPS, steps=3, queries=256)
+    first, again, other = (run_attack(name, net, images, labels, budget._replace(seed=s)) for s in (0, 0, 1))
+    assert torch.equal(first, again) and torch.equal(first, other) != seeded
 
 
 def test_frozen_is_seeded_and_restores_numpy_untouched() -> None:

@@ -15,6 +15,7 @@ from vmoe_momentum.robustness.corruptions import (
     corrupt,
     generator,
     through_jpeg,
+    weather,
 )
 
 pytest.importorskip("cv2")
@@ -49,6 +50,16 @@ def test_names_are_the_benchmarks() -> None:
     groups = [REGISTRY[name].group for name in BENCHMARK]
     assert groups == ["noise"] * 3 + ["blur"] * 4 + ["weather"] * 4 + ["digital"] * 4
     assert all(REGISTRY[name].group == "extra" for name in EXTRA)
+
+
+def test_every_parameter_is_the_published_one() -> None:
+    """ImageNet-C's, and CIFAR-10-C's for images below 64 pixels."""
+    for file, size in (("params.json", "large"), ("cifar_c_params.json", "small")):
+        published = json.loads((ORACLES / file).read_text())["severity_parameters"]
+        assert set(published) == set(REGISTRY)
+        for name, known in published.items():
+            ours = [np.atleast_1d(each) for each in getattr(REGISTRY[name], size)]
+            np.testing.assert_allclose(np.array(ours), np.array([np.atleast_1d(k) for k in known]), rtol=1e-12)
 
 
 @pytest.mark.parametrize("cell", EXACT.files)
@@ -126,14 +137,55 @@ def test_other_sizes(name: str, size: tuple[int, int]) -> None:
     assert not np.array_equal(made[0], made[4])
 
 
-def test_draws_span_their_ranges() -> None:
-    """What statistics cannot see: texture 6 never, motion angles over all of -45 to 45."""
-    textures, angles = set(), []
-    for key in range(200):
-        textures.add(int(generator(0, "frost", 1, str(key)).integers(0, 5)))
-        angles.append(generator(0, "motion_blur", 1, str(key)).uniform(-45, 45))
-    assert textures == {0, 1, 2, 3, 4}
-    assert min(angles) < -40 and max(angles) > 40
+class Recorder:
+    """Draws of a fixed generator, and what was asked for."""
+
+    def __init__(self) -> None:
+        self.rng, self.asked = np.random.default_rng(0), []
+
+    def __getattr__(self, kind: str):
+        def draw(*arguments, **options):
+            self.asked.append((kind, *arguments))
+            return getattr(self.rng, kind)(*arguments, **options)
+
+        return draw
+
+
+def test_what_is_drawn() -> None:
+    """What statistics cannot see: the sixth texture never, angles over all of -45 to 45, the small forms' sizes."""
+    for image, scale in ((PHOTO, 1.0), (PHOTO[:16, :16], 0.2)):
+        rng = Recorder()
+        kind = REGISTRY["frost"]
+        kind.apply(image, (kind.small if scale < 1 else kind.large)[0], rng)
+        textures = []
+        for name in ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg"):
+            with Image.open(Path(weather.__file__).parent / "frost" / name) as picture:
+                textures.append((round(picture.height * scale), round(picture.width * scale)))
+        assert rng.asked[0] == ("integers", 0, 5)
+        (_, _, down), (_, _, right) = rng.asked[1:]
+        assert (down + len(image), right + len(image)) in textures
+    rng = Recorder()
+    REGISTRY["motion_blur"].apply(PHOTO, REGISTRY["motion_blur"].large[0], rng)
+    assert rng.asked == [("uniform", -45, 45)]
+    for image, side in ((PHOTO, 256), (PHOTO[:16, :16], 32)):  # fog: every point of the map but the first
+        rng = Recorder()
+        REGISTRY["fog"].apply(image, (1.0, 2.0), rng)
+        assert sum(int(np.prod(shape)) for _, _, _, shape in rng.asked) == side**2 - 1
+
+
+def test_who_shares_random_numbers() -> None:
+    keys = [(0, "snow", 1, "a"), (1, "snow", 1, "a"), (0, "fog", 1, "a"), (0, "snow", 2, "a"), (0, "snow", 1, "b")]
+    assert len({generator(*key).random() for key in keys}) == len(keys)
+    assert generator(*keys[0]).random() == generator(*keys[0]).random()
+
+
+@pytest.mark.parametrize(("shape", "small"), [((64, 64), False), ((63, 100), True), ((100, 63), True)])
+def test_below_64_pixels_on_the_shorter_side(shape: tuple[int, int], small: bool) -> None:
+    image = np.ascontiguousarray(PHOTO[: shape[0], : shape[1]])
+    kind = REGISTRY["contrast"]
+    expected = kind.apply(image, (kind.small if small else kind.large)[1], None)
+    found = corrupt(image, "contrast", 2, 0, "k")
+    assert np.array_equal(found, expected if small else through_jpeg(expected, quality=85, optimize=True))
 
 
 @pytest.mark.parametrize("value", [0, 255])

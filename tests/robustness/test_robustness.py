@@ -43,6 +43,11 @@ def test_two_networks_and_a_timm_model_side_by_side(digits: Path, here: Path) ->
     assert {row["condition"] for row in routing} >= {"clean", "contrast", "uniform-noise", "fgsm", "pgd-20"}
     assert all(float(row["value"]) == 0 for row in routing if row["condition"] == "clean")
     assert any(float(row["value"]) > 0 for row in routing if row["condition"] == "fgsm")
+    cli.run(["robustness", *argv, "--out=q", "--batch_size=4", "--attacks=[fgsm,pgd,pgd-margin]"])
+    smaller = {tuple(row.values())[:5]: float(row["value"]) for row in rows(here / "q" / "rows.csv")}
+    for row in found:
+        if not row["condition"].startswith(("square", "worst")):
+            assert smaller[tuple(row.values())[:5]] == pytest.approx(float(row["value"]), abs=1e-4), row
     assert {row["dataset"] for row in found if row["condition"] == "contrast"} == {"data (regenerated)"}
     told = json.loads((here / "o" / "report.json").read_text())["provenance"]
     assert set(told["models"]) == {"Residual", "hb", "dense"} and len(told["models"]["hb"]["sha256"]) == 64
@@ -110,7 +115,10 @@ def test_models_from_everywhere(here: Path, monkeypatch) -> None:
     )
     monkeypatch.syspath_prepend(here)
     write_checkpoint(tiny(router=SoftRouter()), here / "a=b.ckpt")
-    models = open_models(["local-dir:net", "x=net", "mine:Mine", "hb=./a=b.ckpt", "hb=./a=b.ckpt"])
+    other = tiny(router=SoftRouter())
+    torch.nn.init.normal_(other.head.weight)
+    write_checkpoint(other, here / "c.ckpt")
+    models = open_models(["local-dir:net", "x=net", "mine:Mine", "hb=./a=b.ckpt", "hb=c.ckpt"])
     assert [model.name for model in models] == ["Nesterov", "x", "Mine", "hb#1", "hb#2"]
     assert [model.view.size for model in models] == [16, 16, 20, 16, 16] and models[2].num_classes == 7
     assert models[2].routing is None and models[0].routing is not None
@@ -127,6 +135,26 @@ def test_models_from_everywhere(here: Path, monkeypatch) -> None:
         open_models(["mine:number"])
     with pytest.raises(ValueError, match="no such timm model"):
         open_models(["vit_tinny"])
+    write_checkpoint(tiny(rule="HeavyBall"), here / "d.ckpt")
+    for sources, message in (
+        (["hb=c.ckpt", "hb=c.ckpt"], "hb is the same weights twice"),
+        (["hb=c.ckpt", "hb=d.ckpt"], "different networks are called hb"),
+        (["hb#1=c.ckpt", "hb=./a=b.ckpt", "hb=c.ckpt"], "two are called hb#1"),
+        (["hb="], "--model=hb=: no source"),
+        ([":x"], "--model=:x: write module:callable"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_models(sources)
+    (here / "odd.py").write_text(
+        "import torch\n"
+        "def raises():\n    raise KeyError('boom')\n"
+        "def needs(argument):\n    pass\n"
+        "class Pair(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return x, x\n"
+    )
+    for name, message in (("raises", "raises KeyError"), ("needs", "raises TypeError"), ("Pair", "fails on 224-pixel")):
+        with pytest.raises(ValueError, match=f"--model=odd:{name}: {message}"):
+            open_models([f"odd:{name}"])
 
 
 def test_eps_in_pixels() -> None:
@@ -145,7 +173,7 @@ def test_eps_in_pixels() -> None:
         (["--model=a.ckpt", "--data=nowhere"], "--data=nowhere: no such folder"),
         (["--model=a.ckpt", "--data={d}", "--eps=[4]"], "eps=4: pixels lie in [0, 1]"),
         (["--model=a.ckpt", "--data={d}", "--eps=[x]"], "--eps=x: use a number in pixels"),
-        (["--model=a.ckpt", "--data={d}", "--eps=[1/255,1/255]"], "one is there twice"),
+        (["--model=a.ckpt", "--data={d}", "--eps=[1/255,0.00392157]"], "--eps: 1/255 is there twice"),
         (["--model=a.ckpt", "--data={d}", "--attacks=[pdg]"], "attacks=pdg: no such attack; valid:"),
         (["--model=a.ckpt", "--data={d}", "--norm=L1"], "norm=L1: expected 'Linf', 'L2'"),
         (["--model=a.ckpt", "--data={d}", "--corruptions=[smoke]"], "--corruptions=smoke: not one of"),
@@ -162,6 +190,22 @@ def test_eps_in_pixels() -> None:
         (["--model=a.ckpt", "--data=broken", "--corruptions=[none]"], "x.jpg: cannot be decoded"),
         (["--model=a.ckpt", "--data={d}", "--out=a.ckpt"], "--out=a.ckpt: cannot be written"),
         (["--model=a.ckpt", "--data={d}", "--attack=[fgsm]"], "attack"),
+        (["--model=a.ckpt", "--data={d}", "--attacks=fgsm"], "attacks=fgsm: expected list, such as [fgsm]"),
+        (["--model=a.ckpt", "--data={d}", "--attacks=[pgd,pgd]"], "--attacks: pgd is there twice"),
+        (["--model=a.ckpt", "--data={d}", "--corruptions=[fog,fog]"], "--corruptions: fog is there twice"),
+        (["--model=a.ckpt", "--data={d}", "--severities=[1,1]"], "--severities: 1 is there twice"),
+        (["--model=a.ckpt", "--data={d}", "--severities=[]"], "--severities=[]: use some of 1 to 5"),
+        (["--model=a.ckpt", "--data={d}", "--eps=[]"], "--eps=[]: give budgets"),
+        (["--model=a.ckpt", "--data={d}", "--seed=-1"], "--seed=-1: use 0 to"),
+        (["--model=a.ckpt", "--data={d}", "--seed=99999999999999999999"], "use 0 to 2147483647"),
+        (["--model=a.ckpt", "--data={d}", "--out="], "--out=: name a folder"),
+        (["--model=a.ckpt", "--data={d}", "--attacks=[square]", "--router_aware"], "['square'] uses it"),
+        (["--model=dense.ckpt", "--data={d}", "--router_aware"], "--router_aware: none of the models has routers"),
+        (["--model=a.ckpt", "--data={d}", "--attacks=[spsa]", "--queries=20"], "spsa needs 128 for one step"),
+        (["--model=a.ckpt", "--imagenet_o={d}"], "--imagenet_o={d}: needs --data"),
+        (["--model=none", "--data={d}", "--corruptions=[smoke]"], "--corruptions=smoke: not one of"),
+        (["--model=a.ckpt", "--data=broken", "--corruptions=[none]", "--workers=1"], "x.jpg: cannot be decoded"),
+        (["--model=a.ckpt", "--data=dangling"], "leads to no file; remove it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -169,6 +213,10 @@ def test_mistakes_are_one_line_and_leave_no_report(
     argv: list[str], message: str, digits: Path, here: Path, capsys
 ) -> None:
     write_checkpoint(tiny(), here / "a.ckpt")
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=1, embed_dim=32, num_heads=2)
+    write_checkpoint(dense, here / "dense.ckpt")
+    (here / "dangling" / "3").mkdir(parents=True)
+    (here / "dangling" / "3" / "x.png").symlink_to("nowhere.png")
     (here / "partial" / "fog" / "1" / "0").mkdir(parents=True)
     (here / "strange" / "cat").mkdir(parents=True)
     (here / "strange" / "cat" / "x.png").touch()
@@ -177,7 +225,8 @@ def test_mistakes_are_one_line_and_leave_no_report(
     source.save(here / "broken" / "3" / "x.jpg")
     content = (here / "broken" / "3" / "x.jpg").read_bytes()
     (here / "broken" / "3" / "x.jpg").write_bytes(content[: len(content) // 2])
-    assert message in fails(["robustness", *[word.format(d=digits) for word in argv]], capsys)
+    line = fails(["robustness", *[word.format(d=digits) for word in argv]], capsys)
+    assert message.format(d=digits) in line and "Traceback" not in line and not (here / "runs").exists()
     assert not list(here.rglob("rows.csv")) and not list(here.rglob("report.*")) and not list(here.rglob("*.npz"))
 
 

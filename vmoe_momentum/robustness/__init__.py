@@ -7,9 +7,10 @@ from .attacks import ATTACKS, Budget, run_attack
 from .corruptions import BENCHMARK, EXTRA, SEVERITIES, corrupt
 from .evaluate import Evaluation, evaluate
 from .models import Model, View
-from .plan import Settings, make_plan, parse_eps
+from .plan import Settings, check_settings, describe_pictures, make_plan, parse_eps
 from .report import write_report
-from .rows import Row, read_rows, write_rows
+from .rows import Row, write_rows
+from .versions import versions
 
 __all__ = [
     "ATTACKS",
@@ -22,12 +23,14 @@ __all__ = [
     "Row",
     "Settings",
     "View",
+    "check_settings",
     "corrupt",
+    "describe_pictures",
     "evaluate",
     "make_plan",
     "parse_eps",
-    "read_rows",
     "run_attack",
+    "versions",
     "write_report",
     "write_rows",
 ]

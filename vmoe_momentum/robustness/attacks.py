@@ -40,6 +40,8 @@ class Attack(NamedTuple):
     norms: tuple[Norm, ...]
     package: str | None  # what it is made with
     min_classes: int  # its loss needs so many
+    min_queries: int
+    router: bool  # uses Budget.router_loss
     not_in_l2: tuple[int, ...]  # sides of images that its L2 form cannot cut up
 
 
@@ -47,12 +49,19 @@ ATTACKS: dict[str, Attack] = {}
 
 
 def attack(
-    *norms: Norm, package: str | None = None, min_classes: int = 2, not_in_l2: tuple[int, ...] = ()
+    *norms: Norm,
+    package: str | None = None,
+    min_classes: int = 2,
+    min_queries: int = 1,
+    router: bool = False,
+    not_in_l2: tuple[int, ...] = (),
 ) -> Callable[[Callable], Callable]:
     """Registers a function under its own name, underscores as hyphens."""
 
     def register(function: Callable) -> Callable:
-        ATTACKS[function.__name__.replace("_", "-")] = Attack(function, norms, package, min_classes, not_in_l2)
+        ATTACKS[function.__name__.replace("_", "-")] = Attack(
+            function, norms, package, min_classes, min_queries, router, not_in_l2
+        )
         return function
 
     return register
@@ -86,11 +95,13 @@ def check_budget(name: str, budget: Budget) -> None:
         raise ValueError(f"eps={budget.eps}: use a finite number >= 0, in pixel units such as 4/255")
     if budget.norm == "Linf" and budget.eps > 1:
         raise ValueError(
-            f"eps={budget.eps:g}: pixels lie in [0, 1], so this is the whole cube; write {budget.eps:g}/255"
+            f"eps={budget.eps:g}: pixels lie in [0, 1], so more than 1 means nothing; write budgets as 4/255"
         )
     for setting in ("steps", "queries"):
         if getattr(budget, setting) < 1:
             raise ValueError(f"{setting}={getattr(budget, setting)}: use 1 or more")
+    if budget.queries < ATTACKS[name].min_queries:
+        raise ValueError(f"queries={budget.queries}: {name} needs {ATTACKS[name].min_queries} for one step")
 
 
 def check_attack(name: str, side: int, classes: int, norm: Norm) -> None:
@@ -160,7 +171,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss,
 # ---- attacks
 
 
-@attack("Linf", "L2", package="torchattacks")
+@attack("Linf", "L2", package="torchattacks", router=True)
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """One step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., arXiv:1412.6572).
 
@@ -172,7 +183,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     return images + budget.eps * direction(gradient, budget.norm)
 
 
-@attack("Linf", "L2", package="torchattacks")
+@attack("Linf", "L2", package="torchattacks", router=True)
 def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Projected gradient on the cross-entropy (Madry et al., arXiv:1706.06083), without a random start.
 
@@ -187,7 +198,7 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Ten
     return projected_gradient(model, images, labels, cross_entropy, budget)
 
 
-@attack("Linf", "L2")
+@attack("Linf", "L2", router=True)
 def pgd_margin(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Projected gradient on the margin: where saturated cross-entropy hides the gradient this one still sees it."""
     return projected_gradient(model, images, labels, margin, budget)
@@ -242,7 +253,7 @@ def apgd_dlr(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -
     return load_package("torchattacks").APGD(model, **options)(images, labels)
 
 
-@attack("Linf", "L2")
+@attack("Linf", "L2", min_queries=128)
 def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Gradient of the margin from differences along random signs, Adam on it (Uesato et al., arXiv:1802.05666).
 
@@ -253,7 +264,7 @@ def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     found = images.clone()
     first, second = torch.zeros_like(images), torch.zeros_like(images)
     with torch.no_grad():
-        for step in range(1, max(1, budget.queries // (2 * probes)) + 1):
+        for step in range(1, budget.queries // (2 * probes) + 1):
             gradient = torch.zeros_like(images)
             for _ in range(probes):
                 signs = torch.randint(0, 2, images.shape, device=images.device).float() * 2 - 1

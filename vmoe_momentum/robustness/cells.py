@@ -6,10 +6,10 @@ Outcomes lie on disk as soon as a cell is done, so that a long run goes on where
 import hashlib
 import json
 import os
-import zipfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from .attacks import Budget, cross_entropy, input_gradient, run_attack
 from .models import Model
 from .pictures import Batch, Change, Pictures, batches
+from .versions import versions
 
 EXAMPLES = 6
 
@@ -105,13 +106,12 @@ def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory)
     if cell.kind == "noise":
         images = _noisy(images, batch.index, cell.budget)
     elif cell.kind == "attack":
-        restricted = _restricted(model.module, cell.pictures.classes)
         found = memory.get(
-            ("gradient", *pictures), lambda: {"zero": _without_gradient(restricted, before, labels)}
+            ("gradient", *pictures), lambda: {"zero": _without_gradient(model.module, before, labels)}
         )  # fmt: skip
         zero = found["zero"].cpu().numpy()
         budget = cell.budget._replace(router_loss=model.router_loss if cell.router_aware else None)
-        images = run_attack(cell.attack, restricted, images, labels, budget)
+        images = run_attack(cell.attack, model.module, images, labels, budget)
     with torch.inference_mode():
         routing = {}
         if model.routing is not None and cell.kind != "published":  # of those the clean picture is not at hand
@@ -120,6 +120,11 @@ def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory)
             routing = {block: routing_change(clean[block], now[block]).cpu().numpy() for block in clean}
         else:
             logits = model.module(images)
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                f"--model={model.name}: gives logits that are not finite on {cell.pictures.name}, {cell.condition} "
+                f"{cell.severity}; its answers mean nothing there"
+            )
         logits = logits.float() if cell.pictures.classes is None else logits.float()[:, cell.pictures.classes]
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
     correct = (predicted == labels).cpu().numpy()
@@ -135,19 +140,6 @@ def routing_change(before: Tensor, after: Tensor) -> Tensor:
     """
     both, either = (before & after).sum(dim=-1).float(), (before | after).sum(dim=-1).float()
     return (1.0 - torch.where(either > 0, both / either.clamp_min(1), 1.0)).mean(dim=-1)
-
-
-class _Restricted(torch.nn.Module):
-    def __init__(self, module: torch.nn.Module, classes: list[int]) -> None:
-        super().__init__()
-        self.module, self.classes = module, classes
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.module(images)[:, self.classes]
-
-
-def _restricted(module: torch.nn.Module, classes: list[int] | None) -> torch.nn.Module:
-    return module if classes is None else _Restricted(module, classes)
 
 
 def _noisy(images: Tensor, index: Tensor, budget: Budget) -> Tensor:
@@ -167,7 +159,7 @@ def _noisy(images: Tensor, index: Tensor, budget: Budget) -> Tensor:
 def _without_gradient(module: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         gradient = input_gradient(module, images.clone(), labels.clone(), cross_entropy, Budget(0.0))
-    return gradient.flatten(1).abs().amax(dim=1) == 0
+    return ~(gradient.flatten(1).abs().amax(dim=1) > 0)  # NaN is none either
 
 
 def _join(parts: list[Outcome]) -> Outcome:
@@ -182,21 +174,21 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
 
-    def path(self, cell: Cell, model: Model, batch_size: int) -> Path:
+    def path(self, cell: Cell, model: Model, batch_size: int, device: str) -> Path:
+        """batch_size, device: as far as answers depend on them."""
         files = hashlib.sha256()
         numbers = range(len(cell.pictures.paths)) if cell.order is None else cell.order
         for number in numbers:
-            path = cell.pictures.paths[number]
-            files.update(
-                f"{path.parent.name}/{path.name}/{path.stat().st_size}/{cell.pictures.labels[number]}".encode()
-            )
+            path = cell.pictures.paths[number].absolute()
+            stat = path.stat()
+            files.update(f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{cell.pictures.labels[number]}".encode())
         facts: dict[str, Any] = {
             "model": model.provenance, "view": model.view, "kind": cell.kind, "condition": cell.condition,
             "severity": cell.severity, "change": cell.change, "attack": cell.attack, "budget": cell.budget,
             "router_aware": cell.router_aware, "files": files.hexdigest(), "classes": cell.pictures.classes,
-            "batch_size": batch_size if cell.kind == "attack" else None,
+            "batch_size": batch_size if cell.kind == "attack" or model.coupled else None,
+            "device": torch.device(device).type, "versions": versions(),
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
         return self.folder / f"{digest}.npz"
@@ -207,23 +199,31 @@ class Store:
             with np.load(path) as file:
                 routing = {name[8:]: file[name] for name in file.files if name.startswith("routing/")}
                 return Outcome(*(file[name] for name in Outcome._fields[:4]), routing, file["zero_gradient"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except Exception:  # whatever damaged bytes make of zip, zlib and numpy
             return None
 
     def write(self, path: Path, outcome: Outcome) -> None:
         arrays = {name: getattr(outcome, name) for name in (*Outcome._fields[:4], "zero_gradient")}
         arrays |= {f"routing/{block}": values for block, values in outcome.routing.items()}
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        os.replace(partial, path)
+        self._write(path, lambda file: np.savez_compressed(file, **arrays))
 
     def read_examples(self, path: Path) -> Tensor | None:
         """Pictures kept beside the first model's outcome."""
         try:
             return torch.from_numpy(np.load(path.with_suffix(".npy")))
-        except (OSError, ValueError, EOFError):
+        except Exception:
             return None
 
     def write_examples(self, path: Path, pictures: Tensor) -> None:
-        np.save(path.with_suffix(".npy"), pictures.numpy())
+        self._write(path.with_suffix(".npy"), lambda file: np.save(file, pictures.numpy()))
+
+    def _write(self, path: Path, fill: Callable[[BinaryIO], None]) -> None:
+        """Whole or not at all, also when two runs write the same cell."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                fill(file)
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)

@@ -2,9 +2,9 @@
 
 import platform
 import shlex
+import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from .attacks import ATTACKS
 from .corruptions import BENCHMARK, EXTRA
 from .evaluate import evaluate
 from .models import Model
-from .plan import DEFAULT_EPS, SHIFTED, Settings, make_plan, parse_eps
+from .plan import DEFAULT_EPS, SHIFTED, Settings, check_settings, describe_pictures, make_plan, parse_eps
 from .report import Report, write_report
+from .versions import versions
 
 _EXAMPLES = """examples:
   vmoe-momentum robustness --data data/digits --model Residual=a.ckpt --model HeavyBall=b.ckpt --out runs/robustness
@@ -28,41 +29,30 @@ _EXAMPLES = """examples:
 
 It writes rows.csv, report.json, report.md and report.html (self-contained) to --out; stopped, it goes on from there."""
 
-PACKAGES = (
-    "vmoe_momentum", "torch", "torchvision", "timm", "torchattacks", "pyautoattack", "numpy", "scipy", "opencv-python",
-    "pillow",
-)  # fmt: skip
-
 
 def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> None:
     """argv: what follows `robustness`. Mistakes come out as exceptions, before anything is evaluated."""
     given = parser().parse_args(argv).as_dict()
-    settings = Settings(
-        **{
-            name: _tuple(given[name])
-            for name in Settings._fields
-            if name in given and name not in ("eps", "regenerate")
-        },
-        eps=DEFAULT_EPS[given["norm"]] if given["eps"] is None else tuple(parse_eps(text) for text in given["eps"]),
-        regenerate=given["corruptions"] != ["none"] and given["data"] is not None and not given["published_only"],
-    )
-    if given["corruptions"] == ["none"]:
-        settings = settings._replace(corruptions=())
+    settings = _settings(given)
+    check_settings(settings)
     if given["batch_size"] < 1:
         raise ValueError(f"--batch_size={given['batch_size']}: use 1 or more")
     if given["workers"] < 0:
         raise ValueError(f"--workers={given['workers']}: use 0 or more")
     check_device(given["device"])
+    if not given["out"].strip():
+        raise ValueError("--out=: name a folder for the report")
+    out = Path(given["out"])
+    _check_out(out)
     models = open_models(given["model"] or [])
-    cells, out = make_plan(settings, models), Path(given["out"])
-    _prepare(out)
+    cells = make_plan(settings, models)
     start = time.time()
     evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], given["device"])
     provenance = {
         "command": shlex.join(["vmoe-momentum", "robustness", *argv]), "settings": settings._asdict(),
         "models": {model.name: model.provenance for model in models}, "batch_size": given["batch_size"],
         "device": given["device"], "machine": platform.machine(), "python": platform.python_version(),
-        "versions": _versions(), "seconds": round(time.time() - start, 1),
+        "pictures": describe_pictures(cells), "versions": versions(), "seconds": round(time.time() - start, 1),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }  # fmt: skip
     report = write_report(evaluation, out, provenance)
@@ -105,7 +95,10 @@ def parser() -> ArgumentParser:
     names = f"Names, by default the 15 of the benchmark; [none] for none. All: {', '.join((*BENCHMARK, *EXTRA))}."
     words.add_argument("--corruptions", type=list[str] | None, help=names)
     words.add_argument("--severities", type=list[int] | None, help="By default [1,2,3,4,5].")
-    words.add_argument("--published_only", action="store_true", help="Do not make corruptions of --data.")
+    words.add_argument(
+        "--regenerate", type=bool | None,
+        help="Make corruptions of --data; by default only where there is no --imagenet_c.",
+    )  # fmt: skip
     words.add_argument(
         "--attacks", type=list[str], default=["fgsm", "pgd", "pgd-margin", "square"],
         help=f"Any of {', '.join(ATTACKS)}; [] for none.",
@@ -130,23 +123,20 @@ def parser() -> ArgumentParser:
     return words
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _settings(given: dict[str, Any]) -> Settings:
+    """[none] means no corruption, as [] does; corruptions are made where no published ones are given."""
+    made_here = given["imagenet_c"] is None if given["regenerate"] is None else given["regenerate"]
+    corruptions = [] if given["corruptions"] == ["none"] else given["corruptions"]
+    eps = DEFAULT_EPS[given["norm"]] if given["eps"] is None else [parse_eps(text) for text in given["eps"]]
+    chosen = {"corruptions": corruptions, "eps": eps, "regenerate": made_here}
+    values = {name: chosen.get(name, given[name]) for name in Settings._fields}
+    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-def _prepare(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "cells").mkdir(exist_ok=True)
+def _check_out(out: Path) -> None:
+    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    try:  # permissions do not tell of every file system
+        with tempfile.TemporaryFile(dir=above):
+            pass
     except OSError as error:
         raise ValueError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .cells import Cell, Memory, Outcome, Store, run_cell
 from .models import Model, check_model
+from .plan import QUERY_ATTACKS
 
 Outcomes = dict[tuple[str, int], Outcome]  # (model name, number of the cell)
 
@@ -34,9 +35,10 @@ def evaluate(
 
     Raises ValueError: a model that gives no logits, a picture that cannot be decoded.
     """
+    by_gradient = any(cell.attack is not None and cell.attack not in QUERY_ATTACKS for cell in cells)
     for model in models:
         model.module.to(device).eval()
-        check_model(model, device)
+    models = [check_model(model, device, by_gradient) for model in models]
     store, memory, outcomes, examples = Store(out / "cells"), Memory(), {}, {}
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
@@ -46,12 +48,12 @@ def evaluate(
         for number, cell in enumerate(cells):
             told = f"{cell.pictures.name}: {cell.condition} {cell.severity}".strip()
             progress.update(task, description=told)
-            paths = {model.name: store.path(cell, model, batch_size) for model in models}
+            paths = {model.name: store.path(cell, model, batch_size, device) for model in models}
             known = {name: found for name, path in paths.items() if (found := store.read(path)) is not None}
             outcomes |= {(name, number): found for name, found in known.items()}
             missing = [model for model in models if model.name not in known]
             progress.advance(task, len(known) * _pictures(cell))
-            shown = store.read_examples(paths[models[0].name])
+            shown = next((s for path in paths.values() if (s := store.read_examples(path)) is not None), None)
             if missing:
                 count = len(missing)
                 made, seen = run_cell(

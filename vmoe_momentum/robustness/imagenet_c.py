@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from .corruptions import BENCHMARK, EXTRA, SEVERITIES
 
@@ -68,38 +67,27 @@ def _complete(errors: Mapping[int, float], name: str) -> None:
         raise ValueError(f"{name}: severities {missing or sorted(errors)}; CE needs each of 1 to 5 once")
 
 
-class Tree(NamedTuple):
-    """The published images: where each (corruption, severity) lies."""
+def find_tree(
+    root: str, corruptions: list[str] | None = None, severities: list[int] | None = None
+) -> dict[tuple[str, int], Path]:
+    """Where each (corruption, severity) of the published images lies.
 
-    root: Path
-    folders: dict[tuple[str, int], Path]
-
-    @property
-    def complete(self) -> bool:
-        return all((name, severity) in self.folders for name in BENCHMARK for severity in SEVERITIES)
-
-
-def find_tree(root: str, corruptions: list[str] | None = None, severities: list[int] | None = None) -> Tree:
-    """ROOT/<corruption>/<severity>/<wnid>/*, or ROOT/<group>/<corruption>/... as the five archives unpack.
-
-    corruptions, severities: only these are asked for; without them all 15 x 5 must be there. Raises FileNotFoundError
-    and ValueError: no such folder, an unknown name, folders missing.
+    ROOT/<corruption>/<severity>/<wnid>/*, or ROOT/<group>/<corruption>/... as the five archives unpack. corruptions,
+    severities: only these are asked for; without them all 15 x 5 must be there. Raises FileNotFoundError and
+    ValueError: no such folder, an unknown name, folders missing.
     """
     base = Path(root)
     if not base.is_dir():
-        raise FileNotFoundError(f"imagenet_c={root}: no such folder")
-    wanted = corruptions or list(BENCHMARK)
+        raise FileNotFoundError(f"--imagenet_c={root}: no such folder")
+    wanted = list(BENCHMARK) if corruptions is None else corruptions
     for name in wanted:
         if name not in ALEXNET:
-            raise ValueError(f"corruptions={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
-    for severity in severities or []:
-        if severity not in SEVERITIES:
-            raise ValueError(f"severities={severity}: use 1 to 5")
+            raise ValueError(f"--corruptions={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
     folders, missing = {}, []
     for name in wanted:
         places = [base / name, *(base / group / name for group in GROUPS)]
         place = next((path for path in places if path.is_dir()), None)
-        for severity in severities or SEVERITIES:
+        for severity in SEVERITIES if severities is None else severities:
             folder = None if place is None else place / str(severity)
             if folder is not None and folder.is_dir() and any(folder.iterdir()):
                 folders[name, severity] = folder
@@ -108,7 +96,7 @@ def find_tree(root: str, corruptions: list[str] | None = None, severities: list[
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ValueError(
-            f"imagenet_c={root}: {shown} missing; looked for <corruption>/<severity> there and in noise, blur, "
+            f"--imagenet_c={root}: {shown} missing; looked for <corruption>/<severity> there and in noise, blur, "
             "weather, digital, extra; name the ones you have with --corruptions and --severities (that is then no mCE)"
         )
-    return Tree(base, folders)
+    return folders

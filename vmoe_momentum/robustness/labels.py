@@ -12,17 +12,15 @@ SHA = {
     "imagenet_synsets.txt": "70002b0ff5de60a3",
     "imagenet_a_synsets.txt": "9826a24166e74ce6",
     "imagenet_r_synsets.txt": "a6a0729f7a992302",
+    "imagenet_real_labels.json": "d83e9bff374c631a",
 }
 REAL = "imagenet_real_labels.json"
 
 
 @cache
 def wnids(name: str = "imagenet_synsets.txt") -> tuple[str, ...]:
-    """A list of timm's. Raises ValueError: it is not the known one."""
-    content = _info(name)
-    if not hashlib.sha256(content).hexdigest().startswith(SHA[name]):
-        raise ValueError(f"timm's {name} is another list than the one that the classes are known by; use timm>=1.0.31")
-    return tuple(content.decode().split())
+    """A list of timm's."""
+    return tuple(_info(name).decode().split())
 
 
 @cache
@@ -45,7 +43,11 @@ def real_labels() -> tuple[tuple[int, ...], ...]:
 
 
 def _info(name: str) -> bytes:
-    return (files("timm.data") / "_info" / name).read_bytes()
+    """A list of timm's. Raises ValueError: it is not the known one."""
+    content = (files("timm.data") / "_info" / name).read_bytes()
+    if not hashlib.sha256(content).hexdigest().startswith(SHA[name]):
+        raise ValueError(f"timm's {name} is another list than the one that the classes are known by; use timm>=1.0.31")
+    return content
 
 
 class Listing(NamedTuple):
@@ -78,6 +80,9 @@ def list_pictures(root: Path, class_names: list[str] | None, num_classes: int, s
                 f"numbers 0 to {num_classes - 1}"
             )
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+        for path in found:
+            if not path.is_file():
+                raise ValueError(f"{setting}={root}: {path} leads to no file; remove it, or bring its target back")
         paths += found
         labels += [known[folder.name]] * len(found)
     if not paths:
@@ -94,8 +99,8 @@ def class_index(class_names: list[str] | None, num_classes: int, folders: set[st
         return {name: place for place, name in enumerate(class_names)}
     if num_classes == 1000 and folders <= set(wnids()):
         return dict(_index())
-    if all(name.isdecimal() for name in folders):
-        return {name: int(name) for name in folders if int(name) < num_classes}
+    if all(name.isdecimal() for name in folders):  # a class is one folder: 7, and not 0007 beside it
+        return {name: int(name) for name in folders if int(name) < num_classes and name == str(int(name))}
     if class_names is None and num_classes != 1000 and len(folders) == num_classes:
         return {name: place for place, name in enumerate(sorted(folders))}
     return dict(_index()) if num_classes == 1000 else {name: i for i, name in enumerate(class_names or [])}

@@ -29,17 +29,21 @@ class Model(NamedTuple):
     # images, labels -> [], what routers add to the loss
     router_loss: Callable[[Tensor, Tensor], Tensor] | None
     provenance: dict[str, Any]  # source, hash, settings: goes into the report
+    coupled: bool = False  # an image's answer depends on the others of its batch; found by check_model
 
 
 @torch.no_grad()
-def check_model(model: Model, device: str) -> None:
-    """Two passes over noise. Raises ValueError: no logits of the right shape, probabilities, two different answers."""
+def check_model(model: Model, device: str, gradients: bool = False) -> Model:
+    """Passes over noise, and one backwards for attacks. The model with `coupled` found out.
+
+    Raises ValueError: no logits of the right shape, probabilities, two different answers, no gradient of the pixels.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(8, 3, model.view.size, model.view.size, generator=generator).to(device)
     module = model.module.eval()
     try:
         first, second = module(images), module(images)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # of the user's code, maybe
         raise ValueError(f"--model={model.name}: fails on {model.view.size}-pixel images ({error})") from error
     if not isinstance(first, Tensor) or first.shape != (8, model.num_classes):
         shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
@@ -56,3 +60,15 @@ def check_model(model: Model, device: str) -> None:
         raise ValueError(
             f"--model={model.name}: two passes over the same images differ; randomness must be off in eval"
         )
+    if gradients:
+        _check_gradient(model, images)
+    turned = module(images.flip(0)).flip(0)
+    return model._replace(coupled=not torch.allclose(first, turned, rtol=1e-3, atol=1e-3 * float(first.std())))
+
+
+def _check_gradient(model: Model, images: Tensor) -> None:
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = images.clone().requires_grad_()
+        total = model.module(leaf).sum()
+        if not total.requires_grad:
+            raise ValueError(f"--model={model.name}: no gradient reaches its pixels; attack it with [square] or [spsa]")

@@ -51,7 +51,14 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
+    def __getitem__(self, place: int) -> tuple[int, int, list[Tensor], list[Tensor]] | str:
+        """A message where the picture is damaged: an exception out of a worker would come with the worker's stack."""
+        try:
+            return self._read(place)
+        except ValueError as error:
+            return str(error)
+
+    def _read(self, place: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
         index = self.order[place]
         path = self.pictures.paths[index]
         picture = decode(path)
@@ -79,6 +86,9 @@ def batches(
     files = _Files(pictures, views, change, list(range(len(pictures.paths))) if order is None else order)
     loader = DataLoader(files, batch_size, num_workers=workers, collate_fn=list)
     for items in loader:
+        for item in items:
+            if isinstance(item, str):
+                raise ValueError(item)
         index, labels, cut, clean = zip(*items, strict=True)
         stacked = {view: torch.stack([each[i] for each in cut]) for i, view in enumerate(views)}
         before = {view: torch.stack([each[i] for each in clean]) for i, view in enumerate(views)} if clean[0] else None

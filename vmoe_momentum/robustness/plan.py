@@ -1,12 +1,13 @@
 """Which cells a report needs, checked before any of them is run."""
 
+import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from . import labels
-from .attacks import Budget, Norm, check_attack, check_budget
+from .attacks import ATTACKS, Budget, Norm, check_attack, check_budget
 from .cells import Cell
 from .corruptions import BENCHMARK, EXTRA, REGISTRY, SEVERITIES
 from .imagenet_c import find_tree
@@ -16,6 +17,11 @@ from .pictures import Change, Pictures
 QUERY_ATTACKS = ("square", "spsa")  # bought by the query, so run on a subset
 SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000
     "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
+}  # fmt: skip
+# pictures in the published sets (a corruption and severity of ImageNet-C); parts are labelled as parts
+PUBLISHED = {
+    "imagenet_c": 50_000, "imagenet_a": 7_500, "imagenet_r": 30_000, "imagenet_o": 2_000, "imagenet_v2": 10_000,
+    "imagenet_sketch": 50_889,
 }  # fmt: skip
 LARGE_EPS = 64 / 255  # Linf: any undefended model must fall
 DEFAULT_EPS: dict[Norm, tuple[float, ...]] = {"Linf": (1 / 255, 2 / 255, 4 / 255), "L2": (0.5, 1.0, 2.0)}
@@ -48,6 +54,9 @@ class Settings(NamedTuple):
 def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
     """Every cell, in the order they are run. Raises ValueError and FileNotFoundError: anything that cannot be done."""
     check_settings(settings)
+    if all(getattr(settings, name) is None for name in ("data", *PUBLISHED)):
+        raise ValueError("nothing to evaluate: give --data, or one of " + ", ".join(f"--{name}" for name in PUBLISHED))
+    _check_models(models)
     cells: list[Cell] = []
     if settings.data is not None:
         clean = _limited(_pictures("data", settings.data, models), settings)
@@ -56,6 +65,8 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
         for name in settings.attacks:
             for model in models:
                 check_attack(name, model.view.size, model.num_classes, settings.norm)
+        if settings.router_aware and all(model.router_loss is None for model in models):
+            raise ValueError("--router_aware: none of the models has routers; leave it out")
         cells += _adversarial(clean, settings)
     if settings.imagenet_c is not None:
         cells += _published(settings, models)
@@ -63,15 +74,51 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
         root = getattr(settings, name)
         if root is not None:
             cells += _shifted(name, root, which, settings, models)
-    if not cells:
-        raise ValueError(
-            "nothing to evaluate: give --data, or one of " + ", ".join(f"--{n}" for n in ("imagenet_c", *SHIFTED))
-        )
     return cells
 
 
+def describe_pictures(cells: Sequence[Cell]) -> dict[str, dict[str, str | int]]:
+    """Where each set lies, how many it has, which ones (a hash of names and sizes) and how models see them."""
+    found: dict[str, dict[str, str | int]] = {}
+    for cell in cells:
+        if cell.pictures.name in found:
+            continue
+        digest = hashlib.sha256()
+        for path in cell.pictures.paths:
+            digest.update(f"{path.parent.name}/{path.name}/{path.stat().st_size}".encode())
+        if cell.pictures.whole:
+            seen = "whole, resized to the model's input where they are not of its size"
+        elif cell.change is not None:
+            seen = "at 64 px and more Resize(256), CenterCrop(224), then corrupted; whole from there on"
+        else:
+            seen = "at 64 px and more the middle, at the model's input size and crop_pct; else whole"
+        folder = str(cell.pictures.paths[0].parent.parent)
+        found[cell.pictures.name] = {
+            "folder": folder, "pictures": len(cell.pictures.paths), "sha256": digest.hexdigest(), "seen": seen,
+        }  # fmt: skip
+    return found
+
+
 def check_settings(settings: Settings) -> None:
-    """Raises ValueError: a name, severity or number that means nothing."""
+    """Whatever needs no model. Raises ValueError, FileNotFoundError: names, numbers, folders that mean nothing."""
+    for name in ("data", *PUBLISHED):
+        root = getattr(settings, name)
+        if root is not None and not Path(root).is_dir():
+            raise FileNotFoundError(f"--{name}={root}: no such folder")
+    if settings.imagenet_o is not None and settings.data is None:
+        raise ValueError(
+            f"--imagenet_o={settings.imagenet_o}: needs --data, pictures of known classes to tell its own from"
+        )
+    for setting in ("corruptions", "severities", "attacks", "eps"):
+        values = getattr(settings, setting) or ()
+        told = [f"{255 * value:g}/255" for value in values] if setting == "eps" else list(values)
+        twice = [value for place, value in enumerate(told) if value in told[:place]]
+        if twice:
+            raise ValueError(f"--{setting}: {twice[0]} is there twice; name each once")
+    if settings.severities is not None and not settings.severities:
+        raise ValueError("--severities=[]: use some of 1 to 5, or leave it out for all")
+    if not 0 <= settings.seed < 2**31:
+        raise ValueError(f"--seed={settings.seed}: use 0 to {2**31 - 1}")
     for name in settings.corruptions or ():
         if name not in REGISTRY:
             raise ValueError(f"--corruptions={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
@@ -82,11 +129,14 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, setting)
         if value is not None and value < 1:
             raise ValueError(f"--{setting}={value}: use 1 or more")
-    if len({_severity(eps, settings.norm) for eps in settings.eps}) < len(settings.eps):
-        raise ValueError(f"--eps={list(settings.eps)}: one is there twice")
+    if settings.attacks and not settings.eps:
+        raise ValueError("--eps=[]: give budgets, such as [1/255], or no attacks (--attacks=[])")
     for name in settings.attacks:
         for eps in settings.eps:
             check_budget(name, _budget(settings, eps))
+    if settings.router_aware and not any(ATTACKS[name].router for name in settings.attacks):
+        knowing = ", ".join(name for name, found in ATTACKS.items() if found.router)
+        raise ValueError(f"--router_aware: none of --attacks={list(settings.attacks)} uses it; {knowing} do")
 
 
 def _budget(settings: Settings, eps: float) -> Budget:
@@ -107,18 +157,24 @@ def parse_eps(text: str | float) -> float:
         raise ValueError(f"--eps={text}: use a number in pixels of [0, 1], such as 4/255") from error
 
 
-def _pictures(name: str, root: str, models: Sequence[Model], classes: list[int] | None = None) -> Pictures:
+def _check_models(models: Sequence[Model]) -> None:
     """Labels must be the same for all models. Raises ValueError: they do not agree on the classes."""
-    counts = sorted({model.num_classes for model in models})
-    if len(counts) > 1:
+    first = models[0]
+    if len({model.num_classes for model in models}) > 1:
         told = ", ".join(f"{model.name} {model.num_classes}" for model in models)
         raise ValueError(f"--model: they have different numbers of classes ({told}); compare models of one task")
-    first = models[0]
-    place = Path(root) / "val" if (Path(root) / "val").is_dir() else Path(root)
-    listing = labels.list_pictures(place, first.class_names, first.num_classes, f"--{name}")
     for model in models[1:]:
         if model.class_names and first.class_names and model.class_names != first.class_names:
             raise ValueError(f"--model: {first.name} and {model.name} number their classes differently")
+
+
+def _within(root: str) -> Path:
+    """The validation split, where there are splits."""
+    return Path(root) / "val" if (Path(root) / "val").is_dir() else Path(root)
+
+
+def _pictures(name: str, root: str, models: Sequence[Model], classes: list[int] | None = None) -> Pictures:
+    listing = labels.list_pictures(_within(root), models[0].class_names, models[0].num_classes, f"--{name}")
     if classes is None:
         return Pictures(name, listing.paths, listing.labels)
     position = {label: place for place, label in enumerate(classes)}
@@ -135,6 +191,12 @@ def _limited(pictures: Pictures, settings: Settings) -> Pictures:
     order = subset(len(pictures.paths), settings.limit, settings.seed)
     paths, chosen = ([values[i] for i in order] for values in (pictures.paths, pictures.labels))
     return pictures._replace(paths=paths, labels=chosen)
+
+
+def _named(pictures: Pictures) -> Pictures:
+    """A part of a published set says so."""
+    whole, count = PUBLISHED[pictures.name], len(pictures.paths)
+    return pictures if count == whole else pictures._replace(name=f"{pictures.name} ({count:,} of {whole:,})")
 
 
 def subset(count: int, wanted: int, seed: int) -> list[int]:
@@ -165,13 +227,14 @@ def _adversarial(clean: Pictures, settings: Settings) -> list[Cell]:
         for eps in settings.eps:
             cells.append(
                 Cell(clean, "attack", condition_of(name, settings), _severity(eps, settings.norm), attack=name,
-                     budget=_budget(settings, eps), router_aware=settings.router_aware, order=few if bought else None)
+                     budget=_budget(settings, eps), router_aware=settings.router_aware and ATTACKS[name].router,
+                     order=few if bought else None)
             )  # fmt: skip
-    if "pgd" in settings.attacks:
+    if settings.attacks:
         check = tuple(subset(len(clean.paths), 100, settings.seed))
         budget = _budget(settings, LARGE_EPS)._replace(norm="Linf")
         severity = _severity(LARGE_EPS, "Linf")
-        cells.append(Cell(clean, "attack", "sanity-pgd", severity, attack="pgd", budget=budget, order=check))
+        cells.append(Cell(clean, "attack", "sanity-pgd", severity, attack="pgd-margin", budget=budget, order=check))
     return cells
 
 
@@ -183,23 +246,25 @@ def condition_of(name: str, settings: Settings) -> str:
         told = f"{name}-{settings.queries}q"
     else:
         told = name if name == "autoattack" else f"{name}-{settings.steps}"
-    return told + ("-router" if settings.router_aware else "") + ("" if settings.norm == "Linf" else "-L2")
+    router = settings.router_aware and ATTACKS[name].router
+    return told + ("-router" if router else "") + ("" if settings.norm == "Linf" else "-L2")
 
 
 def _published(settings: Settings, models: Sequence[Model]) -> list[Cell]:
     names = None if settings.corruptions is None else list(settings.corruptions)
     levels = None if settings.severities is None else list(settings.severities)
-    tree = find_tree(settings.imagenet_c, names, levels)
-    cells = []
-    for (name, severity), folder in tree.folders.items():
-        pictures = _limited(_pictures("imagenet_c", str(folder), models), settings)
+    cells, first = [], None
+    for (name, severity), folder in find_tree(settings.imagenet_c, names, levels).items():
+        pictures = _pictures("imagenet_c", str(folder), models)
+        files = [f"{path.parent.name}/{path.name}" for path in pictures.paths]
+        first = first or files
+        if files != first:
+            raise ValueError(
+                f"--imagenet_c={settings.imagenet_c}: {name}/{severity} has other pictures than the first folder "
+                f"({len(files)} and {len(first)} files); a part is missing, and unequal parts are not the benchmark's"
+            )
+        pictures = _named(_limited(pictures, settings))
         cells.append(Cell(pictures._replace(whole=True), "published", name, str(severity)))
-    sizes = {len(cell.pictures.paths) for cell in cells}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"--imagenet_c={settings.imagenet_c}: {min(sizes)} to {max(sizes)} pictures a corruption and severity; a "
-            "part is missing, and a mean over unequal parts is not the benchmark's"
-        )
     return cells
 
 
@@ -208,11 +273,11 @@ def _shifted(name: str, root: str, which: str | None, settings: Settings, models
         raise ValueError(f"--{name}={root}: it is for models of ImageNet's 1,000 classes, not {models[0].num_classes}")
     classes = None if which is None else labels.subset(which)
     if which == "o":  # pictures of none of the classes: labels mean nothing, confidence does
-        listing = labels.list_pictures(Path(root), None, 1000, f"--{name}")
+        listing = labels.list_pictures(_within(root), None, 1000, f"--{name}")
         pictures = Pictures(name, listing.paths, [0] * len(listing.paths), classes)
     else:
         pictures = _pictures(name, root, models, classes)
-    cells = [Cell(_limited(pictures, settings), "published", "shifted")]
+    cells = [Cell(_named(_limited(pictures, settings)), "published", "shifted")]
     if settings.data is not None and classes is not None:
         same = _limited(_pictures("data", settings.data, models, classes), settings)
         cells.append(Cell(same._replace(name=f"data on {name}'s classes"), "published", "clean"))

@@ -40,11 +40,15 @@ def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) 
     rows = make_rows(evaluation)
     lines, warnings = compare(evaluation), warnings_of(evaluation, rows)
     figures = draw(evaluation, rows)
+    _remove_old(out)
     write_rows(out / "rows.csv", rows)
-    content = {"provenance": provenance, "warnings": warnings, "rows": [row._asdict() for row in rows]}
-    (out / "report.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+    content = {
+        "provenance": provenance, "warnings": warnings, "figures": [f"{_file(name)}.png" for name in figures],
+        "comparison": [_flat(line) for line in lines], "rows": [row._asdict() for row in rows],
+    }  # fmt: skip
+    (out / "report.json").write_text(json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
     tables = [_comparison(lines), *_metric_tables(rows)]
-    (out / "report.md").write_text(_markdown(tables, warnings, figures))
+    (out / "report.md").write_text(_markdown(tables, warnings, figures, provenance))
     pictures = {name: _png(figure) for name, figure in figures.items()}
     for name, content in pictures.items():
         (out / f"{_file(name)}.png").write_bytes(content)
@@ -52,9 +56,29 @@ def write_report(evaluation: Evaluation, out: Path, provenance: dict[str, Any]) 
     return Report(rows, tables[0], warnings)
 
 
+def _remove_old(out: Path) -> None:
+    """The pictures of the report that stood here: a new one may have fewer."""
+    try:
+        old = json.loads((out / "report.json").read_text())["figures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in old:
+        (out / Path(str(name)).name).unlink(missing_ok=True)
+
+
+def _flat(line: Comparison) -> dict[str, Any]:
+    """Numbers of a line, in [0, 1]."""
+    differences = {
+        label: {**found.images._asdict(), "standard_error_over_seeds": found.seeds}
+        for label, found in line.differences.items()
+    }
+    means = {label: {**found._asdict(), "std_over_seeds": line.seeds[label]} for label, found in line.groups.items()}
+    return {"what": line.what, "n": line.n, "top1": means, "minus_first": differences}
+
+
 def _comparison(lines: list[Comparison]) -> Table:
     labels = list(dict.fromkeys(label for line in lines for label in line.groups))
-    header = ["top-1 (%)", *labels, *[f"{label} - {labels[0]}" for label in labels[1:]]]
+    header = ["top-1 (%)", *labels, *[f"{label} - {labels[0]}" for label in labels[1:]], "n"]
     table = [header]
     for line in lines:
         best = max(interval.value for interval in line.groups.values())
@@ -70,11 +94,11 @@ def _comparison(lines: list[Comparison]) -> Table:
             found = line.differences[label]
             text = f"{100 * found.images.value:+.1f} [{100 * found.images.low:+.1f}, {100 * found.images.high:+.1f}]"
             cells.append(text + ("" if found.seeds is None else f", seeds ± {100 * found.seeds:.1f}"))
-        table.append([line.what, *cells])
+        table.append([line.what, *cells, str(line.n)])
     note = (
         "Brackets: 95 % bootstrap interval over images; differences are paired over images. ± after an accuracy: "
         "standard deviation over the models of one label; after a difference: its standard error over them. Bold: the "
-        "largest mean, whatever its interval."
+        "largest mean, whatever its interval. n: pictures."
     )
     return "Comparison", note, table
 
@@ -98,7 +122,8 @@ METRICS = {
 def _metric_tables(rows: list[Row]) -> list[Table]:
     models = list(dict.fromkeys(row.model for row in rows))
     tables = []
-    wanted = {"top1": ("Top-1 (%) of every condition", 100, "n: images."), **METRICS}
+    note = "n: pictures, times corruptions and severities where these are put together."
+    wanted = {"top1": ("Top-1 (%) of every condition", 100, note), **METRICS}
     wanted["routing_change"] = ("Routing change", 1, "1 - IoU of each token's expert sets, mean over blocks.")
     for metric, (title, factor, note) in wanted.items():
         own = [row for row in rows if row.metric.partition("/")[0] == metric]
@@ -127,19 +152,20 @@ def _name(key: tuple[str, str, str, str]) -> str:
 
 
 def _cell(values: list[float], factor: float) -> str:
-    return f"{factor * sum(values) / len(values):.3g}" if values else ""
+    return f"{factor * sum(values) / len(values):.{3 if factor == 1 and max(values) <= 1 else 1}f}" if values else ""
 
 
 def _file(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name).strip("_")
 
 
-def _markdown(tables: list[Table], warnings: list[str], figures: dict[str, Figure]) -> str:
+def _markdown(tables: list[Table], warnings: list[str], figures: dict[str, Figure], provenance: dict[str, Any]) -> str:
     parts = ["# Robustness report\n"]
     parts += ["## Warnings\n", *[f"- {line}" for line in warnings], ""] if warnings else []
     for title, note, (header, *lines) in tables:
         parts += [f"## {title}\n", note + "\n", _line(header), _line(["---"] * len(header)), *map(_line, lines), ""]
     parts += [f"![{name}]({_file(name)}.png)\n" for name in figures]
+    parts += ["## Provenance\n", "```json", json.dumps(provenance, indent=1, default=str), "```", ""]
     return "\n".join(parts)
 
 

@@ -29,8 +29,3 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         writer.writerows([*row[:-2], f"{row.value:.8g}", row.n] for row in rows)
-
-
-def read_rows(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return [Row(**{**row, "value": float(row["value"]), "n": int(row["n"])}) for row in csv.DictReader(file)]

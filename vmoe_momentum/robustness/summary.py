@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from .bootstrap import GroupDifference, Interval, group_difference, mean_interval
 from .calibration import aurra, average_precision, rms_calibration_error
@@ -21,6 +22,7 @@ from .labels import real_labels
 from .rows import Row
 
 WORST, SANITY, L2 = "worst-case", "sanity-pgd", "-L2"
+OUTSIDE = "imagenet_o"  # its pictures are of no class
 
 
 def make_rows(evaluation: Evaluation) -> list[Row]:
@@ -30,12 +32,13 @@ def make_rows(evaluation: Evaluation) -> list[Row]:
         own = [(cell, evaluation.outcomes[model.name, i]) for i, cell in enumerate(evaluation.cells)]
         for cell, outcome in own:
             rows += _cell_rows(model.name, cell, outcome)
-        rows += _corruption_rows(model.name, own) + _worst_rows(model.name, own) + _real_rows(model.name, own)
-        rows += _ood_rows(model.name, own)
+        rows += _corruption_rows(model.name, own) + _worst_rows(model.name, own) + _ood_rows(model.name, own)
+        if model.num_classes == 1000:
+            rows += _real_rows(model.name, own)
     return rows
 
 
-def robust(cell: Cell, outcome: Outcome, clean: Outcome) -> np.ndarray:
+def robust(outcome: Outcome, clean: Outcome) -> np.ndarray:
     """[N] correct before and after the attack: an image that was wrong already is never robust."""
     return outcome.correct & _at(clean, outcome.index)
 
@@ -58,7 +61,7 @@ def _clean(own: Iterable[tuple[Cell, Outcome]]) -> Outcome | None:
 def _cell_rows(model: str, cell: Cell, outcome: Outcome) -> list[Row]:
     start = (model, cell.pictures.name, cell.condition, cell.severity)
     n = len(outcome.correct)
-    rows, labelled = [], cell.pictures.name != "imagenet_o"  # its pictures are of no class
+    rows, labelled = [], not cell.pictures.name.startswith(OUTSIDE)
     if labelled and cell.kind != "attack":  # there, robust_top1 says more
         rows.append(Row(*start, "top1", float(outcome.correct.mean()), n))
     if labelled and cell.kind in ("clean", "published") and cell.severity == "":
@@ -83,7 +86,7 @@ def _corruption_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
             errors.setdefault(cell.condition, {})[int(cell.severity)] = 1.0 - float(outcome.correct.mean())
         if not errors:
             continue
-        start, n = (model, cells[0][0].pictures.name), sum(len(outcome.correct) for _, outcome in cells)
+        start, n = (model, cells[0][0].pictures.name), sum(counts.get(name, 0) for name in BENCHMARK)
         for name, found in errors.items():
             rows.append(Row(*start, name, "mean", "top1", 1.0 - sum(found.values()) / len(found), counts[name]))
             if kind == "published" and len(found) == len(SEVERITIES):
@@ -96,11 +99,15 @@ def _corruption_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
                 if clean is not None:
                     value = relative_mean_corruption_error(errors, 1.0 - float(clean.correct.mean()))
                     rows.append(Row(*start, "15 corruptions", "mean", "relative_mce", value, n))
-        else:
-            all_errors = [error for found in errors.values() for error in found.values()]
-            told = f"{len(all_errors)} of 75 corruptions x severities"
-            rows.append(Row(*start, told, "mean", "top1", 1.0 - sum(all_errors) / len(all_errors), n))
+        elif n:
+            known = [error for name in BENCHMARK for error in errors.get(name, {}).values()]
+            rows.append(Row(*start, part_of_75(len(known)), "mean", "top1", 1.0 - sum(known) / len(known), n))
     return rows
+
+
+def part_of_75(count: int) -> str:
+    """Conditions of the benchmark; the four extras never count."""
+    return "15 corruptions" if count == 75 else f"{count} of 75 corruptions x severities"
 
 
 def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
@@ -109,7 +116,7 @@ def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
     attacks = [(cell, outcome) for cell, outcome in own if cell.kind == "attack"]
     standing: dict[str, np.ndarray] = {}
     for cell, outcome in attacks:
-        kept = robust(cell, outcome, clean)
+        kept = robust(outcome, clean)
         start = (model, cell.pictures.name, cell.condition, cell.severity)
         rows.append(Row(*start, "robust_top1", float(kept.mean()), len(kept)))
         if cell.condition != SANITY and cell.order is None:
@@ -118,7 +125,11 @@ def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
         if cell.condition != SANITY and cell.order is not None and cell.severity in standing:
             places = np.searchsorted(clean.index, outcome.index)
             standing[cell.severity][places] &= outcome.correct
-    for eps, kept in standing.items():
+    before = None
+    for eps, kept in sorted(standing.items(), key=lambda item: float(item[0])):
+        if before is not None:  # what fell to a smaller eps falls to a larger one
+            kept &= before
+        before = kept
         name = WORST + (L2 if attacks[0][0].condition.endswith(L2) else "")
         rows.append(Row(model, attacks[0][0].pictures.name, name, eps, "robust_top1", float(kept.mean()), len(kept)))
     return rows
@@ -132,8 +143,10 @@ def _real_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
         names = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem) for path in cell.pictures.paths]
         if not names or not all(names):
             return []
-        known = real_labels()
-        sets = [known[int(names[i][1]) - 1] for i in outcome.index]
+        numbers, known = [int(name[1]) for name in names], real_labels()
+        if not 1 <= min(numbers) <= max(numbers) <= len(known):
+            return []
+        sets = [known[numbers[i] - 1] for i in outcome.index]
         scored = [int(p) in s for p, s in zip(outcome.predicted, sets, strict=True) if s]
         if scored:
             return [Row(model, cell.pictures.name, "real labels", "", "top1", sum(scored) / len(scored), len(scored))]
@@ -142,13 +155,13 @@ def _real_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
 
 def _ood_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
     """ImageNet-O: how well low confidence finds the pictures of no class."""
-    by_name = {(cell.pictures.name, cell.condition): outcome for cell, outcome in own}
-    outside, inside = by_name.get(("imagenet_o", "shifted")), by_name.get(("data on imagenet_o's classes", "clean"))
+    name, outside = next(((c.pictures.name, o) for c, o in own if c.pictures.name.startswith(OUTSIDE)), ("", None))
+    inside = next((o for c, o in own if c.pictures.name == f"data on {OUTSIDE}'s classes"), None)
     if outside is None or inside is None:
         return []
     positive = np.r_[np.ones(len(outside.confidence)), np.zeros(len(inside.confidence))]
     value = average_precision(positive, -np.r_[outside.confidence, inside.confidence])
-    return [Row(model, "imagenet_o", "shifted", "", "aupr", value, len(positive))]
+    return [Row(model, name, "shifted", "", "aupr", value, len(positive))]
 
 
 class Comparison(NamedTuple):
@@ -158,6 +171,7 @@ class Comparison(NamedTuple):
     groups: dict[str, Interval]  # label -> mean over its models, interval over images
     seeds: dict[str, float | None]  # label -> standard deviation over its models; None for one
     differences: dict[str, GroupDifference]  # label -> it minus the first label
+    n: int  # pictures
 
 
 def compare(evaluation: Evaluation) -> list[Comparison]:
@@ -173,7 +187,8 @@ def compare(evaluation: Evaluation) -> list[Comparison]:
         first = next(iter(stacked.values()))
         spread = {k: float(v.mean(axis=1).std(ddof=1)) if len(v) > 1 else None for k, v in stacked.items()}
         differences = {label: group_difference(first, group) for label, group in list(stacked.items())[1:]}
-        found.append(Comparison(what, {k: mean_interval(v) for k, v in stacked.items()}, spread, differences))
+        means = {label: mean_interval(group) for label, group in stacked.items()}
+        found.append(Comparison(what, means, spread, differences, first.shape[1]))
     return found
 
 
@@ -181,53 +196,83 @@ def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[str, np.ndarray]:
     """What -> one number in [0, 1] an image."""
     clean, lines, corrupted = _clean(own), {}, {}
     for cell, outcome in own:
-        if cell.pictures.name == "imagenet_o" or cell.condition == SANITY:
+        if cell.pictures.name.startswith(OUTSIDE) or cell.condition == SANITY:
             continue
         if cell.severity.isdecimal() and cell.kind in ("published", "regenerated"):
             if cell.condition in BENCHMARK:
                 corrupted.setdefault(cell.pictures.name, []).append(outcome.correct)
         elif cell.kind == "attack":
-            lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = robust(cell, outcome, clean)
+            lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = robust(outcome, clean)
         elif cell.kind == "noise":
             lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = outcome.correct
         else:
             lines[cell.pictures.name] = outcome.correct
-    averages = {f"{name}, mean corrupted": np.mean(parts, axis=0) for name, parts in corrupted.items()}
+    averages = {
+        f"{name}, mean of {part_of_75(len(parts))}": np.mean(parts, axis=0) for name, parts in corrupted.items()
+    }
     return {name: values.astype(float) for name, values in (lines | averages).items()}
+
+
+# what must not leave fewer images standing than those after it, at the same eps
+WEAKER = {
+    "uniform-noise": ("fgsm", "pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
+    "fgsm": ("pgd", "apgd", "autoattack"),
+    "square": ("pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
+    "spsa": ("pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
+}
 
 
 def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
     """Signs of masked gradients, and of numbers that do not fit together (Carlini et al., arXiv:1902.06705)."""
     found = []
-    cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind == "attack"}
+    cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind in ("attack", "noise")}
     for model in evaluation.models:
+        if model.coupled:
+            found.append(
+                f"{model.name}: its answers depend on what else is in the batch (expert capacity over several images): "
+                "another order or batch size gives other numbers, and attacks on part of the images other ones again"
+            )
         clean = evaluation.outcomes.get((model.name, 0))
-        value = {(r.condition, r.severity_or_eps, r.metric): r.value for r in rows if r.model == model.name}
+        shares = [r.value for r in rows if (r.model, r.metric) == (model.name, "zero_gradient")]
+        if shares and max(shares) > 0.01:
+            found.append(
+                f"{model.name}: {100 * max(shares):.0f} % of images have no gradient of the cross-entropy at the clean "
+                "picture; attacks that follow it cannot see them, so trust square and spsa"
+            )
         for (condition, eps), number in cells.items():
-            outcome = evaluation.outcomes[model.name, number]
-            share = value[condition, eps, "zero_gradient"]
-            if share > 0.01 and condition != SANITY:
-                found.append(
-                    f"{model.name}: {100 * share:.0f} % of images have no gradient at all at the clean picture "
-                    f"({condition}); cross-entropy attacks cannot see them, so trust margin and score-free attacks"
-                )
-            for stronger, weaker in (("pgd", "fgsm"), ("pgd", "square"), ("pgd-margin", "square")):
-                base = next((c for c, e in cells if e == eps and re.fullmatch(rf"{stronger}-\d+.*", c)), None)
-                if base is None or not (condition == weaker or condition.startswith(f"{weaker}-")):
+            for stronger in WEAKER.get(_kind(condition), ()):
+                base = next((c for c, e in cells if e == eps and _kind(c) == stronger), None)
+                if base is None:
                     continue
-                other = evaluation.outcomes[model.name, cells[base, eps]]
-                mine = robust(evaluation.cells[number], outcome, clean)
-                same = np.isin(other.index, outcome.index)
-                theirs = robust(evaluation.cells[cells[base, eps]], other, clean)[same]
-                if mine.mean() < theirs.mean() - 0.002 - 1e-9:
+                outcome, other = (evaluation.outcomes[model.name, i] for i in (number, cells[base, eps]))
+                both = np.intersect1d(outcome.index, other.index)
+                mine, theirs = (robust(o, clean)[np.isin(o.index, both)].mean() for o in (outcome, other))
+                if mine < theirs - 0.002 - 1e-9:
                     found.append(
-                        f"{model.name}, eps {eps_text(condition, eps)}: {condition} leaves {100 * mine.mean():.1f} % "
-                        f"where the stronger {base} leaves {100 * theirs.mean():.1f} %; its gradients may be masked"
+                        f"{model.name}, eps {eps_text(condition, eps)}: {condition} leaves {100 * mine:.1f} % "
+                        f"where the stronger {base} leaves {100 * theirs:.1f} %; its gradients may be masked"
                     )
-        for (condition, eps, metric), share in value.items():
-            if (condition, metric) == (SANITY, "robust_top1") and share > 0.05:
+        for row in rows:
+            if (row.model, row.condition, row.metric) == (model.name, SANITY, "robust_top1") and row.value > 0.05:
                 found.append(
-                    f"{model.name}: {100 * share:.0f} % still right under PGD at eps {eps}/255, where nothing should "
-                    "be; its gradients may be masked"
+                    f"{model.name}: {100 * row.value:.0f} % still right under PGD at eps {row.severity_or_eps}/255, "
+                    "where nothing should be; its gradients may be masked"
                 )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)) + _of_the_sets(evaluation)
+
+
+def _kind(condition: str) -> str:
+    """pgd-margin of pgd-margin-20-router-L2."""
+    return re.sub(r"(-\d+q?)?(-router)?(-L2)?$", "", condition)
+
+
+def _of_the_sets(evaluation: Evaluation) -> list[str]:
+    """Published pictures of ImageNet-C that have another size than the published ones."""
+    for cell in evaluation.cells:
+        if cell.pictures.whole:
+            with Image.open(cell.pictures.paths[0]) as picture:
+                size = picture.size
+            if size != (224, 224):
+                told = f"{cell.pictures.name}: pictures of {size[0]} x {size[1]} pixels where ImageNet-C has 224 x 224"
+                return [f"{told}; they are squeezed into the models' inputs, and CE and mCE are not comparable"]
+    return []

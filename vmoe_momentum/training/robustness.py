@@ -1,5 +1,7 @@
 """A short robustness report at the end of `test`, by a callback."""
 
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,18 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from ..robustness import Model, Settings, View, evaluate, make_plan, parse_eps, write_report
+from ..robustness import (
+    Model,
+    Settings,
+    View,
+    check_settings,
+    describe_pictures,
+    evaluate,
+    make_plan,
+    parse_eps,
+    versions,
+    write_report,
+)
 
 
 class RobustnessCheck(Callback):
@@ -39,23 +52,30 @@ class RobustnessCheck(Callback):
         self.settings = Settings(
             corruptions=tuple(corruptions), severities=tuple(severities), attacks=attacks, eps=budgets, limit=limit
         )
+        check_settings(self.settings)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: use 1 or more")
 
     @rank_zero_only
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         data, folder = trainer.datamodule, Path(trainer.log_dir or trainer.default_root_dir) / "robustness"
         view = View(pl_module.image_size, float(data.eval_crop_ratio), "bilinear")
         label = type(pl_module.model.net).__name__
-        # not kept from an earlier call: weights change, and cells are known by their source
-        told = {"source": str(trainer.ckpt_path), "step": trainer.global_step, "run": str(folder)}
+        # weights change and cells are known by their source: none is kept for another call
+        told = {"source": str(trainer.ckpt_path), "step": trainer.global_step, "at": time.time_ns()}
         model = Model(
             label, label, pl_module.model, view, pl_module.num_classes, pl_module.class_names, None, None, told
         )  # fmt: skip
         cells = make_plan(self.settings._replace(data=str(data.root)), [model])
         training = {module: module.training for module in pl_module.model.modules()}
-        evaluation = evaluate(cells, [model], folder, self.batch_size, device=str(pl_module.device))
-        report = write_report(evaluation, folder, {"models": {label: told}})
-        for module, was in training.items():
-            module.training = was
+        try:
+            evaluation = evaluate(cells, [model], folder, self.batch_size, device=str(pl_module.device))
+        finally:
+            for module, was in training.items():
+                module.training = was
+            shutil.rmtree(folder / "cells", ignore_errors=True)
+        provenance = {"models": {label: told}, "pictures": describe_pictures(cells), "versions": versions()}
+        report = write_report(evaluation, folder, provenance)
         for row in report.rows:
             name = "_".join(part.replace(" ", "_") for part in (row.condition, row.severity_or_eps) if part)
             pl_module.log(f"test/robustness/{name}/{row.metric}", row.value, batch_size=1, rank_zero_only=True)

@@ -30,7 +30,6 @@ class Draws(Protocol):
 
 
 class Corruption(NamedTuple):
-    name: str
     group: str  # noise, blur, weather, digital; extra: never part of mCE
     apply: Callable[[np.ndarray, Any, Draws], np.ndarray]
     large: Sequence[Any]  # parameters of severities 1 to 5 at 224 pixels: ImageNet-C
@@ -44,7 +43,7 @@ def corruption(group: str, large: Sequence[Any], small: Sequence[Any]) -> Callab
     """Registers a function under its own name."""
 
     def register(function: Callable) -> Callable:
-        REGISTRY[function.__name__] = Corruption(function.__name__, group, function, large, small)
+        REGISTRY[function.__name__] = Corruption(group, function, large, small)
         return function
 
     return register
