@@ -131,7 +131,7 @@ def picture(runs: list[Run], path: Path) -> None:
 
 
 # All 15 corruptions and severities, FGSM and both PGDs on all images, Square with few queries on a hundred of them.
-ROBUSTNESS = ("--queries=200", "--query_images=100", "--batch_size=120", "--workers=1")
+ROBUSTNESS = ("--queries=200", "--query_images=100", "--batch_size=120")
 
 
 def robustness(runs: list[Run], data: Path, out: Path, extra: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: a fixed seed, and small prepared datasets made once a session."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,15 @@ import torch
 from dataset_helpers import draw_pictures
 
 from vmoe_momentum.datasets import prepare_digits, prepare_folder
+
+
+def pytest_configure(config) -> None:
+    """Tests run in several processes: each takes its share of the cores."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -123,8 +123,7 @@ def _callable(label: str, source: str) -> Model:
 def _from_net(
     label: str, source: str, model: PixelModel, size: int | None, names: list[str] | None, facts: dict[str, Any]
 ) -> Model:
-    net, config = model.net.eval(), resolve_model_data_config(model.net)
-    view = View(size or config["input_size"][-1], float(config["crop_pct"]), _interpolation(config["interpolation"]))
+    net, view = model.net.eval(), view_of(model.net, size)
     sparse = any(isinstance(block, MomentumBlock) for block in net.modules())
     provenance = {
         "source": source, "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(),
@@ -138,8 +137,12 @@ def _from_net(
     )
 
 
-def _interpolation(name: str) -> str:
-    return name if name in ("bilinear", "bicubic") else "bilinear"
+def view_of(net: nn.Module, size: int | None) -> View:
+    """How a network wants its pictures, by timm's record of it; size: where it is another than that record's."""
+    config = resolve_model_data_config(net)
+    name = config["interpolation"]
+    interpolation = name if name in ("bilinear", "bicubic") else "bilinear"
+    return View(size or config["input_size"][-1], float(config["crop_pct"]), interpolation)
 
 
 def _routing(model: PixelModel) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:

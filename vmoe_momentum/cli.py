@@ -1,4 +1,5 @@
-"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze | robustness`.
+"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze | robustness | export
+| classify`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
 first word.
@@ -43,8 +44,9 @@ commands:
   test       evaluate a checkpoint:  vmoe-momentum test --config configs/digits.yaml --ckpt_path runs/.../last.ckpt
   predict    write class probabilities to predictions.csv
   analyze    look into trained networks: spectrum, load, norms, sensitivity, ablate, compare (... analyze --help)
-
   robustness corruptions, other pictures, attacks: a report for one or many models (... robustness --help)
+  export     a checkpoint as timm directory, exported program, ONNX or tensors (... export --help)
+  classify   the likeliest classes of pictures, from what export wrote (... classify --help)
 
 options:
   --debug    show the traceback of an error
@@ -186,7 +188,22 @@ def run_robustness(argv: list[str]) -> None:
     commands.run(argv, open_models)
 
 
-COMMANDS = {"data": run_data, "import": run_import, "analyze": run_analyze, "robustness": run_robustness}
+def run_export(argv: list[str]) -> None:
+    from .export import commands
+
+    commands.run_export(argv)
+
+
+def run_classify(argv: list[str]) -> None:
+    from .export import commands
+
+    commands.run_classify(argv)
+
+
+COMMANDS = {
+    "data": run_data, "import": run_import, "analyze": run_analyze, "robustness": run_robustness,
+    "export": run_export, "classify": run_classify,
+}  # fmt: skip
 
 
 def run(argv: list[str]) -> None:

@@ -28,6 +28,9 @@ def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o777 & ~umask)  # mkdtemp's 0700 is right for secrets, not for what others read
+        for path in work.rglob("*"):  # nor is the 0600 of safetensors
+            if path.is_file():
+                path.chmod(path.stat().st_mode | (0o444 & ~umask))
         _swap(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -16,6 +16,7 @@ from .loading import fit_to_data
 from .pixels import PixelModel
 
 KEY = "vmoe_momentum"
+RAW = "current_model_state"  # where Lightning's weight averaging keeps what it averages over
 
 
 class SavedNetwork(NamedTuple):
@@ -25,27 +26,30 @@ class SavedNetwork(NamedTuple):
     facts: dict[str, Any]  # as training.identity.describe_network wrote them
     epoch: int | None  # finished epochs; None for directories, which do not say
     step: int | None
+    averaged: bool = False  # the weights are a running average (EMAWeightAveraging), kept beside the raw ones
+    trust_pickle: bool = False
 
-    def build(self) -> PixelModel:
-        """The network with its weights (the averaged ones where they were averaged), in eval mode, on the CPU.
+    def build(self, raw: bool = False) -> PixelModel:
+        """The network with its weights, in eval mode, on the CPU. raw: not the averaged ones, where there are both.
 
         Raises ValueError: it cannot be rebuilt, or its tensors do not fit.
         """
         if self.epoch is None:
             return PixelModel(create_model(self.source)).eval()
-        model = PixelModel(_rebuild(self.source, self.facts))
-        for name in ("mean", "std"):
-            getattr(model, name).copy_(torch.tensor(self.facts[name]).view(1, -1, 1, 1))
-        tensors = read_checkpoint(Path(self.source))["state_dict"]
-        try:
-            model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
+        model = rebuild(self.source, self.facts)
+        checkpoint = read_checkpoint(Path(self.source), trust_pickle=self.trust_pickle)
+        tensors = checkpoint[RAW if raw and self.averaged else "state_dict"]
+        try:  # a compiled network of another program may have put its prefix in
+            model.load_state_dict(
+                {name.removeprefix("model.").replace("_orig_mod.", ""): value for name, value in tensors.items()}
+            )
         except RuntimeError as error:
             raise ValueError(f"{self.source}: its tensors do not fit the network it describes ({error})") from error
         return model.eval()
 
 
-def open_saved(source: str) -> SavedNetwork:
-    """A `.ckpt` that fit wrote, or "local-dir:PATH".
+def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
+    """A `.ckpt` that fit wrote, or "local-dir:PATH". trust_pickle: let a checkpoint run code.
 
     Raises FileNotFoundError: no such file; ValueError: not readable, or not ours.
     """
@@ -58,17 +62,19 @@ def open_saved(source: str) -> SavedNetwork:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"{source}: no such file; give a .ckpt that fit wrote, or local-dir:PATH")
-    checkpoint = read_checkpoint(path)
-    return SavedNetwork(source, checkpoint[KEY], checkpoint["epoch"] + 1, checkpoint["global_step"])
+    checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
+    told = (checkpoint["epoch"] + 1, checkpoint["global_step"], RAW in checkpoint, trust_pickle)
+    return SavedNetwork(source, checkpoint[KEY], *told)
 
 
-def read_checkpoint(path: Path, setting: str = "") -> dict[str, Any]:
-    """Raises ValueError unless `path` is a whole checkpoint of ours, tensors and plain data only; runs no code.
+def read_checkpoint(path: Path, setting: str = "", trust_pickle: bool = False) -> dict[str, Any]:
+    """Raises ValueError unless `path` is a whole checkpoint of ours; runs no code, unless trust_pickle.
 
     setting: the name to blame, as "ckpt_path=". Tensors are mapped, not copied.
     """
+    mapped = zipfile.is_zipfile(path)
     try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
+        checkpoint = torch.load(path, weights_only=not trust_pickle, map_location="cpu", mmap=mapped)
     except Exception as error:  # whatever the bytes of another file make of the reader
         raise ValueError(
             f"{setting}{path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); it is cut off, "
@@ -103,7 +109,8 @@ def build_arguments(net: nn.Module) -> dict[str, Any] | None:
         return None
 
 
-def _rebuild(source: str, facts: dict[str, Any]) -> nn.Module:
+def rebuild(source: str, facts: dict[str, Any]) -> PixelModel:
+    """The network that `facts` describe, freshly initialised. Raises ValueError: it cannot be built."""
     if "model_args" not in facts:
         raise ValueError(
             f"{source}: written by a version that did not yet store how to build the network; load it with `test`, or "
@@ -120,4 +127,7 @@ def _rebuild(source: str, facts: dict[str, Any]) -> nn.Module:
         fit_to_data(net, facts["num_classes"], facts["image_size"])
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{source}: timm cannot build its network, {architecture} ({error})") from error
-    return net
+    model = PixelModel(net)
+    for name in ("mean", "std"):
+        getattr(model, name).copy_(torch.tensor(facts[name]).view(1, -1, 1, 1))
+    return model

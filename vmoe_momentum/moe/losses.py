@@ -5,7 +5,6 @@ these reproduce (population variance; per group).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,5 +37,6 @@ def gshard_loss(gates: Tensor, top_index: Tensor) -> Tensor:
     choose; top_index: [G, S, K], best first. The share has no gradient.
     """
     num_experts = gates.shape[-1]
-    share = F.one_hot(top_index[..., 0], num_experts).to(gates.dtype).mean(dim=1)
+    experts = torch.arange(num_experts, device=gates.device)
+    share = (top_index[..., :1] == experts).to(gates.dtype).mean(dim=1)
     return num_experts * (share * gates.mean(dim=1)).sum(dim=-1)

@@ -6,6 +6,7 @@ It knows nothing of this project's networks: models come in as callables (models
 from .attacks import ATTACKS, Budget, run_attack
 from .corruptions import BENCHMARK, EXTRA, SEVERITIES, corrupt
 from .evaluate import Evaluation, evaluate
+from .labels import list_pictures
 from .models import Model, View
 from .plan import Settings, check_settings, describe_pictures, make_plan, parse_eps
 from .report import write_report
@@ -27,6 +28,7 @@ __all__ = [
     "corrupt",
     "describe_pictures",
     "evaluate",
+    "list_pictures",
     "make_plan",
     "parse_eps",
     "run_attack",
