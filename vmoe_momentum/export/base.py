@@ -1,0 +1,65 @@
+"""What the formats share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models import PixelModel
+
+Metadata = dict[str, Any]
+Answer = Callable[[Tensor], Tensor]  # pixels [B, 3, S, S] in the format's own dtype -> [B, K] on the CPU
+
+
+class Request(NamedTuple):
+    """What an exported network takes and gives."""
+
+    input: Literal["float32", "uint8"] = "float32"  # pixels in [0, 1], or 0 to 255
+    output: Literal["logits", "probabilities"] = "logits"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"  # of the weights; ONNX only
+
+
+class Format(NamedTuple):
+    """write: into an existing folder, giving what only this format knows (file, opset). open: what it wrote."""
+
+    write: Callable[[PixelModel, Path, Request, Metadata], Metadata]
+    open: Callable[[Path, Metadata], Answer]
+    keeps_network: bool  # can be opened as a network again: for pictures of its experts
+    precisions: tuple[str, ...] = ("fp32",)
+
+
+class Servable(nn.Module):
+    """What programs hold: pixels -> logits or probabilities, normalisation inside."""
+
+    def __init__(self, model: PixelModel, request: Request) -> None:
+        super().__init__()
+        self.model, self.request = model, request
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, 3, S, S] of the requested dtype -> [B, K] float32."""
+        # .to leaves a check of the dtype in an exported program, also where it does nothing
+        pixels = images.to(torch.uint8 if self.request.input == "uint8" else torch.float32)
+        logits = self.model(pixels)
+        return logits.softmax(dim=-1) if self.request.output == "probabilities" else logits
+
+    def example(self, batch_size: int = 3) -> Tensor:
+        side = image_size(self.model)
+        pixels = torch.rand(batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
+        return (pixels * 255).to(torch.uint8) if self.request.input == "uint8" else pixels
+
+
+def image_size(model: PixelModel) -> int:
+    """S of a network as it is built."""
+    patches = getattr(model.net, "patch_embed", None)
+    size = getattr(patches, "img_size", None)
+    return int(size[0] if size else model.net.pretrained_cfg["input_size"][-1])
+
+
+def as_answer(servable: nn.Module) -> Answer:
+    def answer(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return servable(images)
+
+    return answer

@@ -1,0 +1,127 @@
+"""The command lines `vmoe-momentum export ...` and `vmoe-momentum classify ...`."""
+
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..analysis.expert_map import draw_experts
+from ..parsers import new_parser
+from .base import Request
+from .exporting import export
+from .hub import push
+from .serving import classify, open_served
+from .weights import Pick, Weights
+
+_EXPORT = """examples:
+  vmoe-momentum export --ckpt_path runs/digits/version_0 --to hf --out exported/hf --data data/digits
+  vmoe-momentum export --ckpt_path last.ckpt --to pt2 --input uint8 --out exported/pt2 --data data/digits
+  vmoe-momentum export --ckpt_path last.ckpt --to onnx --precision int8 --out exported/int8 --data data/digits
+
+  hf          timm's directory with a model card: timm.create_model("local-dir:exported/hf", pretrained=True)
+  pt2         torch.export: torch.export.load("exported/pt2/model.pt2").module()(pixels), without vmoe_momentum
+  onnx        onnxruntime.InferenceSession("exported/onnx/model.onnx"), without torch
+  state-dict  tensors under timm's names, as safetensors
+
+Every export is read back and compared with the checkpoint on pictures of --data before it gets its name."""
+
+_CLASSIFY = """examples:
+  vmoe-momentum classify exported/onnx cat.jpg dog.jpg
+  vmoe-momentum classify exported/hf cat.jpg --plot experts.png"""
+
+
+def export_parser() -> ArgumentParser:
+    words = new_parser("A checkpoint as files that other programs run.", _EXPORT, prog="vmoe-momentum export")
+    words.add_argument(
+        "--ckpt_path", type=str, required=True, help="A .ckpt of fit, the folder of a run, or local-dir:PATH."
+    )
+    words.add_argument("--to", type=Literal["hf", "pt2", "onnx", "state-dict"], required=True, help="The format.")
+    words.add_argument("--out", type=str, required=True, help="New folder.")
+    words.add_argument(
+        "--data", type=str, required=True, help="Labelled pictures to compare on: ROOT/val/CLASS/* or ROOT/CLASS/*."
+    )
+    words.add_argument("--limit", type=int, default=1000, help="At most so many of them, spread over the set.")
+    words.add_argument(
+        "--input", type=Literal["float32", "uint8"], default="float32", help="Pixels in [0, 1], or 0 to 255."
+    )
+    words.add_argument("--output", type=Literal["logits", "probabilities"], default="logits", help="What comes out.")
+    words.add_argument(
+        "--precision", type=Literal["fp32", "fp16", "int8"], default="fp32", help="Of ONNX weights; accuracy is shown."
+    )
+    words.add_argument("--pick", type=Pick | None, help="Which checkpoint of a run's folder; best by default.")
+    words.add_argument(
+        "--weights", type=Weights, default="auto", help="auto: the averaged ones (EMA) where there are any."
+    )
+    words.add_argument("--scores", type=str | None, help="Log folder of a `test` run: its scores go into the card.")
+    words.add_argument("--push", type=str | None, help="OWNER/NAME: upload an hf export to the Hugging Face hub.")
+    words.add_argument("--overwrite", action="store_true", help="Replace a folder that export wrote earlier.")
+    words.add_argument(
+        "--trust_pickle", action="store_true",
+        help="Read a checkpoint that holds more than tensors. It may then run any code: only files of your own.",
+    )  # fmt: skip
+    return words
+
+
+def run_export(argv: list[str]) -> None:
+    given = export_parser().parse_args(argv)
+    if given.push is not None and given.to != "hf":
+        raise ValueError(f"--push={given.push}: the hub takes --to hf, not {given.to}")
+    request = Request(given.input, given.output, given.precision)
+    if given.to in ("hf", "state-dict") and request != Request():
+        raise ValueError(
+            f"--to={given.to}: keeps the network itself; --input, --output, --precision are for pt2 and onnx"
+        )
+    metadata = export(
+        given.ckpt_path, given.to, given.out, given.data, request, given.weights, given.pick, given.scores, given.limit,
+        given.overwrite, given.trust_pickle,
+    )  # fmt: skip
+    source, found = metadata["source"], metadata["round_trip"]
+    table = Table(box=None, show_header=False)
+    told = {
+        "checkpoint": source["file"] + (f", epoch {source['epoch']}" if "epoch" in source else ""),
+        "weights": source["weights"],
+        "compared on": f"{found['pictures']} pictures: largest difference {found['max_difference']:.2g}, "
+        f"same class {100 * found['agreement']:.1f} %",
+        "top-1": f"{100 * found['top1_before']:.2f} % before, {100 * found['top1_after']:.2f} % after",
+        "size": f"{found['megabytes']:.1f} MB",
+        "latency": f"{found['latency_ratio']:.2f} of eager torch",
+    }
+    for name, value in told.items():
+        table.add_row(name, Text(value))
+    console = Console()
+    console.print(table)
+    console.print(f"[bold]{given.to}[/bold]  {given.out}", soft_wrap=True, highlight=False)
+    if given.push is not None:
+        console.print(push(Path(given.out), given.push), soft_wrap=True, highlight=False)
+
+
+def classify_parser() -> ArgumentParser:
+    words = new_parser("The likeliest classes of pictures.", _CLASSIFY, prog="vmoe-momentum classify")
+    words.add_argument("source", type=str, help="A folder that export wrote, of any format.")
+    words.add_argument("images", type=str, nargs="+", help="Pictures.")
+    words.add_argument("--top_k", type=int, default=5, help="How many classes.")
+    words.add_argument("--plot", type=str | None, help="PNG: which expert each patch went to, block by block.")
+    return words
+
+
+def run_classify(argv: list[str]) -> None:
+    given = classify_parser().parse_args(argv)
+    if given.top_k < 1:
+        raise ValueError(f"--top_k={given.top_k}: use 1 or more")
+    paths = [Path(path) for path in given.images]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+    served = open_served(given.source)
+    network = served.network() if given.plot is not None else None
+    console = Console()
+    for path, found in zip(paths, classify(served, paths, given.top_k), strict=True):
+        console.print(Text(str(path), style="bold"), soft_wrap=True)
+        for name, value in found:
+            console.print(Text(f"  {100 * value:5.1f} %  {name}"), soft_wrap=True)
+    if network is not None:
+        draw_experts(network, [served.pixels(path) for path in paths], [path.name for path in paths], Path(given.plot))
+        console.print(f"[bold]experts[/bold]  {given.plot}", soft_wrap=True, highlight=False)

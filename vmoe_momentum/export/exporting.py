@@ -1,0 +1,151 @@
+"""From a checkpoint to a folder that can be served: write, read back, compare, and only then take the name."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from ..analysis.logs import read_log
+from ..classifiers import view_of
+from ..robustness import View, list_pictures, versions
+from ..robustness.pictures import Pictures, batches
+from ..staging import refuse_existing, staged
+from .base import Metadata, Request
+from .formats import FORMATS
+from .round_trip import RoundTrip, check, round_trip
+from .weights import Chosen, Pick, Weights, choose
+
+MARK = "metadata.json"
+
+
+def export(
+    ckpt_path: str,
+    to: str,
+    out: str,
+    data: str,
+    request: Request | None = None,
+    weights: Weights = "auto",
+    pick: Pick | None = None,
+    scores: str | None = None,
+    limit: int = 1000,
+    overwrite: bool = False,
+    trust_pickle: bool = False,
+) -> Metadata:
+    """Writes the folder `out` and gives its metadata.
+
+    data: labelled pictures, ROOT/val/CLASS/* or ROOT/CLASS/*; at most `limit` of them are compared on.
+    scores: log folder of a `test` run, for the card and the metadata. The other arguments: weights.choose.
+    Raises ValueError, FileNotFoundError: a setting that means nothing, damaged files, an export unlike its network.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"--to={to}: use one of {', '.join(FORMATS)}")
+    form, place, request = FORMATS[to], Path(out), request or Request()
+    if request.precision not in form.precisions:
+        raise ValueError(f"--precision={request.precision}: {to} knows {', '.join(form.precisions)}; use --to onnx")
+    if limit < 1:
+        raise ValueError(f"--limit={limit}: use 1 or more")
+    refuse_existing(place, overwrite, MARK)
+    measured = {} if scores is None else _scores(scores)
+    chosen = choose(ckpt_path, weights, pick, trust_pickle)
+    metadata = describe(chosen, to, request, ckpt_path, measured)
+    pixels, labels = load_pictures(data, chosen, limit)
+    try:
+        with staged(place, overwrite, MARK) as work:
+            metadata |= form.write(chosen.model, work, request, metadata)
+            (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
+            found = round_trip(chosen.model, form.open(work, metadata), pixels, labels, request, work)
+            check(found, request.precision, to)
+            metadata["round_trip"] = found._asdict()
+            (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"--out={out}: cannot be written ({error.strerror or error}); nothing is left of it"
+        ) from error
+    return metadata
+
+
+def describe(chosen: Chosen, to: str, request: Request, ckpt_path: str, scores: dict[str, float]) -> Metadata:
+    """What a reader of the folder needs: how to prepare pictures, what comes out, where it comes from."""
+    model, view = chosen.model, view_of(chosen.model.net, chosen.facts.get("image_size"))
+    network = {name: chosen.facts.get(name) for name in ("architecture", "model_args", "settings")}
+    network |= {"num_classes": model.net.num_classes, "image_size": view.size}
+    network |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    network["architecture"] = network["architecture"] or (model.net.pretrained_cfg or {}).get("architecture")
+    return {
+        "vmoe_momentum_export": 1, "format": to, **request._asdict(), "image_size": view.size,
+        "crop_pct": view.crop_pct, "interpolation": view.interpolation, "mean": network["mean"], "std": network["std"],
+        "normalisation": "inside" if to in ("pt2", "onnx") else "to be done by the caller, with mean and std",
+        "class_names": chosen.facts.get("class_names"), "network": network, "scores": scores,
+        "source": {**chosen.told, "sha256": _sha256(chosen.told["file"], ckpt_path)},
+        "parameters": sum(parameter.numel() for parameter in model.net.parameters()),
+        "recipe": _recipe(chosen.folder), "data": _data(chosen.folder), "versions": versions(),
+        "exported": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def load_pictures(data: str, chosen: Chosen, limit: int) -> tuple[Tensor, Tensor]:
+    """uint8 [N, 3, S, S] and labels [N], spread over the set."""
+    names, classes = chosen.facts.get("class_names"), chosen.model.net.num_classes
+    root = Path(data)
+    place = root / "val" if (root / "val").is_dir() else root
+    listing = list_pictures(place, names, classes, "--data")
+    count = min(limit, len(listing.paths))
+    order = [i * len(listing.paths) // count for i in range(count)]
+    view = view_of(chosen.model.net, chosen.facts.get("image_size"))
+    found = list(batches(Pictures("data", listing.paths, listing.labels), [view], 64, 0, None, order))
+    return torch.cat([batch.views[view] for batch in found]), torch.cat([batch.labels for batch in found])
+
+
+def wanted_view(metadata: Metadata) -> View:
+    """How an export wants its pictures."""
+    return View(metadata["image_size"], metadata["crop_pct"], metadata["interpolation"])
+
+
+def _scores(folder: str) -> dict[str, float]:
+    log = read_log(folder)
+    found = {name: values[-1] for name, values in log.items() if name in ("test/top1", "test/top5", "test/loss")}
+    if not found:
+        raise ValueError(f"--scores={folder}: no test/top1 in its log; give the log folder of a `test` run")
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.yaml that fit left beside its checkpoints; empty where there is none."""
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """What is worth telling of a training, without the places of files."""
+    config = _config(folder)
+    model, trainer = config.get("model") or {}, config.get("trainer") or {}
+    wanted = ("loss", "label_smoothing", "mixup", "cutmix", "aux_loss_weight", "optimizer", "schedule")
+    found = {name: model[name] for name in wanted if name in model}
+    return found | {name: trainer[name] for name in ("max_epochs", "precision") if trainer.get(name) is not None}
+
+
+def _data(folder: Path) -> str | None:
+    """Name of the folder of the training data."""
+    root = ((_config(folder).get("data") or {}).get("init_args") or {}).get("root")
+    return Path(root).name if root else None
+
+
+def _sha256(name: str, ckpt_path: str) -> str | None:
+    path = Path(ckpt_path.removeprefix("local-dir:"))
+    files = [path, path / name, path / "checkpoints" / name, path / "model.safetensors"]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        return None
+    with found.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+__all__ = ["MARK", "RoundTrip", "describe", "export", "load_pictures", "wanted_view"]

@@ -1,0 +1,117 @@
+"""ONNX through torch's dynamo exporter, checked with onnxruntime.
+
+ONNX has no stable sort, no search in sorted rows and no grouped product; the three functions below say them in
+operators it has. So the graph does the same work as the network: each expert sees its own rows, not all of them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import PixelModel
+from .base import Answer, Format, Metadata, Request, Servable
+from .program import trace
+
+FILE = "model.onnx"
+OPSET = 20
+
+
+def write(model: PixelModel, folder: Path, request: Request, metadata: Metadata) -> Metadata:
+    _needs("onnxscript")
+    path, options = folder / FILE, {"custom_translation_table": translations(), "opset_version": OPSET}
+    program = torch.onnx.export(trace(Servable(model, request)), (), verbose=False, **options)
+    facts = {"file": FILE, "opset": OPSET}
+    program.model.metadata_props["metadata.json"] = json.dumps({**metadata, **facts})
+    for place, name in ((program.model.graph.inputs[0], "images"), (program.model.graph.outputs[0], request.output)):
+        place.name = name
+    program.save(path)
+    if request.precision != "fp32":
+        _reduce(path, request.precision)
+    return facts
+
+
+def _reduce(path: Path, precision: str) -> None:
+    """Half-precision weights and arithmetic, or weights of 8 bits (dynamic quantisation of matrix products)."""
+    import onnx
+
+    if precision == "fp16":
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        # pixels and logits stay float32; these operators have no half form in onnxruntime, or lose the routing in it
+        kept = ["TopK", "Softmax", "LayerNormalization", "Resize", "Range"]
+        onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True, op_block_list=kept), path)
+    else:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(path, path, weight_type=QuantType.QInt8)
+
+
+def open_answer(folder: Path, metadata: Metadata) -> Answer:
+    runtime = _needs("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no common base of its errors
+        raise ValueError(f"{folder / FILE}: onnxruntime cannot open it ({error}); export it again") from error
+    name = session.get_inputs()[0].name
+
+    def answer(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+    return answer
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """torch operator -> function that writes it in ONNX."""
+    from onnxscript import opset20 as op
+
+    def stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
+        """TopK of everything: on equal values ONNX takes the lower index first, which is what stable means."""
+        size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]))
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    def grouped_mm(self: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+        """rows [R, in], sorted by expert; mat2 [E, in, out]; offs [E]: a product an expert, side by side."""
+        ends, axis = op.Cast(offs, to=7), op.Constant(value_ints=[0])
+        start, parts = op.Constant(value_ints=[0]), []
+        for expert in range(mat2.shape[0]):
+            end = op.Gather(ends, op.Constant(value_ints=[expert]))
+            rows = op.Slice(self, start, end, axis)
+            parts.append(op.MatMul(rows, op.Gather(mat2, op.Constant(value_int=expert), axis=0)))
+            start = end
+        return op.Concat(*parts, axis=0)
+
+    def searchsorted(
+        sorted_sequence: Any, self: Any, out_int32: bool = False, right: bool = False, side: Any = None,
+        sorter: Any = None,
+    ) -> Any:  # fmt: skip
+        """How many of [..., N] lie before each of [..., E]: counted, as E is small."""
+        row, value = (
+            op.Unsqueeze(sorted_sequence, op.Constant(value_ints=[-2])),
+            op.Unsqueeze(self, op.Constant(value_ints=[-1])),
+        )
+        before = op.LessOrEqual(row, value) if right or side == "right" else op.Less(row, value)
+        count = op.ReduceSum(op.Cast(before, to=7), op.Constant(value_ints=[-1]), keepdims=0)
+        return op.Cast(count, to=6) if out_int32 else count
+
+    aten = torch.ops.aten
+    return {
+        aten.sort.stable: stable_sort, aten._grouped_mm.default: grouped_mm, aten.searchsorted.Tensor: searchsorted,
+    }  # fmt: skip
+
+
+def _needs(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"onnx: the package {name} is missing; pip install 'vmoe_momentum[export]'") from error
+
+
+FORMAT = Format(write, open_answer, keeps_network=False, precisions=("fp32", "fp16", "int8"))

@@ -1,0 +1,79 @@
+"""An export against the network it comes from, on real pictures."""
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..analysis.output import track
+from ..models import PixelModel
+from .base import Answer, Request, Servable, as_answer
+
+CHUNKS = (17, 2, 1)  # batch sizes that must agree
+TOLERANCE = 1e-4  # of logits, in float32
+TIMED = 8  # pictures in a batch that is timed
+
+
+class RoundTrip(NamedTuple):
+    """What was found. Accuracies are shares of the pictures; None without labels."""
+
+    pictures: int
+    max_difference: float  # of logits or probabilities
+    agreement: float  # share of pictures with the same most likely class
+    top1_before: float | None
+    top1_after: float | None
+    latency_ratio: float  # over eager torch, batches of TIMED
+    megabytes: float
+
+
+def round_trip(
+    model: PixelModel, answer: Answer, pixels: Tensor, labels: Tensor | None, request: Request, folder: Path
+) -> RoundTrip:
+    """pixels: uint8 [N, 3, S, S]."""
+    eager = as_answer(Servable(model, request))
+    taken = pixels if request.input == "uint8" else pixels.float() / 255
+    expected, found = [], []
+    for start in track(range(0, len(taken), CHUNKS[0]), "comparing"):
+        batch = taken[start : start + CHUNKS[0]]
+        expected.append(eager(batch))
+        found.append(answer(batch))
+    before, after = torch.cat(expected), torch.cat(found)
+    largest = float((before - after).abs().max())
+    for size in CHUNKS[1:]:
+        for start in range(0, min(len(taken), 6), size):
+            batch = slice(start, min(start + size, len(taken)))
+            largest = max(largest, float((answer(taken[batch]) - before[batch]).abs().max()))
+    top1 = [None if labels is None else float((each.argmax(1) == labels).float().mean()) for each in (before, after)]
+    agreement = float((before.argmax(1) == after.argmax(1)).float().mean())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    ratio = _ratio(eager, answer, taken[:TIMED])
+    return RoundTrip(len(taken), largest, agreement, top1[0], top1[1], ratio, round(size / 1e6, 3))
+
+
+def check(found: RoundTrip, precision: str, to: str) -> None:
+    """Raises ValueError: the export is not the network."""
+    told = f"differs by up to {found.max_difference:.3g}, the same class for {100 * found.agreement:.1f} % of pictures"
+    if not found.max_difference < float("inf"):
+        raise ValueError(f"--to={to}: gives values that are not finite; nothing was written")
+    if precision == "fp32" and (found.max_difference > TOLERANCE or found.agreement < 1.0):
+        raise ValueError(
+            f"--to={to}: not the network it comes from ({told}); nothing was written. Report this as a bug"
+        )
+    if found.agreement < 0.9:
+        raise ValueError(
+            f"--precision={precision}: too coarse for this network ({told}); nothing was written; use fp32"
+        )
+
+
+def _ratio(eager: Answer, answer: Answer, batch: Tensor, rounds: int = 5) -> float:
+    times: dict[str, list[float]] = {"eager": [], "export": []}
+    for number in range(rounds + 1):
+        for name, run in (("eager", eager), ("export", answer)):
+            start = time.perf_counter()
+            run(batch)
+            if number:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return round(median(times["export"]) / median(times["eager"]), 3)
