@@ -41,6 +41,22 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def export() -> str:
+    """Each format beside eager torch, largest batch."""
+    rows = read("export")
+    batches = sorted({int(row["batch"]) for row in rows})
+    head = " | ".join(f"batch {batch}, over eager" for batch in batches)
+    lines = [f"| {rows[0]['network']} | {head} | MB | largest difference |", "|---" * (len(batches) + 3) + "|"]
+    for case in dict.fromkeys((row["format"], row["precision"]) for row in rows):
+        own = {int(row["batch"]): row for row in rows if (row["format"], row["precision"]) == case}
+        cells = [f"{float(own[b]['ratio']):.2f} ({float(own[b]['milliseconds']):.0f} ms)" for b in batches]
+        last = own[batches[-1]]
+        lines.append(
+            f"| {' '.join(case)} | {' | '.join(cells)} | {last['megabytes']} | {float(last['difference']):.0e} |"
+        )
+    return "\n".join([*lines, "", f"Measured on {rows[0]['device']}, torch {rows[0]['torch']}."])
+
+
 def zoo() -> str:
     """What each network has, uses and costs."""
     lines = [
@@ -67,7 +83,7 @@ def rules() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"digits": digits, "rules": rules, "speed": speed, "zoo": zoo}
+TABLES = {"digits": digits, "export": export, "rules": rules, "speed": speed, "zoo": zoo}
 
 
 def fill(text: str) -> str:

@@ -591,6 +591,7 @@ def test_the_page_stands_alone_and_everything_is_in_it(tmp_path: Path) -> None:
     evaluation = evaluate(make_plan(settings, models), models, tmp_path / "out")
     rows = write_report(evaluation, tmp_path / "out", {"seed": 3}).rows
     page = (tmp_path / "out" / "report.html").read_text()
+    assert "data: fgsm 1, robust" in page and "data: worst-case 4, robust" in page
     assert "http" not in page and 'src="data:image/png;base64,' in page
     assert "&lt;b&gt;&amp;" in page and "<b>&<" not in page
     assert page.count("<img") >= 4

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..analysis.logs import read_log
@@ -62,10 +63,9 @@ def export(
             check(found, request.precision, to)
             metadata["round_trip"] = found._asdict()
             (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
-    except OSError as error:
-        raise ValueError(
-            f"--out={out}: cannot be written ({error.strerror or error}); nothing is left of it"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        told = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"--out={out}: cannot be written ({told}); nothing is left of it") from error
     return metadata
 
 

@@ -19,19 +19,23 @@ def trace(servable: Servable) -> ExportedProgram:
     program = torch.export.export(
         servable.eval(), (servable.example(),), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False
     )
-    graph = program.graph_module.graph
-    for node in list(graph.nodes):
-        inner = node.target is torch.ops.aten._assert_tensor_metadata.default and node.args[0].op != "placeholder"
-        if inner or (node.op == "call_function" and not node.users and "_assert" not in str(node.target)):
-            graph.erase_node(node) if not node.users else None
+    graph, pixels = program.graph_module.graph, program.graph_signature.user_inputs
+    for node in list(graph.nodes):  # checks of dtypes keep what they check alive
+        if node.target is torch.ops.aten._assert_tensor_metadata.default and node.args[0].name not in pixels:
+            graph.erase_node(node)
     graph.eliminate_dead_code()
+    for module in program.graph_module.modules():  # sub-graphs, too
+        for node in getattr(module, "graph", graph).nodes:
+            node.meta.pop("stack_trace", None)  # names folders of this machine
     program.graph_module.recompile()
     return program
 
 
 def write(model: PixelModel, folder: Path, request: Request, metadata: Metadata) -> Metadata:
     program = trace(Servable(model, request))
-    torch.export.save(program, folder / FILE, extra_files={"metadata.json": json.dumps(metadata)})
+    content = io.BytesIO()  # torch's own writer of files aborts the process when the disk is full
+    torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
+    (folder / FILE).write_bytes(content.getbuffer())
     return {"file": FILE}
 
 
@@ -53,7 +57,7 @@ def check_program(path: Path) -> None:
             names = archive.namelist()
             for name in names:
                 _check_entry(path, name, archive.read(name))
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path}: no whole exported program ({error}); export it again") from error
@@ -62,8 +66,8 @@ def check_program(path: Path) -> None:
 def _check_entry(path: Path, name: str, content: bytes) -> None:
     base = name.rpartition("/")[2]
     unsafe = "opaque_obj" in base or "custom_obj" in base
-    if base.endswith("config.json") and ("weights" in name or "constants" in name):
-        unsafe = unsafe or '"use_pickle": true' in content.decode(errors="replace")
+    if base.endswith("_config.json"):  # of weights and constants
+        unsafe = unsafe or any(entry.get("use_pickle") for entry in json.loads(content)["config"].values())
     if base.endswith(".pt") or "sample_inputs" in name:
         try:
             torch.load(io.BytesIO(content), weights_only=True)

@@ -1,5 +1,6 @@
 """An export against the network it comes from, on real pictures."""
 
+import copy
 import time
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ class RoundTrip(NamedTuple):
     top1_after: float | None
     latency_ratio: float  # over eager torch, batches of TIMED
     megabytes: float
+    rounding_error: float | None  # of the network itself in float32, where the difference is large enough to ask
 
 
 def round_trip(
@@ -50,7 +52,19 @@ def round_trip(
     agreement = float((before.argmax(1) == after.argmax(1)).float().mean())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     ratio = _ratio(eager, answer, taken[:TIMED])
-    return RoundTrip(len(taken), largest, agreement, top1[0], top1[1], ratio, round(size / 1e6, 3))
+    own = (
+        rounding_error(model, pixels[:64].float() / 255)
+        if request.precision == "fp32" and largest > TOLERANCE
+        else None
+    )
+    return RoundTrip(len(taken), largest, agreement, top1[0], top1[1], ratio, round(size / 1e6, 3), own)
+
+
+@torch.no_grad()
+def rounding_error(model: PixelModel, images: Tensor) -> float:
+    """Largest difference of logits in float32 from those in float64. Rules that divide by small numbers magnify it."""
+    exact = copy.deepcopy(model).double()(images.double())
+    return float((model(images).double() - exact).abs().max())
 
 
 def check(found: RoundTrip, precision: str, to: str) -> None:
@@ -58,7 +72,8 @@ def check(found: RoundTrip, precision: str, to: str) -> None:
     told = f"differs by up to {found.max_difference:.3g}, the same class for {100 * found.agreement:.1f} % of pictures"
     if not found.max_difference < float("inf"):
         raise ValueError(f"--to={to}: gives values that are not finite; nothing was written")
-    if precision == "fp32" and (found.max_difference > TOLERANCE or found.agreement < 1.0):
+    allowed = max(TOLERANCE, 3 * (found.rounding_error or 0.0))
+    if precision == "fp32" and (found.max_difference > allowed or (found.agreement < 1.0 and allowed == TOLERANCE)):
         raise ValueError(
             f"--to={to}: not the network it comes from ({told}); nothing was written. Report this as a bug"
         )

@@ -1,0 +1,147 @@
+"""Every rule and every router as exported program and as ONNX; what the three translations into ONNX do."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import vmoe_momentum  # noqa: F401  (registers rules and routers)
+from vmoe_momentum.export.base import Request, Servable, as_answer
+from vmoe_momentum.export.formats import FORMATS
+from vmoe_momentum.models import MomentumVisionTransformer, PixelModel
+from vmoe_momentum.models.settings import subclasses
+from vmoe_momentum.moe import Router
+from vmoe_momentum.momentum import MomentumRule
+
+onnx = pytest.importorskip("onnx")
+runtime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+RULES = sorted(name for name, cls in subclasses(MomentumRule).items() if cls.__module__.startswith("vmoe_momentum"))
+ROUTERS = sorted(name for name, cls in subclasses(Router).items() if cls.__module__.startswith("vmoe_momentum"))
+# torch.export is swept over rules and routers in tests/models and tests/moe, too
+SWEPT = [pytest.param("pt2", marks=pytest.mark.long), "onnx"]
+# rules of the same arithmetic as another one here: part of `make test-all`
+ALIKE = ("Nesterov", "Residual", "Robust")
+# what makes a router drop, rank or choose otherwise
+SETTINGS = {
+    "capacity": ("TopKRouter", {"eval_capacity_factor": 0.6}),
+    "batch priority": ("TopKRouter", {"eval_capacity_factor": 0.6, "batch_priority": True}),
+    "top-1": ("TopKRouter", {"top_k": 1}),
+    "renormalised": ("TopKRouter", {"renormalize": True}),
+}
+
+
+def shallow(rule: str = "HeavyBall", router: str = "TopKRouter", **settings) -> PixelModel:
+    """Two blocks, both sparse."""
+    torch.manual_seed(0)
+    spec = {"class_path": router, "init_args": settings}
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    net = MomentumVisionTransformer(
+        **shape, rule=rule, router=spec, moe_layers=[0, 1], num_experts=4, share_expert_init=False
+    )
+    nn.init.normal_(net.head.weight)
+    return PixelModel(net).eval()
+
+
+def differences(model: PixelModel, kind: str, folder, request: Request | None = None) -> dict[int, float]:
+    """Largest difference from the network itself, by batch size."""
+    request = request or Request()
+    metadata = {"input": request.input, "output": request.output}
+    FORMATS[kind].write(copy.deepcopy(model), folder, request, metadata)
+    answer, expected = FORMATS[kind].open(folder, metadata), as_answer(Servable(model, request))
+    found = {}
+    for size in (1, 2, 17):
+        images = torch.rand(size, 3, 16, 16, generator=torch.Generator().manual_seed(size))
+        images = (images * 255).byte() if request.input == "uint8" else images
+        found[size] = float((answer(images) - expected(images)).abs().max())
+    return found
+
+
+@pytest.mark.parametrize("kind", SWEPT)
+@pytest.mark.parametrize("rule", [pytest.param(r, marks=pytest.mark.long) if r in ALIKE else r for r in RULES])
+def test_every_rule(rule: str, kind: str, tmp_path) -> None:
+    found = differences(shallow(rule), kind, tmp_path)
+    assert max(found.values()) < (1e-3 if rule == "Adam" else 1e-4), found  # Adam divides by small numbers
+
+
+@pytest.mark.parametrize("kind", SWEPT)
+@pytest.mark.parametrize("case", [*ROUTERS, *SETTINGS])
+def test_every_router(case: str, kind: str, tmp_path) -> None:
+    router, settings = SETTINGS.get(case, (case, {}))
+    found = differences(shallow(router=router, **settings), kind, tmp_path)
+    assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_pixels_in_bytes_and_probabilities_out(kind: str, tmp_path) -> None:
+    model, request = shallow(), Request("uint8", "probabilities")
+    assert max(differences(model, kind, tmp_path, request).values()) < 1e-5
+    answer = FORMATS[kind].open(tmp_path, {"input": "uint8", "output": "probabilities"})
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(answer(images).sum(dim=1), torch.ones(3))
+    with pytest.raises(Exception, match="(?i)dtype|data type"):
+        answer(images.float())
+
+
+def test_only_what_serving_needs_is_in_the_program(tmp_path) -> None:
+    """No losses (their variances), no noise, no check but that of the pixels; any batch size."""
+    from vmoe_momentum.export.program import trace
+
+    program = trace(Servable(shallow(), Request()))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not {"aten.var.correction", "aten.randn.default", "aten.rand.default"} & set(names)
+    assert sum("_assert_tensor_metadata" in name for name in names) == 1
+
+
+def test_ties_are_broken_as_torch_breaks_them(tmp_path) -> None:
+    """ONNX has no stable sort: TopK of everything, lower index first on a tie. And empty experts, and one for all."""
+    from vmoe_momentum.export.onnx import translations
+
+    class Ops(nn.Module):
+        def forward(self, x, rows, weight, ends):
+            values, order = x.sort(dim=-1, descending=True, stable=True)
+            up, down = x.sort(dim=-1, stable=True)
+            places = torch.searchsorted(
+                up, torch.arange(4, device=x.device).expand(x.shape[0], -1).float().contiguous()
+            )
+            right = torch.searchsorted(up[0], torch.arange(4).float(), right=True)
+            return values, order, up, down, places, right, torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+
+    batch, count = torch.export.Dim("batch", min=1), torch.export.Dim("rows", min=1)
+    weight = torch.randn(4, 8, 16)
+    generator = torch.Generator().manual_seed(0)
+
+    def inputs(size: int, ends: list[int]):
+        x = torch.randint(0, 3, (size, 20), generator=generator).float()
+        return x, torch.randn(ends[-1], 8, generator=generator), weight, torch.tensor(ends, dtype=torch.int32)
+
+    dynamic = ({0: batch}, {0: count}, None, None)
+    traced = torch.export.export(Ops(), inputs(3, [2, 5, 5, 9]), dynamic_shapes=dynamic, strict=False)
+    program = torch.onnx.export(traced, (), verbose=False, custom_translation_table=translations(), opset_version=20)
+    program.save(tmp_path / "ops.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "ops.onnx"))
+    for size, ends in ((3, [2, 5, 5, 9]), (1, [0, 0, 0, 7]), (5, [4, 4, 4, 4]), (2, [0, 1, 2, 3])):
+        given = inputs(size, ends)
+        got = session.run(None, {place.name: v.numpy() for place, v in zip(session.get_inputs(), given, strict=True)})
+        for mine, theirs in zip(Ops()(*given), got, strict=True):
+            torch.testing.assert_close(torch.from_numpy(theirs).to(mine.dtype), mine, atol=1e-5, rtol=1e-5)
+
+
+def test_half_and_eight_bits_answer_alike(tmp_path) -> None:
+    model = shallow()
+    images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    expected = as_answer(Servable(model, Request()))(images)
+    sizes = {}
+    for precision in ("fp32", "fp16", "int8"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        FORMATS["onnx"].write(copy.deepcopy(model), folder, Request(precision=precision), {})
+        found = FORMATS["onnx"].open(folder, {})(images)
+        sizes[precision] = (folder / "model.onnx").stat().st_size
+        difference = float((found - expected).abs().max())
+        assert found.dtype == torch.float32 and math.isfinite(difference)
+        assert difference < 1e-4 if precision == "fp32" else difference > 1e-4  # it did something
+        assert float((found.argmax(1) == expected.argmax(1)).float().mean()) >= 0.9
+    assert sizes["fp16"] < sizes["fp32"] and sizes["int8"] < sizes["fp32"]
