@@ -393,3 +393,6 @@ def test_an_imported_directory_can_be_exported(digits: Path, tmp_path: Path) -> 
     with torch.no_grad():
         expected = net(pixels.float() / 127.5 - 1).softmax(dim=1)
     torch.testing.assert_close(served.probabilities(pixels), expected, atol=1e-5, rtol=0)
+    cli.run(["export", f"--ckpt_path=local-dir:{tmp_path / 'net'}", "--to=state-dict", f"--out={tmp_path / 's'}",
+             f"--data={digits}", "--limit=5"])  # fmt: skip
+    torch.testing.assert_close(open_served(str(tmp_path / "s")).probabilities(pixels), expected, atol=1e-5, rtol=0)

@@ -57,7 +57,10 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
         net = create_model(source)
         settings = net.function_settings() if hasattr(net, "function_settings") else {}
         size = net.patch_embed.img_size[0] if hasattr(net, "patch_embed") else net.pretrained_cfg["input_size"][-1]
-        facts = {"settings": settings, "num_classes": net.num_classes, "image_size": size}
+        facts = {
+            "architecture": (net.pretrained_cfg or {}).get("architecture") or type(net).__name__, "settings": settings,
+            "model_args": build_arguments(net), "num_classes": net.num_classes, "image_size": size,
+        }  # fmt: skip
         return SavedNetwork(source, facts, None, None)
     path = Path(source)
     if not path.is_file():
