@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,7 +24,7 @@ from vmoe_momentum import SoftRouter, cli
 from vmoe_momentum.export import FORMATS, choose, open_served
 from vmoe_momentum.export.program import check_program
 from vmoe_momentum.export.round_trip import RoundTrip, check
-from vmoe_momentum.models.saved import RAW
+from vmoe_momentum.models.saved import KEY, RAW
 
 pytest.importorskip("onnxruntime")
 
@@ -87,6 +88,23 @@ def test_timm_loads_the_directory(made: Path) -> None:
     for words in ("HeavyBall(mu=0.7", "TopKRouter(top_k=2", "test/top1: 0.9125", "lr: 0.002", "digits", "epoch 5"):
         assert words in card
     assert "library_name: timm" in card and str(made) not in card
+
+
+def test_labels_go_with_the_directory(digits: Path, tmp_path: Path, capsys) -> None:
+    path = write_checkpoint(tiny(), tmp_path / "a.ckpt")
+    content = torch.load(path)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    content[KEY]["class_names"] = names
+    torch.save(content, path)
+    pictures = tmp_path / "pictures"
+    for label, name in enumerate(names):
+        shutil.copytree(digits / "val" / str(label), pictures / name)
+    cli.run(["export", f"--ckpt_path={path}", "--to=hf", f"--out={tmp_path / 'o'}", f"--data={pictures}", "--limit=5"])
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["pretrained_cfg"]["label_names"] == names
+    capsys.readouterr()
+    cli.run(["classify", str(tmp_path / "o"), str(next((pictures / "six").iterdir())), "--top_k=10"])
+    shown = capsys.readouterr().out
+    assert all(f"%  {name}" in shown for name in names)
 
 
 def test_tensors_under_timms_names(made: Path) -> None:
@@ -369,8 +387,6 @@ def test_overwriting_replaces_only_exports(made: Path, digits: Path, tmp_path: P
 def test_classify_refuses_in_one_line(
     argv: list[str], message: str, made: Path, digits: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.png").write_bytes(b"no picture")

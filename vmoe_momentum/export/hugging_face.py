@@ -15,7 +15,8 @@ FILE = "model.safetensors"
 def write(model: PixelModel, folder: Path, request: Request, metadata: Metadata) -> Metadata:
     net, side = model.net, image_size(model)
     names = metadata["class_names"]
-    config = {} if names is None else {"label_names": names}
+    # timm drops names that belong to another number of classes than it knows of
+    config = {} if names is None else {"label_names": names, "num_classes": net.num_classes}
     shown = {
         "input_size": (3, side, side), "mean": metadata["mean"], "std": metadata["std"],
         "crop_pct": metadata["crop_pct"], "interpolation": metadata["interpolation"],
