@@ -1,14 +1,12 @@
-"""Lightning callbacks: what is printed before a run, what is logged on validation, where predictions go."""
+"""Lightning callbacks: what is printed before a run, and what is logged on validation."""
 
-import csv
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
@@ -132,27 +130,3 @@ def seconds_per_batch(module: Any, images: int) -> float:
             fastest = min(fastest, time.perf_counter() - start)
     model.train(was_training)
     return fastest * images / few
-
-
-class PredictionWriter(BasePredictionWriter):
-    """`predict` writes predictions.csv into the log folder: image number, label, then the five likeliest classes."""
-
-    def __init__(self) -> None:
-        super().__init__(write_interval="epoch")
-
-    def write_on_epoch_end(self, trainer: pl.Trainer, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "predictions.csv"
-        names = pl_module.class_names or [str(index) for index in range(pl_module.num_classes)]
-        probabilities = torch.cat([batch[0] for batch in predictions])
-        labels = torch.cat([batch[1] for batch in predictions])
-        top = probabilities.topk(min(5, probabilities.shape[1]))
-        ranks = range(1, top.indices.shape[1] + 1)
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "label", *[f"{what}_{r}" for r in ranks for what in ("class", "probability")]])
-            for image, (label, values, indices) in enumerate(zip(labels, top.values, top.indices, strict=True)):
-                pairs = [(names[i], f"{v:.6f}") for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
-                writer.writerow([image, names[int(label)], *[cell for pair in pairs for cell in pair]])
-        Console().print(f"{len(labels)} predictions: {path}", soft_wrap=True)
