@@ -199,8 +199,13 @@ def _answers_hash(module: nn.Module, size: int) -> str:
 
 
 def _weights_hash(module: nn.Module) -> str:
+    """Of its state dict, whatever the shapes: BatchNorm counts its batches in a tensor without dimensions."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, value in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten()  # bytes can be seen only along a dimension
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        else:  # get_extra_state of the user's modules
+            digest.update(repr(value).encode())
     return digest.hexdigest()

@@ -145,6 +145,62 @@ def test_which_sides_square_cuts_up_in_l2(side: int) -> None:
         run_attack("square", net, images, labels, budget)
 
 
+LAYOUTS = {
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every other row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "one image spread": lambda x: x[:1].expand_as(x),
+}
+PAIRS = [
+    pytest.param(name, norm, marks=pytest.mark.long if name == "autoattack" else ())
+    for name in ATTACKS
+    for norm in ATTACKS[name].norms
+]
+
+
+@pytest.mark.parametrize(("name", "norm"), PAIRS)
+def test_memory_layouts_change_nothing(name: str, norm: str) -> None:
+    """Of images, whatever their strides; and a channels-last network is attacked as well as another."""
+    pytest.importorskip(ATTACKS[name].package or "torch")
+    net = Net().eval()
+    images, labels = data(net, 4)
+    budget = Budget(0.5 if norm == "L2" else EPS, norm, steps=2, queries=max(10, ATTACKS[name].min_queries))
+    for what, change in LAYOUTS.items():
+        other = change(images)
+        assert what == "every other row" or not other.is_contiguous()
+        expected = run_attack(name, net, other.contiguous(), labels, budget)
+        assert torch.equal(run_attack(name, net, other, labels, budget), expected), what
+
+    class Turned(Net):  # whose gradients of contiguous pixels are channels-last
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+    found = run_attack(name, Turned().to(memory_format=torch.channels_last).eval(), images, labels, budget)
+    change = (found - images).flatten(1)
+    assert float((change.abs().amax(dim=1) if norm == "Linf" else change.norm(dim=1)).max()) <= budget.eps + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("name", "norm"), PAIRS)
+def test_logits_of_every_type(name: str, norm: str, dtype: torch.dtype) -> None:
+    """A model may compute in halves or doubles: attacked as it would be behind `.float()`."""
+    pytest.importorskip(ATTACKS[name].package or "torch")
+
+    class Typed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(dtype)).to(wanted)
+
+    wanted = dtype
+    net = Typed().eval().to(dtype)
+    images, labels = data(net, 4)
+    budget = Budget(0.5 if norm == "L2" else EPS, norm, steps=2, queries=max(10, ATTACKS[name].min_queries))
+    found = run_attack(name, net, images, labels, budget)
+    assert found.dtype == torch.float32
+    if dtype != torch.float64:
+        wanted = torch.float32
+        assert torch.equal(found, run_attack(name, net, images, labels, budget))
+
+
 def test_fgsm_by_its_definition() -> None:
     net = Net()
     images, labels = data(net)

@@ -4,7 +4,8 @@ B images [B, 3, H, W], K classes. eps is in the same units as the images (1/255,
 
 The wrapper mends what torchattacks 3.5.1 leaves open: it checks the range of pixels, works in float32 and inside
 inference_mode, restores every sub-module's train flag and the random state also after an error, detaches what comes
-out, and holds it inside the eps ball and the [0, 1] box. The model must normalise inside.
+out, and holds it inside the eps ball and the [0, 1] box. Images of any memory layout and models with half logits look
+the same to every attack (Classifier). The model must normalise inside.
 
 To add one: a function (classifier, images, labels, Budget) -> images, decorated with `@attack`.
 """
@@ -82,9 +83,9 @@ def run_attack(name: str, model: nn.Module, images: Tensor, labels: Tensor, budg
     if budget.eps == 0:
         return images.clone()
     with frozen(model, budget.seed), torch.inference_mode(False), torch.enable_grad():
-        # inference tensors cannot enter autograd: copies made here can
-        images, labels = images.float().clone(), labels.clone()
-        found = ATTACKS[name].run(model, images, labels, budget).detach()
+        # inference tensors cannot enter autograd: copies made here can, and packages flatten them by `view`
+        images, labels = images.float().clone(memory_format=torch.contiguous_format), labels.clone()
+        found = ATTACKS[name].run(Classifier(model).eval(), images, labels, budget).detach()
     return project(images, found, budget)
 
 
@@ -116,6 +117,18 @@ def check_attack(name: str, side: int, classes: int, norm: Norm) -> None:
         raise ValueError(f"attacks={name}: needs {found.min_classes} classes, there are {classes}; use pgd-margin")
     if norm == "L2" and side in found.not_in_l2:
         raise ValueError(f"attacks={name}: in L2 it cannot cut up {side}-pixel images; leave it out, or use norm=Linf")
+
+
+class Classifier(nn.Module):
+    """A model as attacks see it: logits of float32 at least, since they write losses into float32 buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def project(images: Tensor, found: Tensor, budget: Budget) -> Tensor:

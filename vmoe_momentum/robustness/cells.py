@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attacks import ATTACKS, Budget, cross_entropy, input_gradient, run_attack
+from .attacks import ATTACKS, Budget, Classifier, cross_entropy, input_gradient, run_attack
 from .models import Model
 from .pictures import Batch, Change, Pictures, batches
 from .versions import versions
@@ -159,7 +159,7 @@ def _noisy(images: Tensor, index: Tensor, budget: Budget) -> Tensor:
 
 def _without_gradient(module: torch.nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.enable_grad():
-        gradient = input_gradient(module, images.clone(), labels.clone(), cross_entropy, Budget(0.0))
+        gradient = input_gradient(Classifier(module), images.clone(), labels.clone(), cross_entropy, Budget(0.0))
     return ~(gradient.flatten(1).abs().amax(dim=1) > 0)  # NaN is none either
 
 
