@@ -50,7 +50,7 @@ def checkpoint(digits: Path, tmp_path_factory) -> Path:
     ("extra", "message"),
     [
         ([RULE, "HeavyBal"], r"model.net.init_args.rule=HeavyBal: no such MomentumRule; did you mean HeavyBall?"),
-        ([RULE, "HeavyBall", f"{RULE}.mu", "1.5"], "HeavyBall.mu=1.5 is outside [0, 1)"),
+        ([RULE, "HeavyBall", f"{RULE}.mu", "1.5"], "HeavyBall.mu=1.5: use a number in [0, 1)"),
         ([f"{RULE}.nu", "1"], "takes no 'nu'"),
         (["--model.net.init_args.rul", "X"], "takes no 'rul'; did you mean rule?"),
         (["--model.net.init_args.moe_layers=[3,9]"], "moe_layers=[3, 9]: index 9 is past depth=8; use 0..7"),
@@ -70,7 +70,7 @@ def checkpoint(digits: Path, tmp_path_factory) -> Path:
         (["--data.progressive.start_size=8"], "data.init_args.progressive: also say start_epoch, end_epoch"),
         (["--data.progressive=3"], "data.init_args.progressive=3: use {start_size: ..., start_epoch: ..., "),
         (["--model.mixup=0.2", "--data.batch_size=33"], "data.batch_size=33: mixup and cutmix pair"),
-        (["--model.label_smoothing=1.5"], "model.label_smoothing=1.5: use 0 (none) to less than 1"),
+        (["--model.label_smoothing=1.5"], "model.label_smoothing=1.5: use a number in [0, 1)"),
         (["--model.aux_loss_weight=-1"], "model.aux_loss_weight=-1"),
         (["--trainer.max_epochs=-1"], "trainer.max_epochs=-1: the schedule decays to the last step"),
         (["--trainer.max_epochs=many"], "trainer.max_epochs=many: expected int or null"),

@@ -89,7 +89,7 @@ def test_compare_and_ablate_from_the_command_line(run: Path, digits: Path, here:
 def test_a_grid_with_one_bad_value_is_refused_before_training(digits: Path, here: Path, capsys) -> None:
     fit = [*words(digits), "--model.net.init_args.rule=HeavyBall"]
     line = fails(["analyze", "ablate", "--x=model.net.init_args.rule.mu=0.3,1.5", "--out=g", "--", *fit], capsys)
-    assert "HeavyBall.mu=1.5 is outside [0, 1)" in line
+    assert "HeavyBall.mu=1.5: use a number in [0, 1)" in line
     line = fails(["analyze", "ablate", "--out=g", "--", *words(digits)], capsys)  # the config's rule is Residual
     assert "Residual takes no 'mu'" in line
     for more, message in (

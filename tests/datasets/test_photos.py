@@ -29,7 +29,7 @@ def test_photos_are_large_jpegs_of_ten_classes(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path, monkeypatch) -> None:
-    with pytest.raises(ValueError, match="--per_class=2: use 5 or more"):
+    with pytest.raises(ValueError, match="--per_class=2: use a whole number from 5"):
         photos.prepare_photos(str(tmp_path / "a"), per_class=2)
     monkeypatch.setitem(photos.PICTURES, "cat", ("skimage.data", "no_such.png"))
     with pytest.raises(ValueError, match=r"no_such.png is missing; pip install 'vmoe_momentum\[photos\]'"):

@@ -49,7 +49,6 @@ def test_training_images_grow_and_evaluation_has_its_own_size(backend, digits) -
         ({"progressive": ProgressiveResize(8, 0, 2, multiple=16)}, r"start_size=8: use a multiple of 16"),
         ({"progressive": ProgressiveResize(16, 0, 2, multiple=16)}, r"data\.image_size=24: use a multiple of"),
         ({"progressive": ProgressiveResize(8, 2, 2, multiple=8)}, r"data\.progressive\.start_epoch=2: .* less than"),
-        ({"progressive": ProgressiveResize(8, 0, 2, multiple=0)}, r"data\.progressive\.multiple=0"),
         ({"eval_image_size": 0}, r"data\.eval_image_size=0"),
         ({"repeated_augmentation": 0}, r"data\.repeated_augmentation=0"),
     ],

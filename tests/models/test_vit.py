@@ -95,7 +95,7 @@ def test_momentum_over_the_last_blocks_or_restarted(placement: dict, steps: tupl
     assert net.function_settings()["momentum_steps"] == list(steps)
 
 
-@pytest.mark.parametrize("setting", [{"momentum_last": 5}, {"momentum_last": 0}, {"momentum_restart": 9}])
+@pytest.mark.parametrize("setting", [{"momentum_last": 5}, {"momentum_restart": 9}])
 def test_impossible_placements_of_momentum_are_named(setting: dict) -> None:
     (name,) = setting
     with pytest.raises(ValueError, match=f"{name}={setting[name]}: the network has 4 MoE blocks; use 1..4"):

@@ -200,7 +200,7 @@ def test_sam_stands_still_where_the_update_is_zero_and_its_gradient_is_finite() 
     [
         (lambda: Robust(L=1.0, m=0.25, r=0.8), r"Robust.r=0.8 is outside .*= \[0.5, 0.75\] for k = L/m = 4"),
         (lambda: Robust(L=1.0, m=0.25, r=0.4), r"Robust.r=0.4 is outside"),
-        (lambda: Robust(L=1.0, m=2.0, r=0.4), "Robust.L=1.0 must be a finite number above m=2.0"),
+        (lambda: Robust(L=1.0, m=2.0, r=0.4), "Robust.L=1.0: use a number above Robust.m=2.0"),
         (lambda: Robust(L=1.0, m=0.0, r=0.4), "Robust.m=0.0"),
         (lambda: Robust(L=1.0), "give L, m and r, or gamma, mu and alpha"),
         (lambda: Robust(L=1.0, m=0.25, r=0.6, mu=0.4), "give L, m and r, or gamma, mu and alpha"),

@@ -98,9 +98,9 @@ def test_the_schedule_is_its_closed_form(decay: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"schedule": ScheduleSettings(min_lr=0.1)}, "model.schedule.min_lr=0.1: the rate decays from .*lr=0.001"),
         ({"schedule": ScheduleSettings(warmup_steps=3)}, "model.schedule.warmup_steps=3: this run has 3 steps"),
         ({"optimizer": OptimizerSettings(name="adamv")}, "model.optimizer.name=adamv; did you mean"),
-        ({"optimizer": OptimizerSettings(lr=0.0)}, "model.optimizer.lr=0.0"),
     ],
 )
 def test_impossible_settings_stop_before_the_first_step(settings: dict, message: str, tmp_path) -> None:

@@ -9,12 +9,20 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
+from ..ranges import COUNT, POSITIVE, SEED, SIDE, Range
 from .batches import BatchPlan
 from .checks import require
 from .cores import usable_cores
 from .layout import read_classes
 from .loader import EpochLoader
 from .resizing import ProgressiveResize
+
+COMMON = {  # ranges of the settings that both backends have
+    "image_size": SIDE, "batch_size": COUNT, "eval_batch_size": COUNT.or_(None),
+    "num_workers": Range(0, 1024, whole=True).or_(-1).because("-1 is one per usable core"), "seed": SEED,
+    "crop_scale": Range(0, 1, above=True), "crop_ratio": POSITIVE, "eval_crop_ratio": Range(0, 1, above=True),
+    "eval_image_size": SIDE.or_(None), "repeated_augmentation": COUNT,
+}  # fmt: skip
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -43,19 +51,8 @@ class ImageDataModule(LightningDataModule, ABC):
         super().__init__()
         eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         eval_image_size = image_size if eval_image_size is None else eval_image_size
-        for name, value in (
-            ("image_size", image_size),
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("eval_image_size", eval_image_size),
-            ("repeated_augmentation", repeated_augmentation),
-        ):
-            require(value >= 1, name, value, "use 1 or more")
-        require(num_workers >= -1, "num_workers", num_workers, "use 0 or more, or -1 for one per usable core")
-        require(seed >= 0, "seed", seed, "use 0 or more")
-        require(0 < crop_scale[0] <= crop_scale[1] <= 1, "crop_scale", crop_scale, "use 0 < low <= high <= 1")
-        require(0 < crop_ratio[0] <= crop_ratio[1], "crop_ratio", crop_ratio, "use 0 < low <= high")
-        require(0 < eval_crop_ratio <= 1, "eval_crop_ratio", eval_crop_ratio, "use more than 0 and at most 1")
+        for name, (low, high) in (("crop_scale", crop_scale), ("crop_ratio", crop_ratio)):
+            require(low <= high, name, (low, high), "use the lower number first")
         if progressive is not None:
             progressive.check(image_size)
         self.root = Path(root)

@@ -6,10 +6,10 @@ predict use the validation split. Both modules visit the same images in the same
 
 from __future__ import annotations
 
-from .base import ImageDataModule
+from ..ranges import COUNT, in_range
+from .base import COMMON, ImageDataModule
 from .batches import BatchPlan
 from .beton import check_beton
-from .checks import require
 from .ffcv_support import ffcv_available, missing_ffcv, using_ffcv
 from .folder_loader import EvalTransform, FolderLoader, TrainTransform, rand_augment
 from .layout import PREPARE_HINT, beton_path, list_images, read_manifest
@@ -21,6 +21,7 @@ from .verify import decode_some
 _DECODED_UNKNOWN = 256  # images of a beton without a manifest
 
 
+@in_range("data.", **COMMON, batches_ahead=COUNT)
 class FFCVDataModule(ImageDataModule):
     """The fast backend: reads root/train.beton and root/val.beton through FFCV.
 
@@ -29,22 +30,22 @@ class FFCVDataModule(ImageDataModule):
 
     Args:
         root: Prepared dataset: a folder with classes.json, train.beton and val.beton.
-        image_size: Side of the square images given to the model, px.
-        batch_size: Training images per device and step.
-        eval_batch_size: Evaluation images per device and step; null: as batch_size.
-        num_workers: Threads decoding one batch, at most what numba offers; -1: one per usable core.
-        seed: Seed of the order of images and of the augmentation.
+        image_size: Side of the square images given to the model, 1 to 16384 px.
+        batch_size: Training images per device and step, 1 to 1e9.
+        eval_batch_size: Evaluation images per device and step, 1 to 1e9; null: as batch_size.
+        num_workers: Threads decoding one batch, 0 to 1024 but at most what numba offers; -1: one per usable core.
+        seed: Seed of the order of images and of the augmentation, 0 to 4294967295.
         crop_scale: Range of the training crop's share of the image's area, within (0, 1].
-        crop_ratio: Range of the training crop's width / height.
+        crop_ratio: Range of the training crop's width / height, within (0, 1e6].
         hflip: Flip half of the training images horizontally.
-        eval_crop_ratio: Side of the centre crop over the image's shorter side, in evaluation.
-        eval_image_size: Side of the images in evaluation, px; null: image_size. Another needs a network with
-            dynamic_img_size.
+        eval_crop_ratio: Side of the centre crop over the image's shorter side in evaluation, in (0, 1].
+        eval_image_size: Side of the images in evaluation, 1 to 16384 px; null: image_size. Another needs a network
+            with dynamic_img_size.
         progressive: Training images that grow with the epochs; null: image_size throughout. Needs dynamic_img_size.
-        repeated_augmentation: Show each training image so many times in its epoch, augmented anew, and so many fewer
-            images (DeiT takes 3); 1: all of them once.
+        repeated_augmentation: Show each training image so many times in its epoch, 1 to 1e9, augmented anew, and so
+            many fewer images (DeiT takes 3); 1: all of them once.
         os_cache: Leave caching to the operating system; false copies the whole file into this process's memory.
-        batches_ahead: Decoded batches that may wait for the model.
+        batches_ahead: Decoded batches that may wait for the model, 1 to 1e9.
     """
 
     def __init__(
@@ -82,7 +83,6 @@ class FFCVDataModule(ImageDataModule):
             progressive=progressive,
             repeated_augmentation=repeated_augmentation,
         )
-        require(batches_ahead >= 1, "batches_ahead", batches_ahead, "use 1 or more")
         self.os_cache, self.batches_ahead = os_cache, batches_ahead
         self._counts: dict[str, int] = {}
 
@@ -131,6 +131,7 @@ class FFCVDataModule(ImageDataModule):
             )
 
 
+@in_range("data.", **COMMON)
 class FolderDataModule(ImageDataModule):
     """The portable backend: reads the image files under root/train and root/val with Pillow.
 
@@ -138,20 +139,20 @@ class FolderDataModule(ImageDataModule):
 
     Args:
         root: Prepared dataset: a folder with classes.json, train/<class>/* and val/<class>/*.
-        image_size: Side of the square images given to the model, px.
-        batch_size: Training images per device and step.
-        eval_batch_size: Evaluation images per device and step; null: as batch_size.
-        num_workers: Processes decoding images; 0: decode in the training process; -1: one per usable core.
-        seed: Seed of the order of images and of the augmentation.
+        image_size: Side of the square images given to the model, 1 to 16384 px.
+        batch_size: Training images per device and step, 1 to 1e9.
+        eval_batch_size: Evaluation images per device and step, 1 to 1e9; null: as batch_size.
+        num_workers: Processes decoding images, 0 to 1024; 0: decode in the training process; -1: one per usable core.
+        seed: Seed of the order of images and of the augmentation, 0 to 4294967295.
         crop_scale: Range of the training crop's share of the image's area, within (0, 1].
-        crop_ratio: Range of the training crop's width / height.
+        crop_ratio: Range of the training crop's width / height, within (0, 1e6].
         hflip: Flip half of the training images horizontally.
-        eval_crop_ratio: Side of the centre crop over the image's shorter side, in evaluation.
-        eval_image_size: Side of the images in evaluation, px; null: image_size. Another needs a network with
-            dynamic_img_size.
+        eval_crop_ratio: Side of the centre crop over the image's shorter side in evaluation, in (0, 1].
+        eval_image_size: Side of the images in evaluation, 1 to 16384 px; null: image_size. Another needs a network
+            with dynamic_img_size.
         progressive: Training images that grow with the epochs; null: image_size throughout. Needs dynamic_img_size.
-        repeated_augmentation: Show each training image so many times in its epoch, augmented anew, and so many fewer
-            images (DeiT takes 3); 1: all of them once.
+        repeated_augmentation: Show each training image so many times in its epoch, 1 to 1e9, augmented anew, and so
+            many fewer images (DeiT takes 3); 1: all of them once.
         randaugment: timm's RandAugment policy for training images, e.g. rand-m10-n2; null: none.
     """
 

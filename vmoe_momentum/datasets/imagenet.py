@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ..progress import track
+from ..ranges import SEED, THREADS, in_range
 from ..staging import refuse_existing, staged
 from .cores import usable_cores
 from .encoding import parse_encoding
@@ -30,7 +31,6 @@ from .prepare import (
     listing_bad_images,
     place,
     refuse_overlap,
-    require,
     summary,
 )
 from .reading import BadImages, OnError
@@ -40,6 +40,7 @@ SHARDS = {"train": "train-*.parquet", "val": "validation-*.parquet"}
 _ROWS = 64  # of a shard in memory at once
 
 
+@in_range("--", num_workers=THREADS, seed=SEED)
 def prepare_imagenet(
     source: str,
     out: str = "data/imagenet",
@@ -67,8 +68,8 @@ def prepare_imagenet(
         images: How files get from folders to `out`; archives and shards are unpacked.
         on_error: At an image that does not decode: stop there, or look at all and list every one in a file beside
             `out`. Either way nothing is prepared.
-        num_workers: Threads; -1 for one per usable core.
-        seed: Seed of the share of JPEGs.
+        num_workers: Threads, 1 to 1024; -1 for one per usable core.
+        seed: Seed of the share of JPEGs, 0 to 4294967295.
         overwrite: Replace a dataset prepared earlier.
         exist_ok: Succeed at once where `out` was already prepared with the same settings.
 
@@ -76,8 +77,6 @@ def prepare_imagenet(
         FileNotFoundError: `source` is none of the three.
         ValueError: `out` exists, a folder is no class, an archive is incomplete, an image does not decode.
     """
-    require(num_workers == -1 or num_workers >= 1, "num_workers", num_workers, "use 1 or more, or -1")
-    require(seed >= 0, "seed", seed, "use 0 or more")
     stored, folder, target = parse_encoding(encoding, seed), Path(source), Path(out)
     settings = {"dataset": "imagenet", "source": str(folder.resolve()), "encoding": encoding, "seed": seed}
     if exist_ok and (found := already_prepared(target, settings)):

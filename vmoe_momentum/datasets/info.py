@@ -10,6 +10,7 @@ from PIL import Image
 from rich.table import Table
 
 from ..progress import track
+from ..ranges import SEED, SIDE, Range, in_range
 from .base import ImageDataModule
 from .batches import BatchPlan
 from .beton import JPEG, check_beton
@@ -82,6 +83,7 @@ def _ranges(widths: np.ndarray, heights: np.ndarray) -> str:
     return f"{widths.min()} to {widths.max()} x {heights.min()} to {heights.max()}"
 
 
+@in_range("--", count=Range(1, 400, whole=True), image_size=SIDE, seed=SEED)
 def sample(
     root: str,
     out: str = "sample.png",
@@ -98,11 +100,11 @@ def sample(
         root: The prepared dataset.
         out: PNG to write.
         split: Which pictures.
-        count: How many, drawn at random and shown by label.
+        count: How many, 1 to 400, drawn at random and shown by label.
         augment: Random crops and flips as in training, with the data modules' defaults, instead of the centre.
-        image_size: Side of each, px.
+        image_size: Side of each, 1 to 16384 px.
         backend: Who reads them; null: ffcv where there are betons.
-        seed: Seed of the choice.
+        seed: Seed of the choice, 0 to 4294967295.
 
     Raises:
         FileNotFoundError: `root` is missing, or it is no dataset.
@@ -113,8 +115,6 @@ def sample(
     target = Path(out)
     if target.suffix.lower() != ".png" or not target.absolute().parent.is_dir():
         raise ValueError(f"--out={out}: use a name ending in .png, in a folder that exists")
-    if not 1 <= count <= 400:
-        raise ValueError(f"--count={count}: use 1 to 400")
     if backend is None:
         backend = "ffcv" if ffcv_available() and beton_path(Path(root), split).is_file() else "folder"
     cls = FFCVDataModule if backend == "ffcv" else FolderDataModule

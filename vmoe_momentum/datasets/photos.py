@@ -9,12 +9,13 @@ import numpy as np
 from PIL import Image
 
 from ..progress import track
+from ..ranges import SEED, THREADS, Range, in_range
 from ..staging import refuse_existing, staged
 from .cores import usable_cores
 from .encoding import parse_encoding
 from .layout import SPLITS, ClassEntry, write_classes
 from .manifest import seal
-from .prepare import MARK, Prepared, already_prepared, require, summary
+from .prepare import MARK, Prepared, already_prepared, summary
 
 # Class -> package and file. scikit-image's bundled colour photographs, and scikit-learn's two.
 PICTURES = {
@@ -32,6 +33,7 @@ PICTURES = {
 _VAL_SHARE = 5  # one crop in five
 
 
+@in_range("--", per_class=Range(_VAL_SHARE, 10**6, whole=True), seed=SEED, num_workers=THREADS)
 def prepare_photos(
     out: str = "data/photos",
     per_class: int = 65,
@@ -48,19 +50,16 @@ def prepare_photos(
 
     Args:
         out: Folder to create.
-        per_class: Crops of each photograph; a fifth of them for validation.
+        per_class: Crops of each photograph, 5 to 1e6; a fifth of them for validation.
         encoding: How the betons hold them: 500_0.50_90, 400_0.10_90, raw, or LONGER-SIDE_SHARE-OF-JPEGS_QUALITY.
-        seed: Seed of the crops and of the share of JPEGs.
-        num_workers: Threads; -1 for one per usable core.
+        seed: Seed of the crops and of the share of JPEGs, 0 to 4294967295.
+        num_workers: Threads, 1 to 1024; -1 for one per usable core.
         overwrite: Replace a dataset prepared earlier.
         exist_ok: Succeed at once where `out` was already prepared with the same settings.
 
     Raises:
         ValueError: `out` exists, a setting is out of range, or scikit-image is missing.
     """
-    require(per_class >= _VAL_SHARE, "per_class", per_class, f"use {_VAL_SHARE} or more")
-    require(seed >= 0, "seed", seed, "use 0 or more")
-    require(num_workers == -1 or num_workers >= 1, "num_workers", num_workers, "use 1 or more, or -1")
     target, settings = Path(out), {"dataset": "photos", "per_class": per_class, "encoding": encoding, "seed": seed}
     stored = parse_encoding(encoding, seed)
     if exist_ok and (found := already_prepared(target, settings)):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..progress import track
+from ..ranges import SEED, THREADS, Range, in_range
 from ..staging import refuse_existing, staged
 from .cores import usable_cores
 from .encoding import Encoding, parse_encoding
@@ -44,6 +45,7 @@ class Prepared(NamedTuple):
     betons: bool
 
 
+@in_range("--", size=Range(8, 1024, whole=True))
 def prepare_digits(
     out: str = "data/digits", size: int = 16, overwrite: bool = False, exist_ok: bool = False
 ) -> Prepared:
@@ -53,14 +55,13 @@ def prepare_digits(
 
     Args:
         out: Folder to create.
-        size: Side of the images written, px; the originals are 8 x 8.
+        size: Side of the images written, 8 to 1024 px; the originals are 8 x 8.
         overwrite: Replace a dataset prepared earlier.
         exist_ok: Succeed at once where `out` was already prepared with the same settings.
 
     Raises:
         ValueError: `out` exists, or a setting is out of range.
     """
-    require(8 <= size <= 1024, "size", size, "use 8 to 1024")
     target = Path(out)
     settings = {"dataset": "digits", "size": size}
     if exist_ok and (found := already_prepared(target, settings)):
@@ -88,6 +89,7 @@ def prepare_digits(
     return summary(target)
 
 
+@in_range("--", val_fraction=Range(0, 1, above=True, below=True), num_workers=THREADS, seed=SEED)
 def prepare_folder(
     source: str,
     out: str,
@@ -108,14 +110,14 @@ def prepare_folder(
     Args:
         source: Folder with the pictures.
         out: Folder to create.
-        val_fraction: Share of each class used for validation where `source` has no train and val.
+        val_fraction: Share of each class, in (0, 1), used for validation where `source` has no train and val.
         encoding: How the betons hold them, LONGER-SIDE_SHARE-OF-JPEGS_QUALITY: 500_0.50_90 (ffcv-imagenet's for
             ResNet-50), 400_0.10_90 (its for ResNet-18), raw (500_0.00_90). Image folders keep the files as they are.
         images: How image files get from `source` to `out`.
         on_error: At an image that does not decode: stop there, or look at all and list every one in a file beside
             `out`. Either way nothing is prepared.
-        num_workers: Threads; -1 for one per usable core.
-        seed: Seed of the split and of the mixture.
+        num_workers: Threads, 1 to 1024; -1 for one per usable core.
+        seed: Seed of the split and of the mixture, 0 to 4294967295.
         overwrite: Replace a dataset prepared earlier.
         exist_ok: Succeed at once where `out` was already prepared with the same settings.
 
@@ -128,9 +130,6 @@ def prepare_folder(
         del settings[name]
     settings |= {"dataset": "folder", "source": str(Path(source).resolve())}
     target = Path(out)
-    require(0 < val_fraction < 1, "val_fraction", val_fraction, "use more than 0 and less than 1")
-    require(num_workers == -1 or num_workers >= 1, "num_workers", num_workers, "use 1 or more, or -1")
-    require(seed >= 0, "seed", seed, "use 0 or more")
     stored = parse_encoding(encoding, seed)
     if exist_ok and (found := already_prepared(target, settings)):
         return found
@@ -243,8 +242,3 @@ def summary(root: Path) -> Prepared:
     manifest = read_manifest(root)
     train, val = (manifest["splits"][split] for split in SPLITS)
     return Prepared(root, len(train["labels"]), train["count"], val["count"], manifest["ffcv"] is not None)
-
-
-def require(condition: bool, name: str, value: object, way_out: str) -> None:
-    if not condition:
-        raise ValueError(f"--{name}={value}: {way_out}")

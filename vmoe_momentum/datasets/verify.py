@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..ranges import COUNT, THREADS, in_range
 from .beton import Beton, check_beton, decode_image
 from .cores import usable_cores
 from .layout import SPLITS, ClassEntry, beton_path, list_images, read_classes, read_manifest
@@ -25,22 +26,19 @@ class Report(NamedTuple):
     betons: int
 
 
+@in_range("--", sample=COUNT.or_(None).because("null is every image"), num_workers=THREADS)
 def verify(root: str, sample: int | None = None, num_workers: int = -1) -> Report:
     """Checks a prepared dataset and says what is wrong with the first thing that is.
 
     Args:
         root: The prepared dataset.
-        sample: Images decoded per split and backend, evenly spaced; null for all of them.
-        num_workers: Threads that decode image files; -1 for one per usable core.
+        sample: Images decoded per split and backend, 1 to 1e9, evenly spaced; null for all of them.
+        num_workers: Threads that decode image files, 1 to 1024; -1 for one per usable core.
 
     Raises:
         FileNotFoundError: `root` or a file of it is missing.
         ValueError: A file is damaged or not the one that was prepared; the message names it.
     """
-    if sample is not None and sample < 1:
-        raise ValueError(f"--sample={sample}: use 1 or more, or null for every image")
-    if num_workers != -1 and num_workers < 1:
-        raise ValueError(f"--num_workers={num_workers}: use 1 or more, or -1")
     num_workers = usable_cores() if num_workers < 0 else num_workers
     folder = Path(root)
     classes = read_classes(folder, setting="root")

@@ -9,11 +9,12 @@ from jsonargparse import ArgumentParser
 from ..moe import Router
 from ..momentum import MomentumRule
 from ..parsers import new_parser
+from ..ranges import in_range
 from . import directory
 from .flax_checkpoint import read_flax
-from .flax_import import describe_import, from_flax
+from .flax_import import READ, describe_import, from_flax
 from .upcycling import UpcycledViT, differences
-from .vit import MomentumVisionTransformer
+from .vit import NUMBERS, MomentumVisionTransformer
 
 _EXAMPLES = """examples:
   vmoe-momentum import flax --source vmoe_s32_last2 --out weights/vmoe_s32 --router TopKRouter --router.top_k 2
@@ -26,6 +27,7 @@ then, in Python:
   net = timm.create_model("local-dir:weights/vmoe_s32", pretrained=True)"""
 
 
+@in_range("--", **READ)
 def import_flax(
     source: str,
     out: str,
@@ -48,11 +50,11 @@ def import_flax(
         out: New directory for config.json and model.safetensors.
         router: How tokens are routed, such as TopKRouter; needed unless the routers are soft.
         rule: Momentum across the sparse blocks. Left out: Residual, as the weights were trained.
-        image_size: Side in pixels, or [height, width], if it is to differ from the checkpoint's.
-        num_classes: 0 drops the head; another number than the checkpoint's gives a fresh one.
-        num_heads: Attention heads, where the tensors do not say it.
+        image_size: Side, or [height, width], 1 to 16384 px, if it is to differ from the checkpoint's.
+        num_classes: 0 to 1e9: 0 drops the head; another number than the checkpoint's gives a fresh one.
+        num_heads: Attention heads, 1 to 65536, where the tensors do not say it.
         pos_embed: Kind of positions, where the checkpoint has no learned ones.
-        native_size: [height, width] that the learned positions are for, where they are not square.
+        native_size: [height, width], 1 to 16384 px, that the learned positions are for, where they are not square.
         overwrite: Replace such a directory written earlier.
     """
     target = Path(out)
@@ -62,6 +64,7 @@ def import_flax(
     return net
 
 
+@in_range("--", **{name: NUMBERS[name] for name in ("moe_layers", "num_experts", "num_classes", "image_size")})
 def import_timm(
     source: str,
     out: str,
@@ -79,13 +82,14 @@ def import_timm(
     Args:
         source: A timm model name, or local-dir:PATH.
         out: New directory for config.json and model.safetensors.
-        moe_layers: Sparse blocks: "last2" (the last two odd blocks), "every2", or a list of indices from 0.
-        num_experts: Experts of a sparse block.
+        moe_layers: Sparse blocks: "last2" (the last two odd blocks), "every2", or a list of indices,
+            0 to 10000.
+        num_experts: Experts of a sparse block, 1 to 65536.
         rule: Momentum across the sparse blocks. Left out: Residual, which keeps the dense network's logits.
         router: Router of the sparse blocks. Left out: TopKRouter, K 2, renormalised gates, which keeps the logits too.
         pretrained: Start from timm's weights for a plain name (downloads them), or from the directory's.
-        num_classes: Another number than the source's gives a fresh head.
-        image_size: Side in pixels, if it is to differ from the source's.
+        num_classes: 0 to 1e9; another number than the source's gives a fresh head.
+        image_size: Side, 1 to 16384 px, if it is to differ from the source's.
         overwrite: Replace such a directory written earlier.
     """
     target = Path(out)

@@ -11,12 +11,14 @@ from torch import nn
 
 from ..moe import Router
 from ..momentum import MomentumRule
+from ..ranges import in_range
 from .settings import did_you_mean, from_spec, to_spec
-from .vit import check_classes
+from .vit import NUMBERS, WIDTH
 
 OURS = "*moe*"
 
 
+@in_range("", **NUMBERS, representation_size=WIDTH.or_(None))
 def create_model(
     name: str = "vmoe_small_patch32_224",
     rule: MomentumRule | None = None,
@@ -48,21 +50,21 @@ def create_model(
         rule: Momentum rule across the MoE blocks, by class name: Residual (the default), HeavyBall, Nesterov,
             Complex, Adam, Robust, SAM.
         router: Router of every MoE block: TopKRouter, ExpertChoiceRouter, SoftRouter, GShardRouter, M6TRouter.
-        moe_layers: Sparse blocks: a list of indices from 0, "last2" (the last two odd blocks), "every2" (every odd
+        moe_layers: Sparse blocks: a list of indices, 0 to 10000, "last2" (the last two odd blocks), "every2" (every odd
             block) or "none".
-        num_experts: Experts of a sparse layer.
-        representation_size: Width of the tanh layer before the head; 0 for none.
+        num_experts: Experts of a sparse layer, 1 to 65536.
+        representation_size: Width of the tanh layer before the head, 0 to 65536; 0 for none.
         pos_embed: Learned positions, fixed sines and cosines, or none.
-        expert_drop_rate: Dropout inside the experts.
+        expert_drop_rate: Dropout inside the experts, in [0, 1).
         share_expert_init: Start all experts of a layer equal, as the published recipes do.
-        momentum_last: Momentum over the last so many sparse blocks only; before them plain residual ones.
-        momentum_restart: Momentum begins anew every so many sparse blocks.
-        drop_rate: Dropout before the head.
-        drop_path_rate: Stochastic depth at the last block, growing linearly from 0.
+        momentum_last: Momentum over the last so many sparse blocks only, 1 to 10000; before them plain residual ones.
+        momentum_restart: Momentum begins anew every so many sparse blocks, 1 to 10000.
+        drop_rate: Dropout before the head, in [0, 1).
+        drop_path_rate: Stochastic depth at the last block, in [0, 1), growing linearly from 0.
         global_pool: What the head reads: the class token, the mean over patches, or attention pooling. Only the first
             has a class token in V-MoE.
-        num_classes: Classes; `fit` sets it from the data.
-        image_size: Side of the square input, a multiple of the patch; `fit` sets it from the data.
+        num_classes: Classes, 0 to 1e9; `fit` sets it from the data.
+        image_size: Side of the square input, 1 to 16384 px, a multiple of the patch; `fit` sets it from the data.
         dynamic_img_size: Take images of any size in whole patches, resampling the positions: for data.progressive and
             data.eval_image_size.
         pretrained: Load weights: a directory's (its default), or timm's (downloads them; V-MoE names have none).
@@ -71,7 +73,6 @@ def create_model(
     Raises ValueError: an unknown name, or a sparse setting for a network without sparse layers.
     FileNotFoundError: no such directory.
     """
-    check_classes(num_classes)
     architecture = _architecture(name)
     if architecture == "vmoe_upcycled" == name:
         raise ValueError("name=vmoe_upcycled: use the class UpcycledViT, which takes the backbone")

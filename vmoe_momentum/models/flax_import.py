@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,14 +12,22 @@ import torch
 from ..moe import Router, SoftRouter, TopKRouter
 from ..moe.routing import LinearGate
 from ..momentum import MomentumRule, Residual
+from ..ranges import SIDE, in_range
 from .flax_layout import Shape, layout
 from .flax_shards import some
 from .settings import to_spec
-from .vit import MomentumVisionTransformer, check_classes
+from .vit import NUMBERS, WIDTH, MomentumVisionTransformer
 
 BLOCK = re.compile(r"Encoder/encoderblock_(\d+)/")
 
 
+READ = {
+    "num_classes": NUMBERS["num_classes"], "image_size": SIDE.or_(None), "num_heads": replace(WIDTH, low=1).or_(None),
+    "native_size": SIDE.or_(None),
+}  # fmt: skip
+
+
+@in_range("", **READ)
 def from_flax(
     arrays: dict[str, np.ndarray],
     router: Router | None = None,
@@ -36,16 +45,15 @@ def from_flax(
         router: How tokens are routed; needed for a linear gate, whose K, capacity and groups lie in no tensor. A soft
             router's slots are read off.
         rule: Momentum across the sparse blocks; Residual, as trained, where nothing is said.
-        image_size: Side in pixels, or height and width. Learned positions of another grid are resampled (bicubic, by
-            timm; the reference's fine-tuning interpolates linearly). Needed where there are none.
-        num_classes: 0 drops the head, another number than the file's replaces it by a fresh one.
-        num_heads: Needed only where attention kernels are (D, D).
+        image_size: Side, or height and width, 1 to 16384 px. Learned positions of another grid are resampled (bicubic,
+            by timm; the reference's fine-tuning interpolates linearly). Needed where there are none.
+        num_classes: 0 to 1e9: 0 drops the head, another number than the file's replaces it by a fresh one.
+        num_heads: 1 to 65536; needed only where attention kernels are (D, D).
         pos_embed: Needed only where the file has no learned positions.
-        native_size: Height and width in pixels that the learned positions are for; needed where these are not equal.
+        native_size: Height and width, 1 to 16384 px, that the learned positions are for; needed where not square.
 
     Raises ValueError: tensors that are missing, unknown or misshapen, by name; a setting that has to be given.
     """
-    check_classes(num_classes)
     shape = read_shape(arrays, num_heads)
     router = _router(shape, router)
     native, wanted = _image_sizes(shape, image_size, native_size, pos_embed)

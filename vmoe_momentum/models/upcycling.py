@@ -13,15 +13,17 @@ from torch import nn
 
 from ..moe import GShardRouter, Router, TopKRouter
 from ..momentum import MomentumRule, Residual
+from ..ranges import in_range
 from .blocks import DenseBlock, MomentumBlock
 from .loading import pixels_per_patch
 from .placement import moe_indices, momentum_steps
 from .settings import describe, did_you_mean, from_spec, to_spec
-from .vit import MomentumVisionTransformer, check_classes, check_patches
+from .vit import NUMBERS, MomentumVisionTransformer, check_patches
 
 ARCHITECTURE = "vmoe_upcycled"
 
 
+@in_range("", **NUMBERS)
 class UpcycledViT(MomentumVisionTransformer):
     """Any dense timm ViT or DeiT with its MLP copied into every expert of the sparse blocks.
 
@@ -33,17 +35,19 @@ class UpcycledViT(MomentumVisionTransformer):
     Args:
         backbone: A timm ViT or DeiT by name, or "local-dir:PATH". Distilled ones (two tokens) are refused.
         pretrained: Start from the backbone's weights (downloads those of a plain name).
-        moe_layers: Sparse blocks: "last2" (the last two odd blocks), "every2", or a list of indices from 0.
-        num_experts: Experts of a sparse layer.
+        moe_layers: Sparse blocks: "last2" (the last two odd blocks), "every2", or a list of indices, 0 to
+            10000.
+        num_experts: Experts of a sparse layer, 1 to 65536.
         rule: Momentum rule across the sparse blocks; Residual where nothing is said.
         router: Router of every sparse block; where nothing is said TopKRouter with renormalised gates.
-        expert_drop_rate: Dropout inside the experts; where nothing is said that of the backbone's MLPs.
-        num_classes: Classes; another number than the backbone's gives a fresh head. `fit` sets it from the data.
-        image_size: Side of the square input; `fit` sets it from the data.
-        drop_rate: Dropout before the head.
-        drop_path_rate: Stochastic depth at the last block, growing linearly from 0.
-        momentum_last: Momentum over the last so many sparse blocks only; before them plain residual ones.
-        momentum_restart: Momentum begins anew every so many sparse blocks.
+        expert_drop_rate: Dropout inside the experts, in [0, 1); where nothing is said that of the backbone's MLPs.
+        num_classes: Classes, 0 to 1e9; another number than the backbone's gives a fresh head. `fit` sets it from the
+            data.
+        image_size: Side of the square input, 1 to 16384 px; `fit` sets it from the data.
+        drop_rate: Dropout before the head, in [0, 1).
+        drop_path_rate: Stochastic depth at the last block, in [0, 1), growing linearly from 0.
+        momentum_last: Momentum over the last so many sparse blocks only, 1 to 10000; before them plain residual ones.
+        momentum_restart: Momentum begins anew every so many sparse blocks, 1 to 10000.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
         backbone_args: Further arguments of the backbone.
 
@@ -70,9 +74,6 @@ class UpcycledViT(MomentumVisionTransformer):
     ) -> None:
         rule = from_spec(rule or Residual(), MomentumRule, "rule")
         router = from_spec(router or TopKRouter(renormalize=True), Router, "router")
-        check_classes(num_classes)
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: a sparse layer needs at least one expert; V-MoE uses 8")
         given = {"num_classes": num_classes, "img_size": image_size, "drop_rate": drop_rate}
         if image_size is not None:
             check_patches(image_size, 1)

@@ -4,6 +4,7 @@ B images, N tokens, D width, K classes. One loop, `_run_blocks`, threads the car
 """
 
 from collections import OrderedDict
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,13 +17,26 @@ from torch import Tensor, nn
 
 from ..moe import Router
 from ..momentum import Carry, MomentumRule
+from ..ranges import COUNT_OR_NONE, MOMENTUM, SIDE, Range, in_range
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .initialization import init_head, init_vmoe
 from .placement import moe_indices, momentum_steps
 from .positions import SinCos2d
 from .settings import from_spec, to_spec
 
+BLOCKS, WIDTH = Range(0, 10_000, whole=True), Range(0, 2**16, whole=True)
+SPARSE = {  # ranges of the settings that are about sparse blocks
+    "moe_layers": BLOCKS.or_(None, str), "expert_drop_rate": MOMENTUM.or_(None),
+    "num_experts": replace(WIDTH, low=1).or_(None).because("V-MoE uses 8 experts in a sparse layer"),
+    "momentum_last": replace(BLOCKS, low=1).or_(None), "momentum_restart": replace(BLOCKS, low=1).or_(None),
+}  # fmt: skip
+NUMBERS = {  # and of a whole network
+    **SPARSE, "drop_rate": MOMENTUM.or_(None), "drop_path_rate": MOMENTUM.or_(None), "image_size": SIDE.or_(None),
+    "num_classes": COUNT_OR_NONE.or_(None).because("0 is a network without a head"),
+}  # fmt: skip
 
+
+@in_range("", **SPARSE, representation_size=WIDTH, depth=BLOCKS)
 class MomentumVisionTransformer(VisionTransformer):
     """V-MoE (arXiv:2106.05974) with a momentum rule across its MoE blocks (arXiv:2410.14574).
 
@@ -53,8 +67,6 @@ class MomentumVisionTransformer(VisionTransformer):
         rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
         steps = dict(zip(indices, momentum_steps(len(indices), momentum_last, momentum_restart), strict=True))
-        if num_experts < 1:
-            raise ValueError(f"num_experts={num_experts}: a sparse layer needs at least one expert; V-MoE uses 8")
 
         def block_fn(**block: Any) -> nn.Module:
             index = block["depth"]
@@ -226,12 +238,6 @@ def _check_unsupported(moe_layers: str | list[int], timm_args: dict[str, Any]) -
         if timm_args.get(name, accepted[0]) not in accepted:
             raise ValueError(f"{name}={timm_args[name]}: not for networks with experts; leave it out")
     timm_args.pop("weight_init", None)
-
-
-def check_classes(num_classes: int | None) -> None:
-    """Raises ValueError: no number of classes."""
-    if num_classes is not None and num_classes < 0:
-        raise ValueError(f"num_classes={num_classes}: use 1 or more, or 0 for a network without a head")
 
 
 def check_patches(image: int | tuple[int, int], patch: int | tuple[int, int]) -> None:

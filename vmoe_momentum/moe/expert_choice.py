@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ranges import COUNT, POSITIVE, in_range
 from .plan import capacity
-from .routing import LinearGate, RouterLosses, is_number
+from .routing import GROUP, NOISE, LinearGate, RouterLosses
 
 
 class ExpertChoicePlan(NamedTuple):
@@ -47,6 +48,10 @@ class ExpertChoicePlan(NamedTuple):
         return 1.0 - self.assigned().any(dim=-1).float().mean()
 
 
+@in_range(
+    "router.", capacity_factor=POSITIVE.because("experts per token on average"), noise_std=NOISE, group_size=GROUP,
+    capacity_multiple_of=COUNT.because("1 is no rounding"),
+)  # fmt: skip
 class ExpertChoiceRouter(LinearGate):
     """Each expert takes the C tokens of its group with the largest gates, softmax(x W + noise) over experts.
 
@@ -55,12 +60,12 @@ class ExpertChoiceRouter(LinearGate):
     the others of the group, so keep group_size="image" where a logit must depend on its own image alone.
 
     Args:
-        capacity_factor: C is about S*factor/E, so that a token is taken by `factor` experts on average.
-        capacity_multiple_of: C is rounded up to a multiple of this (at most S); 4 in the reference, 1 in Soft MoE's
-            comparison.
+        capacity_factor: C is about S*factor/E, so that a token is taken by `factor` experts on average; in (0, 1e6].
+        capacity_multiple_of: C is rounded up to a multiple of this, 1 to 1e9 (C at most S); 4 in the reference, 1 in
+            Soft MoE's comparison.
         capacity_rounding: How S*factor/E becomes an integer before that.
-        noise_std: Noise on the logits while training, N(0, (noise_std / E)^2).
-        group_size: "image", or a number of tokens that divides B*N; holds in evaluation too.
+        noise_std: Noise on the logits while training, N(0, (noise_std / E)^2); in [0, 1e6].
+        group_size: "image", or a number of tokens, 1 to 1e9, that divides B*N; holds in evaluation too.
         bfloat16_dispatch: Round tokens to bfloat16 on their way to the experts and back.
     """
 
@@ -77,13 +82,7 @@ class ExpertChoiceRouter(LinearGate):
         self.capacity_factor, self.capacity_multiple_of = capacity_factor, capacity_multiple_of
         self.capacity_rounding, self.noise_std = capacity_rounding, noise_std
         self.group_size, self.bfloat16_dispatch = group_size, bfloat16_dispatch
-        self.check_group_size()
-        if not (is_number(capacity_factor) and capacity_factor > 0):
-            self.refuse("capacity_factor", "use a number > 0, experts per token on average")
-        self.check_count("capacity_multiple_of", 1, "use 1 (no rounding) or more")
-        if capacity_rounding not in ("ceil", "round"):
-            self.refuse("capacity_rounding", "use ceil or round")
-        self.check_noise()
+        self.check_rounding()
 
     def experts_per_token(self, num_experts: int) -> float:
         return min(self.capacity_factor, num_experts)

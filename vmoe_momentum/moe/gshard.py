@@ -5,12 +5,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ranges import in_range
 from . import losses
 from .plan import TopKPlan
-from .routing import RouterLosses
-from .token_choice import Factor, Rounding, TokenChoice
+from .routing import WEIGHT, RouterLosses
+from .token_choice import SHARED, Factor, Rounding, TokenChoice
 
 
+@in_range("router.", **SHARED, gshard_loss_weight=WEIGHT)
 class GShardRouter(TokenChoice):
     """GShard's top-2 gating with random routing (arXiv:2006.16668, Algorithm 1).
 
@@ -20,12 +22,12 @@ class GShardRouter(TokenChoice):
     ours: always both, nothing random.
 
     Args:
-        capacity_factor: As for TopKRouter with K = 2.
-        eval_capacity_factor: As for TopKRouter.
-        capacity_multiple_of: As for TopKRouter.
+        capacity_factor: As for TopKRouter with K = 2, in (0, 1e6].
+        eval_capacity_factor: As for TopKRouter, in (0, 1e6].
+        capacity_multiple_of: As for TopKRouter, 1 to 1e9.
         capacity_rounding: As for TopKRouter.
-        group_size: As for TopKRouter.
-        gshard_loss_weight: Weight of the balance loss, E * sum_e f_e m_e; <= 0 leaves it out.
+        group_size: As for TopKRouter, 1 to 1e9.
+        gshard_loss_weight: Weight of the balance loss, E * sum_e f_e m_e, in [0, 1e6]; 0 leaves it out.
         bfloat16_dispatch: As for TopKRouter.
     """
 

@@ -5,12 +5,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ranges import COUNT, in_range
 from . import losses
 from .plan import TopKPlan
-from .routing import RouterLosses
-from .token_choice import Factor, Rounding, TokenChoice
+from .routing import WEIGHT, RouterLosses
+from .token_choice import SHARED, Factor, Rounding, TokenChoice
 
 
+@in_range("router.", **SHARED, num_prototypes=COUNT, gshard_loss_weight=WEIGHT)
 class M6TRouter(TokenChoice):
     """M6-T's prototypes: k groups of E/k experts, top-1 in each, outputs summed (arXiv:2105.15082).
 
@@ -18,13 +20,13 @@ class M6TRouter(TokenChoice):
     i*E/k ... (i+1)*E/k - 1 form prototype i. The auxiliary loss is the mean over prototypes of the GShard balance loss.
 
     Args:
-        num_prototypes: k, a divisor of the number of experts; a token reaches one expert in each.
-        capacity_factor: As for TopKRouter with K = num_prototypes.
-        eval_capacity_factor: As for TopKRouter.
-        capacity_multiple_of: As for TopKRouter.
+        num_prototypes: k, 1 to 1e9, a divisor of the number of experts; a token reaches one expert in each.
+        capacity_factor: As for TopKRouter with K = num_prototypes, in (0, 1e6].
+        eval_capacity_factor: As for TopKRouter, in (0, 1e6].
+        capacity_multiple_of: As for TopKRouter, 1 to 1e9.
         capacity_rounding: As for TopKRouter.
-        group_size: As for TopKRouter.
-        gshard_loss_weight: Weight of the balance loss; <= 0 leaves it out.
+        group_size: As for TopKRouter, 1 to 1e9.
+        gshard_loss_weight: Weight of the balance loss, in [0, 1e6]; 0 leaves it out.
         bfloat16_dispatch: As for TopKRouter.
     """
 
@@ -42,7 +44,6 @@ class M6TRouter(TokenChoice):
         grouping = (capacity_multiple_of, capacity_rounding, group_size, bfloat16_dispatch)
         super().__init__(capacity_factor, eval_capacity_factor, *grouping)
         self.num_prototypes, self.gshard_loss_weight = num_prototypes, gshard_loss_weight
-        self.check_count("num_prototypes", 1, "use 1 or more")
 
     def choices(self) -> int:
         return self.num_prototypes

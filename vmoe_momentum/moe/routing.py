@@ -1,20 +1,26 @@
 """What every router has: tokens -> (plan, losses). Legend of axes: this folder's __init__.
 
 To add a router: one subclass of `Router` (of `TokenChoice`, where tokens choose) in any file that is imported.
-Constructor arguments are kept as attributes of the same name (that is how a router is written into checkpoints); YAML
-then says `router: {class_path: NameOfTheClass, init_args: {...}}`. One such settings object serves a whole network:
-each layer takes `for_layer(width, num_experts)`, a copy with weights of its own.
+Constructor arguments are kept as attributes of the same name (that is how a router is written into checkpoints), and
+`in_range` says what numbers they take; YAML then says `router: {class_path: NameOfTheClass, init_args: {...}}`. One
+such settings object serves a whole network: each layer takes `for_layer(width, num_experts)`, a copy with weights of
+its own.
 """
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ranges import COUNT, NOT_NEGATIVE
+
+NOISE = NOT_NEGATIVE.because("0 is no noise")
+GROUP = COUNT.or_("image").because("a number of tokens, or image for each image by itself")
+WEIGHT = NOT_NEGATIVE.because("0 leaves it out")
 
 
 class RouterLosses(NamedTuple):
@@ -80,21 +86,9 @@ class Router(nn.Module, ABC):
         router.add_weights(width, num_experts)
         return router
 
-    def refuse(self, name: str, way_out: str) -> NoReturn:
-        raise ValueError(f"router.{name}={getattr(self, name)!r}: {way_out}")
-
-    def check_count(self, name: str, least: int, way_out: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self.refuse(name, way_out)
-
-    def check_noise(self) -> None:
-        if not (is_number(self.noise_std) and self.noise_std >= 0):
-            self.refuse("noise_std", "use 0 (no noise) or more")
-
-    def check_group_size(self) -> None:
-        if self.group_size != "image":
-            self.check_count("group_size", 1, 'use a number of tokens >= 1 or "image"')
+    def check_rounding(self) -> None:
+        if self.capacity_rounding not in ("ceil", "round"):
+            raise ValueError(f"router.capacity_rounding={self.capacity_rounding}: use ceil or round")
 
     def grouped(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [G, S, ...], row-major: a group may cut through images."""
@@ -114,11 +108,6 @@ class Router(nn.Module, ABC):
 
 def _is_setting(name: str, value: Any) -> bool:
     return not name.startswith("_") and name != "training" and isinstance(value, int | float | str)
-
-
-def is_number(value: object) -> bool:
-    """A finite one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .routing import Router, RouterLosses, without_autocast
+from ..ranges import COUNT, in_range
+from .routing import GROUP, NOISE, Router, RouterLosses, without_autocast
 
 
 class SoftPlan(NamedTuple):
@@ -48,6 +49,7 @@ class SoftPlan(NamedTuple):
         return self.combine_weights.new_zeros(())
 
 
+@in_range("router.", slots_per_expert=COUNT, noise_std=NOISE, group_size=GROUP)
 class SoftRouter(Router):
     """logits = scale * <x / |x|, mu / |mu|>; dispatch is their softmax over tokens, combine over all slots jointly.
 
@@ -56,9 +58,9 @@ class SoftRouter(Router):
     a way to say slots_per_expert = round(S * factor / E).
 
     Args:
-        slots_per_expert: P. The cost is that of G*E*P tokens, whatever E is; the paper's models have 1.
-        noise_std: Noise on the logits while training, N(0, noise_std^2).
-        group_size: "image", or a number of tokens that divides B*N; holds in evaluation too.
+        slots_per_expert: P, 1 to 1e9. The cost is that of G*E*P tokens, whatever E is; the paper's models have 1.
+        noise_std: Noise on the logits while training, N(0, noise_std^2); in [0, 1e6].
+        group_size: "image", or a number of tokens, 1 to 1e9, that divides B*N; holds in evaluation too.
         bfloat16_dispatch: Round tokens to bfloat16 on their way to the experts and back; the reference always does.
     """
 
@@ -72,9 +74,6 @@ class SoftRouter(Router):
         super().__init__()
         self.slots_per_expert, self.noise_std = slots_per_expert, noise_std
         self.group_size, self.bfloat16_dispatch = group_size, bfloat16_dispatch
-        self.check_group_size()
-        self.check_count("slots_per_expert", 1, "use 1 or more")
-        self.check_noise()
 
     def add_weights(self, width: int, num_experts: int) -> None:
         self.mu = nn.Parameter(torch.empty(num_experts, self.slots_per_expert, width))

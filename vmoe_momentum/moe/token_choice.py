@@ -9,12 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, in_range
 from . import losses
 from .plan import TopKPlan, capacity
-from .routing import LinearGate, RouterLosses, is_number
+from .routing import GROUP, NOISE, WEIGHT, LinearGate, RouterLosses
 
 Factor = float | Literal["dropless"]
 Rounding = Literal["ceil", "round"]
+
+FACTOR = POSITIVE.or_("dropless")
+SHARED = {  # what all of them take, see TokenChoice
+    "capacity_factor": FACTOR, "eval_capacity_factor": FACTOR, "group_size": GROUP,
+    "capacity_multiple_of": COUNT.because("1 is no rounding"),
+}  # fmt: skip
 
 
 class TokenChoice(LinearGate):
@@ -38,7 +45,7 @@ class TokenChoice(LinearGate):
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.capacity_multiple_of, self.capacity_rounding = capacity_multiple_of, capacity_rounding
         self.group_size, self.bfloat16_dispatch = group_size, bfloat16_dispatch
-        self.check_capacity()
+        self.check_rounding()
 
     @abstractmethod
     def choices(self) -> int:
@@ -51,16 +58,6 @@ class TokenChoice(LinearGate):
         """For routers whose one loss is GShard's, [G], weighted by their gshard_loss_weight."""
         weight = self.gshard_loss_weight
         return RouterLosses(weight * balance if weight > 0 else torch.zeros_like(balance), {"gshard": balance})
-
-    def check_capacity(self) -> None:
-        self.check_group_size()
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            if factor != "dropless" and not (is_number(factor) and factor > 0):
-                self.refuse(name, 'use a number > 0 or "dropless"')
-        if self.capacity_rounding not in ("ceil", "round"):
-            self.refuse("capacity_rounding", "use ceil or round")
-        self.check_count("capacity_multiple_of", 1, "use 1 (no rounding) or more")
 
     def slots(self, group_size: int, num_experts: int) -> int | None:
         """Capacity C in this mode; None where nothing can be dropped, as a token asks an expert at most once."""
@@ -94,6 +91,11 @@ class TokenChoice(LinearGate):
         """
 
 
+@in_range(
+    "router.", **SHARED, noise_std=NOISE, top_k=COUNT.because("1 or 2 in V-MoE"),
+    capacity=COUNT_OR_NONE.because("a number of slots, or 0 to take them from capacity_factor"),
+    importance_loss_weight=WEIGHT, load_loss_weight=WEIGHT, gshard_loss_weight=WEIGHT,
+)  # fmt: skip
 class TopKRouter(TokenChoice):
     """V-MoE's noisy top-k token choice (arXiv:2106.05974, section 2 and appendix A.2).
 
@@ -101,23 +103,24 @@ class TopKRouter(TokenChoice):
     on a tie) and combines their outputs with the raw gates.
 
     Args:
-        top_k: Experts chosen by each token, 1 to E.
-        noise_std: Noise on the logits while training, N(0, (noise_std / E)^2).
+        top_k: Experts chosen by each token, 1 to 1e9 and at most E.
+        noise_std: Noise on the logits while training, N(0, (noise_std / E)^2); in [0, 1e6].
         renormalize: Divide a token's combine weights by their sum over its K choices. Not in V-MoE.
-        capacity_factor: While training, an expert takes about S*K*factor/E assignments of a group; the rest is dropped.
-            "dropless" drops nothing.
-        eval_capacity_factor: The same in evaluation. Where nothing can be dropped ("dropless", the default, or a
-            factor of E/K and more) each image is routed by itself, whatever group_size says: a logit never depends on
-            batch mates. V-MoE-S/32 evaluates with 4.0 = E/K.
-        capacity_multiple_of: Capacity is rounded up to a multiple of this; the reference's default is 4.
+        capacity_factor: While training, an expert takes about S*K*factor/E assignments of a group, the factor in
+            (0, 1e6]; the rest is dropped. "dropless" drops nothing.
+        eval_capacity_factor: The same in evaluation, in (0, 1e6]. Where nothing can be dropped ("dropless", the
+            default, or a factor of E/K and more) each image is routed by itself, whatever group_size says: a logit
+            never depends on batch mates. V-MoE-S/32 evaluates with 4.0 = E/K.
+        capacity_multiple_of: Capacity is rounded up to a multiple of this, 1 to 1e9; the reference's default is 4.
         capacity_rounding: How S*K*factor/E becomes an integer before that.
-        capacity: This many slots an expert and group, in both modes and whatever the factors say; 0 for the factors.
+        capacity: This many slots an expert and group, 0 to 1e9, in both modes and whatever the factors say; 0 for the
+            factors.
         batch_priority: Full experts keep the tokens with the largest gate instead of the first ones (BPR).
-        group_size: Tokens routed together, with capacity and losses of their own: "image", or a number that divides
+        group_size: Tokens routed together, with capacity and losses of their own: "image", or 1 to 1e9, a divisor of
             B*N (the reference trains with 8 images a group, so 8*N). A group may cut through images.
-        importance_loss_weight: Weight of the importance loss in the auxiliary loss; <= 0 leaves it out.
-        load_loss_weight: The same for the load loss, which exists only while noise is added.
-        gshard_loss_weight: The same for the GShard balance loss.
+        importance_loss_weight: Weight of the importance loss in the auxiliary loss, in [0, 1e6]; 0 leaves it out.
+        load_loss_weight: The same for the load loss, in [0, 1e6], which exists only while noise is added.
+        gshard_loss_weight: The same for the GShard balance loss, in [0, 1e6].
         bfloat16_dispatch: Round tokens to bfloat16 on their way to the experts and back, as the reference's TPU
             recipes do; the experts compute in the network's own type.
     """
@@ -145,9 +148,6 @@ class TopKRouter(TokenChoice):
         self.capacity, self.batch_priority = capacity, batch_priority
         self.importance_loss_weight, self.load_loss_weight = importance_loss_weight, load_loss_weight
         self.gshard_loss_weight = gshard_loss_weight
-        self.check_count("top_k", 1, "a token needs at least one expert; use 1 or 2")
-        self.check_count("capacity", 0, "use a number of slots, or 0 to take them from capacity_factor")
-        self.check_noise()
 
     def choices(self) -> int:
         return self.top_k

@@ -3,9 +3,15 @@
 import torch
 from torch import Tensor
 
-from .base import Buffers, MomentumRule, Scalars, Update, momentum, positive
+from ..ranges import COUNT_OR_NONE, MOMENTUM, POSITIVE, SHARE, in_range
+from .base import Buffers, MomentumRule, Scalars, Update
 
 
+@in_range(
+    "Adam.", beta1=MOMENTUM, beta2=MOMENTUM, gamma1=POSITIVE, eps=POSITIVE, mu=MOMENTUM, gamma2=POSITIVE,
+    kappa=SHARE.because("0 is no decay, 1 drops the skip connection"),
+    adam_layers=COUNT_OR_NONE.or_(None).because("a number of MoE blocks, or null for all"),
+)  # fmt: skip
 class Adam(MomentumRule):
     """AdamSMoE: an Adam step at the first MoE block(s), heavy ball after. One evaluation; three buffers, or two.
 
@@ -24,12 +30,12 @@ class Adam(MomentumRule):
     Args:
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment, in [0, 1).
-        gamma1: Step size of the Adam step, > 0.
-        eps: Added to the second moment under the root, > 0.
+        gamma1: Step size of the Adam step, in (0, 1e6].
+        eps: Added to the second moment under the root, in (0, 1e6].
         kappa: Decoupled decay of x in the Adam step, in [0, 1].
         mu: Momentum of the heavy ball, in [0, 1).
-        gamma2: Step size of the heavy ball, > 0.
-        adam_layers: MoE blocks, from the first, that take the Adam step; null for all of them.
+        gamma2: Step size of the heavy ball, in (0, 1e6].
+        adam_layers: MoE blocks, from the first, that take the Adam step, 0 to 1e9; null for all of them.
         bias_correction: Divide p' by 1 - beta1^t and m' by 1 - beta2^t, as the optimizer Adam does. Ours.
     """
 
@@ -45,15 +51,9 @@ class Adam(MomentumRule):
         adam_layers: int | None = 1,
         bias_correction: bool = False,
     ) -> None:
-        for name, value in (("beta1", beta1), ("beta2", beta2), ("mu", mu)):
-            momentum("Adam", name, value)
-        if not 0.0 <= kappa <= 1.0:
-            raise ValueError(f"Adam.kappa={kappa} is outside [0, 1]; 0 is no decay, 1 drops the skip connection")
-        if adam_layers is not None and adam_layers < 0:
-            raise ValueError(f"Adam.adam_layers={adam_layers}: use a number of MoE blocks, or null for all")
-        self.beta1, self.beta2, self.gamma1 = beta1, beta2, positive("Adam", "gamma1", gamma1)
-        self.eps, self.kappa, self.mu = positive("Adam", "eps", eps), kappa, mu
-        self.gamma2, self.adam_layers = positive("Adam", "gamma2", gamma2), adam_layers
+        self.beta1, self.beta2, self.gamma1 = beta1, beta2, gamma1
+        self.eps, self.kappa, self.mu = eps, kappa, mu
+        self.gamma2, self.adam_layers = gamma2, adam_layers
         self.bias_correction = bias_correction
 
     def coefficients(self) -> dict[str, float]:

@@ -7,10 +7,10 @@ it likes and returns the new x and the new buffers.
     B images, N tokens, D width. x, u(x) and each buffer: [B, N, D].
 
 To add a rule: one subclass of `MomentumRule` in any file that is imported. Constructor arguments are kept as attributes
-of the same name (that is how a rule is written into checkpoints); YAML then says `rule: NameOfTheClass`.
+of the same name (that is how a rule is written into checkpoints), and `in_range` says what numbers they take; YAML then
+says `rule: NameOfTheClass`.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
@@ -49,17 +49,3 @@ class MomentumRule(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
-
-
-def positive(rule: str, name: str, value: float) -> float:
-    """`value`. Raises ValueError: not a finite number > 0."""
-    if not (math.isfinite(value) and value > 0.0):
-        raise ValueError(f"{rule}.{name}={value} must be a finite number > 0")
-    return value
-
-
-def momentum(rule: str, name: str, value: float) -> float:
-    """`value`. Raises ValueError: outside [0, 1)."""
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{rule}.{name}={value} is outside [0, 1)")
-    return value

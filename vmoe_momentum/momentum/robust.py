@@ -5,11 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from .base import Buffers, MomentumRule, Scalars, Update, momentum, positive
+from ..ranges import MOMENTUM, NOT_NEGATIVE, POSITIVE, Range, in_range
+from .base import Buffers, MomentumRule, Scalars, Update
 
 SLACK = 1e-12
 
 
+@in_range(
+    "Robust.", L=POSITIVE.or_(None), m=POSITIVE.or_(None), r=Range(0, 1).or_(None), gamma=POSITIVE.or_(None),
+    mu=MOMENTUM.or_(None), alpha=NOT_NEGATIVE.or_(None),
+)  # fmt: skip
 class Robust(MomentumRule):
     """Robust MomentumSMoE: y = x + alpha gamma p; p' = mu p + u(y); x' = x + gamma p'. One evaluation, one buffer.
 
@@ -23,12 +28,12 @@ class Robust(MomentumRule):
     the robust momentum method (Cyrus et al., arXiv:1710.04753). The defaults (gamma about 1) are ours.
 
     Args:
-        L: Largest curvature; with m and r. Left out, with all others: 1.
-        m: Smallest curvature, in (0, L). Left out, with all others: 0.25.
-        r: Rate, in [1 - 1/sqrt(L/m), 1 - m/L]. Left out, with all others: 0.6.
-        gamma: Step size, > 0; with mu and alpha, instead of L, m and r.
+        L: Largest curvature, in (0, 1e6]; with m and r. Left out, with all others: 1.
+        m: Smallest curvature, in (0, 1e6] and below L. Left out, with all others: 0.25.
+        r: Rate, in [0, 1] and there in [1 - 1/sqrt(L/m), 1 - m/L]. Left out, with all others: 0.6.
+        gamma: Step size, in (0, 1e6]; with mu and alpha, instead of L, m and r.
         mu: Momentum, in [0, 1).
-        alpha: How far ahead to look, in steps gamma p; >= 0.
+        alpha: How far ahead to look, in steps gamma p, in [0, 1e6].
     """
 
     def __init__(
@@ -51,17 +56,11 @@ class Robust(MomentumRule):
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
         if given[0] is curvature:
             self._check_rate(**curvature)
-        else:
-            positive("Robust", "gamma", gamma)
-            momentum("Robust", "mu", mu)
-            if not (math.isfinite(alpha) and alpha >= 0.0):
-                raise ValueError(f"Robust.alpha={alpha} must be a finite number >= 0")
 
     @staticmethod
     def _check_rate(L: float, m: float, r: float) -> None:  # noqa: N803
-        positive("Robust", "m", m)
-        if not (math.isfinite(L) and m < L):
-            raise ValueError(f"Robust.L={L} must be a finite number above m={m}")
+        if m >= L:
+            raise ValueError(f"Robust.L={L}: use a number above Robust.m={m}")
         low, high = 1.0 - math.sqrt(m / L), 1.0 - m / L
         if not low - SLACK <= r <= high + SLACK:
             raise ValueError(

@@ -6,17 +6,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import Buffers, MomentumRule, Scalars, Update, momentum, positive
+from ..ranges import MOMENTUM, POSITIVE, Range, in_range
+from .base import Buffers, MomentumRule, Scalars, Update
 
 
+@in_range("Residual.", gamma=POSITIVE)
 class Residual(MomentumRule):
     """Plain SMoE, x' = x + gamma u(x): gradient descent with step gamma. One evaluation, no buffer.
 
-    gamma = 1 is the standard residual connection, bitwise.
+    Args:
+        gamma: Step size, in (0, 1e6]; 1 is the standard residual connection, bitwise.
     """
 
     def __init__(self, gamma: float = 1.0) -> None:
-        self.gamma = positive("Residual", "gamma", gamma)
+        self.gamma = gamma
 
     def coefficients(self) -> dict[str, float]:
         return {"gamma": self.gamma}
@@ -28,6 +31,7 @@ class Residual(MomentumRule):
         return x + coefficients["gamma"] * u(x), buffers
 
 
+@in_range("HeavyBall.", mu=MOMENTUM.because("the paper uses 0.7"), gamma=POSITIVE)
 class HeavyBall(MomentumRule):
     """MomentumSMoE: p' = mu p + u(x); x' = x + gamma p'. One evaluation, one buffer.
 
@@ -38,15 +42,15 @@ class HeavyBall(MomentumRule):
 
     Args:
         mu: Momentum, in [0, 1); strictly inside when learned.
-        gamma: Step size, > 0.
+        gamma: Step size, in (0, 1e6].
         learn: Each block learns its own mu (through a sigmoid) and gamma, from these values on. Ours for every MoE
             block; the paper's appendix learns them too.
     """
 
     def __init__(self, mu: float = 0.7, gamma: float = 1.0, learn: bool = False) -> None:
-        if not (0.0 <= mu < 1.0) or (learn and mu == 0.0):
-            raise ValueError(f"HeavyBall.mu={mu} is outside {'(0, 1)' if learn else '[0, 1)'}; the paper uses 0.7")
-        self.mu, self.gamma, self.learn = mu, positive("HeavyBall", "gamma", gamma), learn
+        if learn and mu == 0.0:
+            raise ValueError(f"HeavyBall.mu={mu}: use a number in (0, 1) where it is learned; the paper uses 0.7")
+        self.mu, self.gamma, self.learn = mu, gamma, learn
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -63,6 +67,7 @@ class HeavyBall(MomentumRule):
         return x + coefficients["gamma"] * p, (p,)
 
 
+@in_range("Nesterov.", mu=MOMENTUM, gamma=POSITIVE)
 class Nesterov(MomentumRule):
     """Looks ahead along its momentum: y = x + mu gamma p; p' = mu p + u(y); x' = x + gamma p'.
 
@@ -72,7 +77,7 @@ class Nesterov(MomentumRule):
 
     Args:
         mu: Momentum, in [0, 1); not used by the time-varying schedule.
-        gamma: Step size, > 0.
+        gamma: Step size, in (0, 1e6].
         schedule: Constant mu, or (t - 1) / (t + 2).
     """
 
@@ -81,8 +86,7 @@ class Nesterov(MomentumRule):
     ) -> None:
         if schedule not in ("constant", "time_varying"):
             raise ValueError(f"Nesterov.schedule={schedule}: use constant or time_varying")
-        self.mu, self.gamma = momentum("Nesterov", "mu", mu), positive("Nesterov", "gamma", gamma)
-        self.schedule = schedule
+        self.mu, self.gamma, self.schedule = mu, gamma, schedule
 
     def coefficients(self) -> dict[str, float]:
         return {"mu": self.mu, "gamma": self.gamma}
@@ -97,6 +101,7 @@ class Nesterov(MomentumRule):
         return x + gamma * p, (p,)
 
 
+@in_range("Complex.", mu=MOMENTUM, phi=Range(-math.pi, math.pi).because("it is in radians"), gamma=POSITIVE)
 class Complex(MomentumRule):
     """Momentum that turns: p' = mu e^(i phi) p + u(x), x' = x + Re(gamma p'). One evaluation, two buffers (Re p, Im p).
 
@@ -107,14 +112,11 @@ class Complex(MomentumRule):
     Args:
         mu: Modulus of the momentum, in [0, 1).
         phi: Its phase in radians, in [-pi, pi].
-        gamma: Step size, > 0.
+        gamma: Step size, in (0, 1e6].
     """
 
     def __init__(self, mu: float = 0.7, phi: float = math.pi / 8, gamma: float = 1.0) -> None:
-        if not -math.pi <= phi <= math.pi:
-            raise ValueError(f"Complex.phi={phi} is outside [-pi, pi]; it is in radians")
-        self.mu, self.phi = momentum("Complex", "mu", mu), phi
-        self.gamma = positive("Complex", "gamma", gamma)
+        self.mu, self.phi, self.gamma = mu, phi, gamma
 
     def coefficients(self) -> dict[str, float]:
         return {"mu": self.mu, "phi": self.phi, "gamma": self.gamma}

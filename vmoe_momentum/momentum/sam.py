@@ -1,13 +1,13 @@
 """Sharpness-aware steps in depth. See base.py for what a rule is."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from .base import Buffers, MomentumRule, Scalars, Update, positive
+from ..ranges import NOT_NEGATIVE, POSITIVE, in_range
+from .base import Buffers, MomentumRule, Scalars, Update
 
 
+@in_range("SAM.", rho=NOT_NEGATIVE, gamma=POSITIVE)
 class SAM(MomentumRule):
     """Steps from where the objective is worst nearby: y = x - rho u(x) / |u(x)|; x' = x + gamma u(y).
 
@@ -17,15 +17,13 @@ class SAM(MomentumRule):
     al., arXiv:2010.01412), read in depth.
 
     Args:
-        rho: Radius, >= 0.
-        gamma: Step size, > 0.
+        rho: Radius, in [0, 1e6].
+        gamma: Step size, in (0, 1e6].
         detach_first: No gradient through the first evaluation, as the optimizer SAM does; half the backward pass.
     """
 
     def __init__(self, rho: float = 0.05, gamma: float = 1.0, detach_first: bool = False) -> None:
-        if not (math.isfinite(rho) and rho >= 0.0):
-            raise ValueError(f"SAM.rho={rho} must be a finite number >= 0")
-        self.rho, self.gamma, self.detach_first = rho, positive("SAM", "gamma", gamma), detach_first
+        self.rho, self.gamma, self.detach_first = rho, gamma, detach_first
 
     def coefficients(self) -> dict[str, float]:
         return {"rho": self.rho, "gamma": self.gamma}

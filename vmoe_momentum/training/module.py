@@ -18,26 +18,34 @@ from torchmetrics.classification import MulticlassAccuracy
 from ..models import PixelModel
 from ..models.loading import fit_to_data, pixels_per_patch
 from ..models.saved import KEY
+from ..ranges import COUNT, MOMENTUM, NOT_NEGATIVE, SHARE, SIDE, in_range
 from .identity import check_checkpoint, describe_network
 from .optimization import OptimizerSettings, ScheduleSettings
 
 Batch = tuple[Tensor, Tensor]
 
 
+NONE = NOT_NEGATIVE.because("0 is none")
+
+
+@in_range(
+    "model.", num_classes=COUNT, image_size=SIDE, label_smoothing=MOMENTUM.because("0 is none"), mixup=NONE,
+    cutmix=NONE, aux_loss_weight=NONE, random_erasing=SHARE.because("0 is none, 1 every image"),
+)  # fmt: skip
 class ImageClassifier(pl.LightningModule):
     """Cross-entropy plus the routers' auxiliary loss; top-1 and top-5 over the whole evaluation set.
 
     Args:
         net: The network: any timm classifier. Networks that offer `forward_with_aux` add their auxiliary loss.
-        num_classes: Classes of the data; linked to it. A network with another number gets a fresh head.
-        image_size: Side of the images in pixels; linked to the data. The network is resized to it.
+        num_classes: Classes of the data, 1 to 1e9; linked to it. A network with another number gets a fresh head.
+        image_size: Side of the images in pixels, 1 to 16384; linked to the data. The network is resized to it.
         class_names: Names of the classes in label order; linked to the data, kept with checkpoints.
         loss: softmax cross-entropy, or sigmoid (binary cross-entropy summed over classes, as V-MoE trains).
-        label_smoothing: Share of the target spread evenly over all classes.
-        mixup: Beta parameter of mixup on the device; 0 for none. Needs an even batch.
-        cutmix: Beta parameter of cutmix; 0 for none. With both, each batch draws one.
-        random_erasing: Share of the training images in which a rectangle becomes noise; 0 for none.
-        aux_loss_weight: Factor on the routers' auxiliary loss (which has its own weights inside).
+        label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
+        mixup: Beta parameter of mixup on the device, in [0, 1e6]; 0 for none. Needs an even batch.
+        cutmix: Beta parameter of cutmix, in [0, 1e6]; 0 for none. With both, each batch draws one.
+        random_erasing: Share of the training images in which a rectangle becomes noise, in [0, 1]; 0 for none.
+        aux_loss_weight: Factor on the routers' auxiliary loss (which has its own weights inside), in [0, 1e6].
         optimizer: How weights move.
         schedule: The learning rate over steps.
         test_time_flip: test and predict average the logits of each image and its mirror image: twice the time.
@@ -64,9 +72,7 @@ class ImageClassifier(pl.LightningModule):
         override_model: bool = False,
     ) -> None:
         super().__init__()
-        _check_ranges(label_smoothing=label_smoothing, mixup=mixup, cutmix=cutmix, aux_loss_weight=aux_loss_weight)
-        if not 0 <= random_erasing <= 1:
-            raise ValueError(f"model.random_erasing={random_erasing}: use 0 (none) to 1 (every image)")
+        schedule.check_peak(optimizer.lr)
         fit_to_data(net, num_classes, image_size)
         self.model = PixelModel(net)
         self.num_classes, self.image_size, self.class_names = num_classes, image_size, class_names
@@ -214,10 +220,3 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_checkpoint(self, checkpoint)
-
-
-def _check_ranges(**settings: float) -> None:
-    for name, value in settings.items():
-        if value < 0 or (name == "label_smoothing" and value >= 1):
-            ways = "use 0 (none) to less than 1" if name == "label_smoothing" else "use 0 (none) or more"
-            raise ValueError(f"model.{name}={value}: {ways}")

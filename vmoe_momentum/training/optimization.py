@@ -10,8 +10,13 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..models.settings import did_you_mean
+from ..ranges import COUNT_OR_NONE, MOMENTUM, NOT_NEGATIVE, POSITIVE, Range, in_range
 
 
+@in_range(
+    "model.optimizer.", lr=POSITIVE.because("1e-3 suits adamw on batches of 1024"), weight_decay=NOT_NEGATIVE,
+    betas=MOMENTUM.or_(None), layer_decay=Range(0, 1, above=True).or_(None).because("1 or null for equal rates"),
+)  # fmt: skip
 @dataclass(frozen=True)
 class OptimizerSettings:
     """How weights move.
@@ -21,10 +26,10 @@ class OptimizerSettings:
 
     Args:
         name: A timm optimizer: adamw, sgd, lamb, lion, ...
-        lr: Peak learning rate.
-        weight_decay: Decoupled weight decay.
-        betas: Decay of Adam's first and second moment; for optimizers that have them.
-        layer_decay: Factor on the learning rate per block from the top down (fine-tuning uses 0.75 or so).
+        lr: Peak learning rate, in (0, 1e6].
+        weight_decay: Decoupled weight decay, in [0, 1e6].
+        betas: Decay of Adam's first and second moment, in [0, 1); for optimizers that have them.
+        layer_decay: Factor on the learning rate per block from the top down, in (0, 1] (fine-tuning uses 0.75 or so).
     """
 
     name: str = "adamw"
@@ -36,31 +41,38 @@ class OptimizerSettings:
     def build(self, net: nn.Module) -> torch.optim.Optimizer:
         if self.name not in list_optimizers():
             raise ValueError(f"model.optimizer.name={self.name}{did_you_mean(self.name, list_optimizers())}")
-        if not self.lr > 0:
-            raise ValueError(f"model.optimizer.lr={self.lr} must be > 0; 1e-3 suits adamw on batches of 1024")
         betas = {} if self.betas is None else {"betas": tuple(self.betas)}
         return create_optimizer_v2(
             net, self.name, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay, **betas
         )
 
 
+@in_range("model.schedule.", warmup_steps=COUNT_OR_NONE, min_lr=NOT_NEGATIVE)
 @dataclass(frozen=True)
 class ScheduleSettings:
     """The learning rate over optimizer steps: linear warm-up from 0, then decay to min_lr at the last step.
 
     Args:
         decay: Shape after warm-up.
-        warmup_steps: Optimizer steps of warm-up.
-        min_lr: Learning rate at the last step.
+        warmup_steps: Optimizer steps of warm-up, 0 to 1e9 and fewer than there are.
+        min_lr: Learning rate at the last step, in [0, 1e6] and at most the peak.
     """
 
     decay: Literal["cosine", "linear"] = "cosine"
     warmup_steps: int = 0
     min_lr: float = 1e-5
 
+    def check_peak(self, lr: float) -> None:
+        """Raises ValueError: the rate would climb after warm-up."""
+        if self.min_lr > lr:
+            raise ValueError(
+                f"model.schedule.min_lr={self.min_lr}: the rate decays from model.optimizer.lr={lr} to it; use at most "
+                "that, or a higher lr"
+            )
+
     def build(self, optimizer: torch.optim.Optimizer, total_steps: int) -> Scheduler:
         """A timm scheduler stepped by `step_update(number of optimizer steps done)`."""
-        if not 0 <= self.warmup_steps < total_steps:
+        if self.warmup_steps >= total_steps:
             raise ValueError(
                 f"model.schedule.warmup_steps={self.warmup_steps}: this run has {total_steps} steps in all; "
                 f"use fewer, or train longer (trainer.max_epochs)"

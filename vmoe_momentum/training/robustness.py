@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from ..ranges import COUNT, Range, in_range
 from ..robustness import (
     Model,
     Settings,
@@ -24,6 +25,7 @@ from ..robustness import (
 )
 
 
+@in_range("RobustnessCheck.", severities=Range(1, 5, whole=True), limit=COUNT.or_(None), batch_size=COUNT)
 class RobustnessCheck(Callback):
     """After `test`: clean, a few regenerated corruptions and FGSM on the same pictures, logged and written to disk.
 
@@ -34,8 +36,8 @@ class RobustnessCheck(Callback):
         corruptions: Names of ImageNet-C's corruptions.
         severities: 1 to 5.
         eps: Budgets of FGSM in pixels of [0, 1], such as 1/255; empty for none.
-        limit: Pictures, the same ones every time; null for all.
-        batch_size: Pictures at once.
+        limit: Pictures, 1 to 1e9, the same ones every time; null for all.
+        batch_size: Pictures at once, 1 to 1e9.
     """
 
     def __init__(
@@ -53,8 +55,6 @@ class RobustnessCheck(Callback):
             corruptions=tuple(corruptions), severities=tuple(severities), attacks=attacks, eps=budgets, limit=limit
         )
         check_settings(self.settings)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: use 1 or more")
 
     @rank_zero_only
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
