@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from vmoe_momentum.robustness import labels
 from vmoe_momentum.robustness.bootstrap import group_difference, mean_interval
@@ -187,9 +188,56 @@ def test_a_calibrated_model_has_no_error_and_order_does_not_matter() -> None:
     )
 
 
+METRICS = {
+    "rms of 100": rms_calibration_error,
+    "rms of 7": lambda confidence, correct: rms_calibration_error(confidence, correct, 7),
+    "aurra": aurra,
+    "aupr": lambda confidence, correct: average_precision(correct, -confidence),
+}
+TIED = {
+    "constant": np.full(1000, 0.7),
+    "saturated": np.minimum(np.linspace(0.5, 1.3, 1000), 1.0).astype(np.float32),
+    "rounded": np.round(np.random.default_rng(3).uniform(size=1000), 1),
+    "untied": np.random.default_rng(4).permutation(1000) / 1000,
+}
+
+
+@pytest.mark.parametrize("confidence", TIED.values(), ids=TIED)
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_the_order_of_files_decides_nothing(metric, confidence: np.ndarray) -> None:
+    """Right ones first, last, and shuffled: to the bit."""
+    correct = np.arange(1000) % 10 < 7
+    orders = [np.argsort(correct, kind="stable"), np.argsort(~correct, kind="stable")]
+    orders += [np.random.default_rng(seed).permutation(1000) for seed in range(3)]
+    assert {metric(confidence[order], correct[order]) for order in orders} == {metric(confidence, correct)}
+
+
+def test_ties_are_expected_values_and_untied_data_are_as_published() -> None:
+    correct = np.repeat([1, 0], [700, 300])
+    assert rms_calibration_error(np.full(1000, 0.7), correct) == 0.0
+    assert aurra(np.full(1000, 0.7), correct) == pytest.approx(0.7)
+    rng = np.random.default_rng(5)
+    confidence, right = np.round(rng.uniform(size=60), 1), rng.uniform(size=60) < 0.6
+    drawn = []
+    for _ in range(4000):  # the mean over orders of ties, of the definition without a rule for them
+        order = rng.permutation(60)
+        order = order[np.argsort(-confidence[order], kind="stable")]
+        drawn.append((np.cumsum(right[order]) / np.arange(1, 61)).mean())
+    assert aurra(confidence, right) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / np.sqrt(4000))
+    untied = rng.permutation(250) / 250
+    right, order = rng.uniform(size=250) < untied, np.argsort(untied)
+    sizes = (100, 150)
+    bins = np.split(order, [100])
+    gaps = [untied[b].sum() / n - right[b].astype(float).sum() / n for b, n in zip(bins, sizes, strict=True)]
+    expected = np.sqrt((np.array(sizes) / 250 * np.array(gaps) ** 2).sum())
+    assert rms_calibration_error(untied, right) == pytest.approx(expected, rel=1e-12)
+    falling = np.cumsum(right[order[::-1]]) / np.arange(1, 251)
+    assert aurra(untied, right) == falling.mean()
+
+
 def test_aurra_and_aupr_by_hand() -> None:
     assert aurra(np.array([0.1, 0.9, 0.5]), np.array([0, 1, 0])) == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
-    assert aurra(np.array([0.5, 0.5]), np.array([1, 0])) == pytest.approx(3 / 4)  # a tie keeps the images' order
+    assert aurra(np.array([0.5, 0.5]), np.array([1, 0])) == pytest.approx((1 / 2 + 1 / 2) / 2)  # either is first
     assert average_precision(np.array([1, 0, 1, 0]), np.array([0.9, 0.8, 0.7, 0.1])) == pytest.approx((1 + 2 / 3) / 2)
 
 
@@ -202,6 +250,30 @@ def test_bootstrap_interval_is_the_binomial_one() -> None:
     half = 1.96 * np.sqrt(0.7 * 0.3 / 1000)
     assert found.value == 0.7
     assert (found.low, found.high) == (pytest.approx(0.7 - half, abs=0.003), pytest.approx(0.7 + half, abs=0.003))
+
+
+@pytest.mark.parametrize("count", [1, 6, 100, 5000])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.5])
+def test_no_interval_collapses(value: float, count: int) -> None:
+    """Accuracies of 0 and 100 %, a mean over conditions that is the same for every image, differences of nothing."""
+    bound = binomtest(0, count).proportion_ci(0.95, method="exact").high
+    same, zero = np.full((2, count), value), np.zeros(count)
+    found = mean_interval(same)
+    assert found.value == value and found.high - found.low == pytest.approx(bound)
+    assert 0.0 <= found.low <= value <= found.high <= 1.0
+    exact = binomtest(round(count * value), count).proportion_ci(0.95, method="exact")
+    if value != 0.5:
+        assert (found.low, found.high) == (pytest.approx(exact.low), pytest.approx(exact.high))
+    none = group_difference(same, same).images
+    assert none.value == 0.0 and (none.low, none.high) == (pytest.approx(-bound), pytest.approx(bound))
+    rise = group_difference(zero, zero + 1).images
+    assert (rise.value, rise.high) == (1.0, 1.0) and rise.low == pytest.approx(1 - 2 * bound)
+    scaled = mean_interval(same * 3, largest=3.0)  # mCE's contributions are not in [0, 1]
+    assert scaled.high - scaled.low == pytest.approx(3 * bound)
+    if count > 1:  # one image that differs, and the bootstrap sees something
+        differs = np.r_[1.0 - value if value != 0.5 else 1.0, np.full(count - 1, value)]
+        seen = mean_interval(differs)
+        assert seen.low < seen.high and seen.low <= seen.value <= seen.high
 
 
 def test_seeds_are_no_more_images() -> None:

@@ -1,6 +1,7 @@
 """The corruptions against outputs of the code that made ImageNet-C (tests/oracles/corruptions/README.md)."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +196,18 @@ def test_flat_images(name: str, value: int) -> None:
     for size in (32, 224):
         with np.errstate(invalid="raise", divide="raise"):
             corrupt(np.full((size, size, 3), value, dtype=np.uint8), name, 3, 0, "k")
+
+
+@pytest.mark.parametrize("severity", [0, -1, 6, 2.5, 3.0, True, "3", None, float("nan")])
+def test_severities_that_are_none_are_refused_by_every_corruption(severity) -> None:
+    """As positions of a tuple 0, -1 and True would be other severities, and 6 an IndexError."""
+    for image in (PHOTO, PHOTO[:32, :32]):
+        for name in REGISTRY:
+            with pytest.raises(ValueError, match=re.escape(f"severity={severity!r}: use 1 to 5")):
+                corrupt(image, name, severity, 0, "k")
+
+
+def test_corruptions_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="corruption=smoke: not one of gaussian_noise, "):
+        corrupt(PHOTO, "smoke", 1, 0, "k")
+    assert np.array_equal(corrupt(PHOTO, "contrast", np.int64(2), 0, "k"), corrupt(PHOTO, "contrast", 2, 0, "k"))

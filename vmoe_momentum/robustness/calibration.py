@@ -8,11 +8,12 @@ def rms_calibration_error(confidence: np.ndarray, correct: np.ndarray, bin_size:
 
     Source: hendrycks/natural-adv-examples calibration_tools.py at 0777070, which leaves out the last bin (the most
     confident 100 images and more) by an off-by-one; here every bin counts, the last one takes the remainder.
+    Images of one confidence count alike, wherever a bin's border falls among them (`_share_ties`).
     """
     if len(confidence) == 0:
         raise ValueError("calibration: no images")
     order = np.argsort(confidence, kind="stable")
-    confidence, correct = confidence[order].astype(float), correct[order].astype(float)
+    confidence, correct = confidence[order].astype(float), _share_ties(confidence, correct)[order]
     starts = np.arange(0, max(1, len(confidence) // bin_size)) * bin_size
     sizes = np.diff([*starts, len(confidence)])
     gaps = np.add.reduceat(confidence, starts) / sizes - np.add.reduceat(correct, starts) / sizes
@@ -22,10 +23,21 @@ def rms_calibration_error(confidence: np.ndarray, correct: np.ndarray, bin_size:
 def aurra(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Area under the response rate accuracy curve: mean over n of the accuracy of the n most confident images.
 
-    Ties keep the images' order (the reference leaves it open).
+    Of images of one confidence, its expected value over their orders (`_share_ties`; the reference leaves it open).
     """
+    if len(confidence) == 0:
+        raise ValueError("aurra: no images")
     order = np.argsort(-confidence, kind="stable")
-    return float((np.cumsum(correct[order]) / np.arange(1, len(order) + 1)).mean())
+    return float((np.cumsum(_share_ties(confidence, correct)[order]) / np.arange(1, len(order) + 1)).mean())
+
+
+def _share_ties(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """[N] the share of right answers among the images of the same confidence; without ties `correct` as it is.
+
+    Nothing ranks these images, and a rule that did would let the order of files decide: sorted by class, or by name.
+    """
+    _, group, counts = np.unique(confidence, return_inverse=True, return_counts=True)
+    return (np.bincount(group, weights=correct.astype(float)) / counts)[group]
 
 
 def average_precision(positive: np.ndarray, score: np.ndarray) -> float:

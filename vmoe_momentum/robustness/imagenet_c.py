@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from .corruptions import BENCHMARK, EXTRA, SEVERITIES
+from .corruptions import BENCHMARK, SEVERITIES, check_corruption
 
 # Top-1 error of AlexNet, mean over the severities, to the image (each times 250,000 is an integer): google-research/
 # augmix at 9b9824c, where they are in the benchmark's order. Names, not positions: sorted lists have been zipped wrong.
@@ -81,8 +81,7 @@ def find_tree(
         raise FileNotFoundError(f"--imagenet_c={root}: no such folder")
     wanted = list(BENCHMARK) if corruptions is None else corruptions
     for name in wanted:
-        if name not in ALEXNET:
-            raise ValueError(f"--corruptions={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
+        check_corruption(name, "--corruptions")
     folders, missing = {}, []
     for name in wanted:
         places = [base / name, *(base / group / name for group in GROUPS)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from . import labels
 from .attacks import ATTACKS, Budget, Norm, check_attack, check_budget
 from .cells import Cell
-from .corruptions import BENCHMARK, EXTRA, REGISTRY, SEVERITIES
+from .corruptions import BENCHMARK, SEVERITIES, check_corruption, check_severity
 from .imagenet_c import find_tree
 from .models import Model
 from .pictures import Change, Pictures
@@ -119,11 +119,9 @@ def check_settings(settings: Settings) -> None:
     if not 0 <= settings.seed < 2**31:
         raise ValueError(f"--seed={settings.seed}: use 0 to {2**31 - 1}")
     for name in settings.corruptions or ():
-        if name not in REGISTRY:
-            raise ValueError(f"--corruptions={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
+        check_corruption(name, "--corruptions")
     for severity in settings.severities or ():
-        if severity not in SEVERITIES:
-            raise ValueError(f"--severities={severity}: use 1 to 5")
+        check_severity(severity, "--severities")
     for setting in ("limit", "query_images"):
         value = getattr(settings, setting)
         if value is not None and value < 1:

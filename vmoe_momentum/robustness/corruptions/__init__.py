@@ -22,19 +22,47 @@ BENCHMARK = (
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 
-__all__ = ["BENCHMARK", "EXTRA", "REGISTRY", "SEVERITIES", "SMALL", "Corruption", "corrupt", "corruption", "generator"]
+__all__ = [
+    "BENCHMARK",
+    "EXTRA",
+    "REGISTRY",
+    "SEVERITIES",
+    "SMALL",
+    "Corruption",
+    "check_corruption",
+    "check_severity",
+    "corrupt",
+    "corruption",
+    "generator",
+]
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, seed: int, key: str) -> np.ndarray:
     """uint8 RGB [H, W, 3] -> the same, as the benchmark would have stored it.
 
     seed, key: the image's own random numbers, whatever the order and number of workers; key names the image.
+    Raises ValueError: no such corruption, or a severity that is none of 1 to 5.
     """
+    check_corruption(name)
+    check_severity(severity)
     rng = generator(seed, name, severity, key)
     kind = REGISTRY[name]
     small = is_small(image)
     result = kind.apply(image, (kind.small if small else kind.large)[severity - 1], rng)
     return result if small else through_jpeg(result, quality=85, optimize=True)
+
+
+def check_corruption(name: str, setting: str = "corruption") -> None:
+    """Raises ValueError: it is not one of them."""
+    if name not in REGISTRY:
+        raise ValueError(f"{setting}={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
+
+
+def check_severity(severity: int, setting: str = "severity") -> None:
+    """Raises ValueError: not one of 1 to 5. As positions in a list 0 is the last and True the second."""
+    whole = isinstance(severity, (int, np.integer)) and not isinstance(severity, bool)
+    if not whole or severity not in SEVERITIES:
+        raise ValueError(f"{setting}={severity!r}: use 1 to 5")
 
 
 def generator(seed: int, name: str, severity: int, key: str) -> np.random.Generator:
