@@ -270,6 +270,7 @@ def test_fit_leaves_logs_checkpoints_and_a_summary(digits: Path, here: Path, cap
     saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     assert saved["epoch"] == 1  # the last epoch, not the best
     assert saved["vmoe_momentum"]["class_names"] == [str(digit) for digit in range(10)]
+    assert saved["vmoe_momentum"]["class_ids"] == [str(digit) for digit in range(10)]
     assert saved["vmoe_momentum"]["crop_pct"] == 1.0
     json.dumps(saved["vmoe_momentum"])
     with (folder / "metrics.csv").open() as file:

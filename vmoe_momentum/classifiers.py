@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
 from .analysis import record
@@ -27,7 +27,9 @@ def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:
     """`[LABEL=]SOURCE` each; one label several times is a group, such as the seeds of a rule.
 
     SOURCE: a .ckpt that fit wrote, local-dir:PATH, a timm name, or module:callable (a function without arguments that
-    gives a module from pixels in [0, 1] to logits). Raises ValueError, FileNotFoundError: none of these.
+    gives a module from pixels in [0, 1] to logits; its attributes image_size, crop_pct, class_ids and class_names, all
+    optional, say how it wants pictures and which folders its classes are). Raises ValueError, FileNotFoundError: none
+    of these.
     """
     if not texts:
         raise ValueError("--model: none given; use --model LABEL=runs/.../last.ckpt, or a timm name")
@@ -73,9 +75,8 @@ def _open(label: str, source: str, pretrained: bool) -> Model:
         net = create_model(source, pretrained=pretrained)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--model={source}: its weights could not be had ({str(error).splitlines()[0]})") from error
-    return _from_net(
-        label or source, source, PixelModel(net), {}, None, {"weights": "timm" if pretrained else "random"}
-    )
+    facts = {"weights": "timm" if pretrained else "random"}
+    return _from_net(label or source, source, PixelModel(net), _classes_of(net), facts)
 
 
 def _saved(label: str, source: str) -> Model:
@@ -84,8 +85,15 @@ def _saved(label: str, source: str) -> Model:
     file = Path(source) if saved.epoch is not None else Path(source.partition(":")[2]) / "model.safetensors"
     facts = {"sha256": sha256(file), "epoch": saved.epoch, "settings": saved.facts["settings"]}
     rule = saved.facts["settings"].get("rule", {}).get("class_path")
-    names = saved.facts.get("class_names")
-    return _from_net(label or rule or Path(source).stem, source, model, saved.facts, names, facts)
+    return _from_net(label or rule or Path(source).stem, source, model, saved.facts, facts)
+
+
+def _classes_of(net: nn.Module) -> dict[str, list[str]]:
+    """class_names where the network's record has them, else wnids as class_ids where its number is that of a list."""
+    names, subset = (net.pretrained_cfg or {}).get("label_names"), infer_imagenet_subset(net)
+    if names and len(names) == net.num_classes:
+        return {"class_names": list(names)}
+    return {} if subset is None else {"class_ids": ImageNetInfo(subset).label_names()}
 
 
 def _callable(label: str, source: str) -> Model:
@@ -112,17 +120,27 @@ def _callable(label: str, source: str) -> Model:
             f"--model={source}: fails on {size}-pixel images ({type(error).__name__}: {error}); it takes [B, 3, H, W] "
             "in [0, 1] and gives logits; an attribute image_size says another size"
         ) from error
+    names, ids = (_said(module, key, classes, source) for key in ("class_names", "class_ids"))
     view = View(size, float(getattr(module, "crop_pct", 0.875)), "bilinear")
     provenance = {
         "source": source, "view": view._asdict(), "weights_sha256": _weights_hash(module),
         "answers_sha256": _answers_hash(module, size),
     }  # fmt: skip
-    return Model(label or name, label or name, module, view, classes, None, None, None, provenance)
+    return Model(label or name, label or name, module, view, classes, names, None, None, provenance, class_ids=ids)
 
 
-def _from_net(
-    label: str, source: str, model: PixelModel, saved: dict[str, Any], names: list[str] | None, facts: dict[str, Any]
-) -> Model:
+def _said(module: nn.Module, key: str, classes: int, source: str) -> list[str] | None:
+    """An attribute of a callable. Raises ValueError: not one name a class."""
+    value = getattr(module, key, None)
+    if value is None:
+        return None
+    value = list(value)
+    if len(value) != classes or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"--model={source}: its {key} has {len(value)} entries for {classes} classes; one name each")
+    return value
+
+
+def _from_net(label: str, source: str, model: PixelModel, saved: dict[str, Any], facts: dict[str, Any]) -> Model:
     net, view = model.net.eval(), view_of(model.net, saved)
     sparse = any(isinstance(block, MomentumBlock) for block in net.modules())
     provenance = {
@@ -133,8 +151,9 @@ def _from_net(
         provenance["weights_sha256"] = _weights_hash(net)
     routing = _routing(model) if sparse else None
     return Model(
-        label, label, model, view, net.num_classes, names, routing, _router_loss(model) if sparse else None, provenance
-    )
+        label, label, model, view, net.num_classes, saved.get("class_names"), routing,
+        _router_loss(model) if sparse else None, provenance, class_ids=saved.get("class_ids"),
+    )  # fmt: skip
 
 
 def view_of(net: nn.Module, saved: dict[str, Any]) -> View:

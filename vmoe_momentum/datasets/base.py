@@ -76,6 +76,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """Display names in label order."""
         return [entry.name for entry in self.classes]
 
+    @property
+    def class_ids(self) -> list[str]:
+        """Names of the classes' folders in label order."""
+        return [entry.id for entry in self.classes]
+
     def train_size(self, epoch: int) -> int:
         """Side of the training pictures of `epoch`, px."""
         return self.image_size if self.progressive is None else self.progressive.size(epoch, self.image_size)

@@ -79,7 +79,8 @@ def describe(chosen: Chosen, to: str, request: Request, scores: dict[str, float]
         "vmoe_momentum_export": 1, "format": to, **request._asdict(), "image_size": view.size,
         "crop_pct": view.crop_pct, "interpolation": view.interpolation, "mean": network["mean"], "std": network["std"],
         "normalisation": "inside" if to in ("pt2", "onnx") else "to be done by the caller, with mean and std",
-        "class_names": chosen.facts.get("class_names"), "network": network, "scores": scores,
+        "class_names": chosen.facts.get("class_names"), "class_ids": chosen.facts.get("class_ids"),
+        "network": network, "scores": scores,
         "source": {**chosen.told, "sha256": sha256(chosen.file)},
         "parameters": sum(parameter.numel() for parameter in model.net.parameters()),
         "recipe": _recipe(chosen.folder), "data": _data(chosen.folder), "versions": versions(),
@@ -89,7 +90,8 @@ def describe(chosen: Chosen, to: str, request: Request, scores: dict[str, float]
 
 def load_pictures(data: str, chosen: Chosen, limit: int) -> tuple[Tensor, Tensor]:
     """uint8 [N, 3, S, S] and labels [N], spread over the set."""
-    listing = list_pictures(Path(data), chosen.facts.get("class_names"), chosen.model.net.num_classes, "--data")
+    names, ids = (chosen.facts.get(key) for key in ("class_names", "class_ids"))
+    listing = list_pictures(Path(data), names, chosen.model.net.num_classes, "--data", ids)
     count = min(limit, len(listing.paths))
     order = [i * len(listing.paths) // count for i in range(count)]
     view = view_of(chosen.model.net, chosen.facts)

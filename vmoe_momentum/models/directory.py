@@ -1,5 +1,6 @@
 """Networks as directories that `timm.create_model("local-dir:PATH", pretrained=True)` loads."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def save(net: nn.Module, out: Path, overwrite: bool = False) -> None:
     """
     with staged(out, overwrite, MARK) as work:
         timm.models.save_for_hf(net, str(work), model_args=as_json(net), safe_serialization=True)
+
+
+def read_classes(folder: Path, num_classes: int) -> dict[str, list[str] | None]:
+    """class_names and class_ids (names of folders) of a directory that export wrote; None where it does not say."""
+    config = json.loads((folder / MARK).read_text())
+    told = {
+        "class_names": (config.get("pretrained_cfg") or {}).get("label_names") or config.get("label_names"),
+        "class_ids": config.get("class_ids"),
+    }
+    return {key: list(v) if isinstance(v, list) and len(v) == num_classes else None for key, v in told.items()}
 
 
 def as_json(net: nn.Module) -> dict[str, Any]:

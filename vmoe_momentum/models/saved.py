@@ -10,7 +10,7 @@ import torch
 from timm.models import get_model_args, is_model
 from torch import nn
 
-from .directory import as_json
+from .directory import as_json, read_classes
 from .factory import create_model
 from .loading import fit_to_data
 from .pixels import PixelModel
@@ -60,6 +60,7 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
         facts = {
             "architecture": (net.pretrained_cfg or {}).get("architecture") or type(net).__name__, "settings": settings,
             "model_args": build_arguments(net), "num_classes": net.num_classes, "image_size": size,
+            **read_classes(Path(source.partition(":")[2]), net.num_classes),
         }  # fmt: skip
         return SavedNetwork(source, facts, None, None)
     path = Path(source)

@@ -86,7 +86,11 @@ def parser() -> ArgumentParser:
         help="[LABEL=]SOURCE: a .ckpt of fit, local-dir:PATH, a timm name, or module:callable; several times. One "
         "label again makes a group, such as seeds: mean, spread, paired differences.",
     )  # fmt: skip
-    words.add_argument("--data", type=str | None, help="Clean labelled pictures: ROOT/val/CLASS/* or ROOT/CLASS/*.")
+    words.add_argument(
+        "--data",
+        type=str | None,
+        help="Clean labelled pictures: ROOT/val/CLASS/* or ROOT/CLASS/*, CLASS as trained on.",
+    )
     words.add_argument(
         "--imagenet_c", type=str | None, help="The published ImageNet-C: <corruption>/<severity>/<wnid>/*."
     )

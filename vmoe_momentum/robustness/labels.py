@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -60,13 +62,25 @@ class Listing(NamedTuple):
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
-def list_pictures(root: Path, class_names: list[str] | None, num_classes: int, setting: str) -> Listing:
-    """One folder a class: wnids, the model's class names, or 0 ... K-1. Sorted by class and file name.
+def list_pictures(
+    root: Path, class_names: list[str] | None, num_classes: int, setting: str, class_ids: list[str] | None = None
+) -> Listing:
+    """One folder a class, labelled as `class_index` says. Sorted by class and file name.
 
-    Of a root with splits the validation split, ROOT/val.
+    Of a root with splits the validation split, ROOT/val. Raises FileNotFoundError, ValueError: nothing there, or a
+    folder that is none of the classes.
+    """
+    folders = list_folders(root, setting)
+    known = class_index(class_names, num_classes, set(folders), class_ids, read_order(root))
+    known.check(list(folders), f"{setting}={root}")
+    paths = [path for found in folders.values() for path in found]
+    return Listing(paths, [known.labels[name] for name, found in folders.items() for _ in found])
 
-    class_names: of the model; None for ImageNet's. Raises FileNotFoundError, ValueError: nothing there, or a folder
-    that is none of the classes.
+
+def list_folders(root: Path, setting: str) -> dict[str, list[Path]]:
+    """Folder name -> its pictures, both sorted; of ROOT/val where there is one.
+
+    Raises FileNotFoundError, ValueError: nothing there.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{setting}={root}: no such folder")
@@ -74,36 +88,103 @@ def list_pictures(root: Path, class_names: list[str] | None, num_classes: int, s
     folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise ValueError(f"{setting}={root}: no class folders in it")
-    known = class_index(class_names, num_classes, {folder.name for folder in folders})
-    paths, labels = [], []
+    listed = {}
     for folder in folders:
-        if folder.name not in known:
-            raise ValueError(
-                f"{setting}={root}: folder {folder.name} is no class of this model; use wnids, its class names, or "
-                f"numbers 0 to {num_classes - 1}"
-            )
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
         for path in found:
             if not path.is_file():
                 raise ValueError(f"{setting}={root}: {path} leads to no file; remove it, or bring its target back")
-        paths += found
-        labels += [known[folder.name]] * len(found)
-    if not paths:
+        listed[folder.name] = found
+    if not any(listed.values()):
         raise ValueError(f"{setting}={root}: no pictures in its class folders")
-    return Listing(paths, labels)
+    return listed
 
 
-def class_index(class_names: list[str] | None, num_classes: int, folders: set[str]) -> dict[str, int]:
-    """Folder name -> label. Class names come first; then wnids for 1,000 classes; then numbers.
+class Order(NamedTuple):
+    """What classes.json of prepared data says: folders and names in the order of labels."""
 
-    A model of another task without class names has its classes in the order of folders, as ImageFolder does.
+    ids: list[str]
+    names: list[str]
+
+
+def read_order(root: Path) -> Order | None:
+    """None where there is no classes.json. Raises ValueError: it is not data prepare's."""
+    path = root / "classes.json"
+    if not path.is_file():
+        return None
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["classes"]
+        return Order([str(entry["id"]) for entry in entries], [str(entry["name"]) for entry in entries])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not written by data prepare ({error}); mend it, or take it away") from error
+
+
+class Index(NamedTuple):
+    """Which label a folder's name is, and by which rule."""
+
+    labels: dict[str, int]
+    rule: str
+
+    def check(self, folders: list[str], setting: str) -> None:
+        """Raises ValueError: a folder is no class."""
+        for name in folders:
+            if name not in self.labels:
+                raise ValueError(
+                    f"{setting}: folder {name} is no class of this model ({self.rule}); use the folder names it was "
+                    "trained on, its class names, wnids of ImageNet-1k, or numbers from 0"
+                )
+
+
+def class_index(
+    class_names: list[str] | None,
+    num_classes: int,
+    folders: set[str],
+    class_ids: list[str] | None = None,
+    order: Order | None = None,
+) -> Index:
+    """Folder name -> label by the first rule that knows all the folders; it asks nothing of other models.
+
+    1. class_ids: the folder names that the model was trained on, as its checkpoint or its attribute `class_ids` says;
+    2. class_names: its display names, those that only one class has;
+    3. for a model of 1,000 classes that says no ids: wnids of ImageNet-1k;
+    4. for another model that says neither: the data's own classes.json, where it has as many classes;
+    5. numbers from 0, unless the model's own ids or names are numbers: then they are names like others;
+    6. for a model that says neither, and not of 1,000 classes: all its classes in the order of folders.
+
+    order: of the data. A checkpoint that kept names only takes the ids of data whose names are the same.
     """
-    if class_names is not None and folders <= set(class_names):
-        return {name: place for place, name in enumerate(class_names)}
-    if num_classes == 1000 and folders <= set(wnids()):
-        return dict(_index())
-    if all(name.isdecimal() for name in folders):  # a class is one folder: 7, and not 0007 beside it
-        return {name: int(name) for name in folders if int(name) < num_classes and name == str(int(name))}
-    if class_names is None and num_classes != 1000 and len(folders) == num_classes:
-        return {name: place for place, name in enumerate(sorted(folders))}
-    return dict(_index()) if num_classes == 1000 else {name: i for i, name in enumerate(class_names or [])}
+    if class_ids is None and class_names is not None and order is not None and order.names == class_names:
+        class_ids = order.ids
+    rules = list(_rules(class_names, num_classes, folders, class_ids, order))
+    nothing = Index({}, "it says none")
+    return next((index for index in rules if folders <= set(index.labels)), rules[0] if rules else nothing)
+
+
+def _rules(
+    names: list[str] | None, num_classes: int, folders: set[str], ids: list[str] | None, order: Order | None
+) -> Iterator[Index]:
+    """Those that apply, best first."""
+    numbered = _numbers(names if ids is None else ids)
+    wordless = ids is None and names is None and num_classes != 1000
+    if ids is not None:
+        yield Index(_places(ids), "by the folder names it was trained on")
+    if names is not None:
+        counted = Counter(names)
+        yield Index({name: k for name, k in _places(names).items() if counted[name] == 1}, "by its class names")
+    if num_classes == 1000 and ids is None and not numbered:
+        yield Index(dict(_index()), "by wnids of ImageNet-1k")
+    if wordless and order is not None and len(order.ids) == num_classes:
+        yield Index(_places(order.ids), "by the data's classes.json")
+    if _numbers(folders) and not numbered:  # a class is one folder: 7, and not 0007 beside it
+        numbers = {name: int(name) for name in folders if name == str(int(name))}
+        yield Index({name: k for name, k in numbers.items() if k < num_classes}, "by numbers")
+    if wordless and len(folders) == num_classes:
+        yield Index(_places(sorted(folders)), "by the order of folders")
+
+
+def _places(names: Iterable[str]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(names)}
+
+
+def _numbers(names: Iterable[str] | None) -> bool:
+    return bool(names) and all(name.isdecimal() for name in names)

@@ -30,6 +30,7 @@ class Model(NamedTuple):
     router_loss: Callable[[Tensor, Tensor], Tensor] | None
     provenance: dict[str, Any]  # source, hash, settings: goes into the report
     coupled: bool = False  # an image's answer depends on the others of its batch; found by check_model
+    class_ids: list[str] | None = None  # names of the folders it was trained on, in label order
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ class Pictures(NamedTuple):
     labels: list[int]  # positions among `classes` where given, else class indices of the model
     classes: list[int] | None = None  # logits that count, ascending: ImageNet-A, -R, -O
     whole: bool = False  # published at their final size: never cropped
+    labelled: str = ""  # how folder names became labels
 
 
 class Batch(NamedTuple):

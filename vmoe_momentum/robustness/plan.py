@@ -13,6 +13,7 @@ from .corruptions import BENCHMARK, SEVERITIES, check_corruption, check_severity
 from .imagenet_c import find_tree
 from .models import Model
 from .pictures import Change, Pictures
+from .sets import check_set
 
 SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000
     "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
@@ -58,7 +59,7 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
     _check_models(models)
     cells: list[Cell] = []
     if settings.data is not None:
-        clean = _limited(_pictures("data", settings.data, models), settings)
+        clean = _limited(_pictures("data", settings.data, settings, models), settings)
         cells.append(Cell(clean, "clean", "clean"))
         cells += _regenerated(clean, settings) if settings.regenerate else []
         for name in settings.attacks:
@@ -94,6 +95,7 @@ def describe_pictures(cells: Sequence[Cell]) -> dict[str, dict[str, str | int]]:
         folder = str(cell.pictures.paths[0].parent.parent)
         found[cell.pictures.name] = {
             "folder": folder, "pictures": len(cell.pictures.paths), "sha256": digest.hexdigest(), "seen": seen,
+            "labels": cell.pictures.labelled,
         }  # fmt: skip
     return found
 
@@ -155,25 +157,49 @@ def parse_eps(text: str | float) -> float:
 
 
 def _check_models(models: Sequence[Model]) -> None:
-    """Labels must be the same for all models. Raises ValueError: they do not agree on the classes."""
-    first = models[0]
+    """Raises ValueError: they do not have the same number of classes."""
     if len({model.num_classes for model in models}) > 1:
         told = ", ".join(f"{model.name} {model.num_classes}" for model in models)
         raise ValueError(f"--model: they have different numbers of classes ({told}); compare models of one task")
-    for model in models[1:]:
-        if model.class_names and first.class_names and model.class_names != first.class_names:
-            raise ValueError(f"--model: {first.name} and {model.name} number their classes differently")
 
 
-def _pictures(name: str, root: str, models: Sequence[Model], classes: list[int] | None = None) -> Pictures:
-    listing = labels.list_pictures(Path(root), models[0].class_names, models[0].num_classes, f"--{name}")
-    if classes is None:
-        return Pictures(name, listing.paths, listing.labels)
-    position = {label: place for place, label in enumerate(classes)}
-    kept = [(path, position[label]) for path, label in zip(*listing, strict=True) if label in position]
-    if not kept:
+def _index(folders: list[str], order: labels.Order | None, models: Sequence[Model], setting: str) -> labels.Index:
+    """Each model labels the folders by its own rule. Raises ValueError: two of them do not agree."""
+    first, found, rules = models[0], None, {}
+    for model in models:
+        index = labels.class_index(model.class_names, model.num_classes, set(folders), model.class_ids, order)
+        index.check(folders, setting if len(models) == 1 else f"{setting}, --model={model.name}")
+        found = found or index
+        rules.setdefault(index.rule, []).append(model.name)
+        differs = next((name for name in folders if index.labels[name] != found.labels[name]), None)
+        if differs is not None:
+            raise ValueError(
+                f"{setting}: {first.name} and {model.name} number their classes differently: folder {differs} is class "
+                f"{found.labels[differs]} of {first.name} ({found.rule}) and {index.labels[differs]} of {model.name} "
+                f"({index.rule}); compare them in separate reports, or let a callable say its class_ids"
+            )
+    told = [rule if len(rules) == 1 else f"{', '.join(names)}: {rule}" for rule, names in rules.items()]
+    return found._replace(rule="; ".join(told))
+
+
+def _pictures(
+    name: str, root: str, settings: Settings, models: Sequence[Model], classes: list[int] | None = None
+) -> Pictures:
+    folders = labels.list_folders(Path(root), f"--{name}")
+    order = labels.read_order(Path(settings.data or root))  # one order for a model that has none of its own
+    index = _index(list(folders), order, models, f"--{name}={root}")
+    pictures = _labelled(name, folders, index, classes)
+    if not pictures.paths:
         raise ValueError(f"--{name}={root}: none of its pictures is of the {len(classes)} classes that count")
-    return Pictures(name, [path for path, _ in kept], [label for _, label in kept], classes)
+    return pictures
+
+
+def _labelled(name: str, folders: dict[str, list[Path]], index: labels.Index, classes: list[int] | None) -> Pictures:
+    found = [(path, index.labels[folder]) for folder, paths in folders.items() for path in paths]
+    if classes is not None:
+        position = {label: place for place, label in enumerate(classes)}
+        found = [(path, position[label]) for path, label in found if label in position]
+    return Pictures(name, [path for path, _ in found], [label for _, label in found], classes, labelled=index.rule)
 
 
 def _limited(pictures: Pictures, settings: Settings) -> Pictures:
@@ -242,7 +268,7 @@ def _published(settings: Settings, models: Sequence[Model]) -> list[Cell]:
     levels = None if settings.severities is None else list(settings.severities)
     cells, first = [], None
     for (name, severity), folder in find_tree(settings.imagenet_c, names, levels).items():
-        pictures = _pictures("imagenet_c", str(folder), models)
+        pictures = _pictures("imagenet_c", str(folder), settings, models)
         files = [f"{path.parent.name}/{path.name}" for path in pictures.paths]
         first = first or files
         if files != first:
@@ -258,14 +284,28 @@ def _published(settings: Settings, models: Sequence[Model]) -> list[Cell]:
 def _shifted(name: str, root: str, which: str | None, settings: Settings, models: Sequence[Model]) -> list[Cell]:
     if models[0].num_classes != 1000:
         raise ValueError(f"--{name}={root}: it is for models of ImageNet's 1,000 classes, not {models[0].num_classes}")
+    _check_imagenet(models, f"--{name}={root}")
     classes = None if which is None else labels.subset(which)
+    folders = labels.list_folders(Path(root), f"--{name}")
+    index = labels.class_index(None, 1000, set(folders))
+    index.check(list(folders), f"--{name}={root}")
+    check_set(name, f"--{name}={root}", folders, (index.labels[folder] for folder in folders))
+    pictures = _labelled(name, folders, index, classes)
     if which == "o":  # pictures of none of the classes: labels mean nothing, confidence does
-        listing = labels.list_pictures(Path(root), None, 1000, f"--{name}")
-        pictures = Pictures(name, listing.paths, [0] * len(listing.paths), classes)
-    else:
-        pictures = _pictures(name, root, models, classes)
+        pictures = pictures._replace(labels=[0] * len(pictures.paths))
     cells = [Cell(_named(_limited(pictures, settings)), "published", "shifted")]
     if settings.data is not None and classes is not None:
-        same = _limited(_pictures("data", settings.data, models, classes), settings)
+        same = _limited(_pictures("data", settings.data, settings, models, classes), settings)
         cells.append(Cell(same._replace(name=f"data on {name}'s classes"), "published", "clean"))
     return cells
+
+
+def _check_imagenet(models: Sequence[Model], setting: str) -> None:
+    """Raises ValueError: a model of 1,000 classes that are not ImageNet's, or in another order."""
+    for model in models:
+        index = labels.class_index(model.class_names, 1000, set(labels.wnids()), model.class_ids)
+        if [index.labels.get(wnid) for wnid in labels.wnids()] != list(range(1000)):
+            raise ValueError(
+                f"{setting}: it is for models of ImageNet's 1,000 classes; those of --model={model.name} are others, "
+                f"or in another order ({index.rule})"
+            )

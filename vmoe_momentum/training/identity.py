@@ -29,6 +29,7 @@ def describe_network(module: "ImageClassifier") -> dict[str, Any]:
         "mean": [float(v) for v in module.model.mean.flatten()],
         "std": [float(v) for v in module.model.std.flatten()],
         "class_names": module.class_names,
+        "class_ids": getattr(data, "class_ids", None),  # names of their folders
         "crop_pct": getattr(data, "eval_crop_ratio", None),  # how evaluation cuts pictures, and their size
         "eval_image_size": getattr(data, "eval_image_size", None),
     }
@@ -39,12 +40,19 @@ def check_checkpoint(module: "ImageClassifier", checkpoint: dict[str, Any]) -> N
     saved, ours = checkpoint.get(KEY), describe_network(module)
     if saved is None:
         raise ValueError("ckpt_path: not written by vmoe-momentum fit (no model settings in it)")
-    differences = list(_differences("", saved, ours))
+    differences = [*_differences("", saved, ours), *_other_order(saved.get("class_ids"), ours.get("class_ids"))]
     sizes = [line for line in differences if line.startswith(("architecture", "num_classes", "image_size"))]
     if sizes or (differences and not module.override_model):
         way_out = "use the config it was trained with" + ("" if sizes else ", or --override-model to load it anyway")
         raise ValueError(f"ckpt_path: the checkpoint does not match this config: {'; '.join(differences)}; {way_out}")
     _check_tensors(module, checkpoint["state_dict"])
+
+
+def _other_order(saved: list[str] | None, ours: list[str] | None) -> list[str]:
+    """A folder that is one class in the checkpoint and another one in the data; both may have folders of their own."""
+    known = {name: place for place, name in enumerate(saved or [])}
+    moved = [(name, k) for k, name in enumerate(ours or []) if known.get(name, k) != k]
+    return [f"class_ids: folder {name} is class {known[name]}, in the data {k}" for name, k in moved[:1]]
 
 
 def _check_tensors(module: "ImageClassifier", tensors: dict[str, torch.Tensor]) -> None:
@@ -65,13 +73,13 @@ def _check_tensors(module: "ImageClassifier", tensors: dict[str, torch.Tensor]) 
 
 
 def _differences(prefix: str, saved: Any, ours: Any) -> Any:
-    """Lines `setting: checkpoint X, config Y`. Class names, crop and build arguments may differ."""
+    """Lines `setting: checkpoint X, config Y`. Class names and folders, crop and build arguments may differ."""
     is_spec = isinstance(saved, dict) and isinstance(ours, dict) and "class_path" in saved and "class_path" in ours
     if is_spec and saved["class_path"] != ours["class_path"]:
         yield f"{prefix}: checkpoint {describe(saved)}, config {describe(ours)}"
     elif isinstance(saved, dict) and isinstance(ours, dict):
         for key in {**saved, **ours}:
-            if key in ("class_names", "class_path", "crop_pct", "eval_image_size", "model_args"):
+            if key in ("class_ids", "class_names", "class_path", "crop_pct", "eval_image_size", "model_args"):
                 continue
             name = prefix if key in ("settings", "init_args") else f"{prefix}.{key}".lstrip(".")
             yield from _differences(name, saved.get(key), ours.get(key))

@@ -64,7 +64,8 @@ class RobustnessCheck(Callback):
         # weights change and cells are known by their source: none is kept for another call
         told = {"source": str(trainer.ckpt_path), "step": trainer.global_step, "at": time.time_ns()}
         model = Model(
-            label, label, pl_module.model, view, pl_module.num_classes, pl_module.class_names, None, None, told
+            label, label, pl_module.model, view, pl_module.num_classes, pl_module.class_names, None, None, told,
+            class_ids=data.class_ids,
         )  # fmt: skip
         cells = make_plan(self.settings._replace(data=str(data.root)), [model])
         training = {module: module.training for module in pl_module.model.modules()}
