@@ -17,7 +17,7 @@ ALLOWED = {  # room -> rooms it may import
     "models": {"momentum", "moe", "parsers", "ranges", "staging"},
     "training": {"models", "momentum", "moe", "ranges", "robustness"},
     "analysis": {"models", "momentum", "moe", "parsers", "progress", "ranges"},
-    "robustness": {"parsers", "ranges"},
+    "robustness": {"parsers", "progress", "ranges", "staging"},
     "classifiers": {"analysis", "models", "moe", "robustness"},
     "export": {"analysis", "classifiers", "models", "parsers", "progress", "ranges", "robustness", "staging"},
     "errors": {"models"},

@@ -1,15 +1,135 @@
-"""A bar for what takes seconds, where somebody watches."""
+"""How far something is: a bar where somebody watches, a line now and then where output goes into a file or a pipe."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
-from rich import progress
 from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.text import Text
 
 Thing = TypeVar("Thing")
+EVERY_SECONDS = 10.0  # between two lines
 
 
-def track(things: Iterable[Thing], what: str, total: int | None = None) -> Iterable[Thing]:
-    """`things`, behind a progress bar with the time left. total: how many, where they have no len()."""
-    console = Console(stderr=True)
-    return progress.track(things, what, total=total, console=console, transient=True, disable=not console.is_terminal)
+class Work:
+    """The time left of pieces that cost unlike: by known costs, corrected by what each kind was measured to take."""
+
+    def __init__(self, pieces: Iterable[tuple[Hashable, float]], clock: Callable[[], float] = time.monotonic) -> None:
+        """pieces: (kind, cost in any unit). Seconds of a kind that was not met yet follow from the others' costs."""
+        self.clock, self.since = clock, clock()
+        self.left: dict[Hashable, float] = {}
+        for kind, cost in pieces:
+            self.left[kind] = self.left.get(kind, 0.0) + cost
+        self.total = sum(self.left.values())
+        self.measured: dict[Hashable, tuple[float, float]] = {}  # kind -> cost done, seconds
+
+    def advance(self, kind: Hashable, cost: float) -> None:
+        """So much of the kind was done since the last call."""
+        now = self.clock()
+        done, seconds = self.measured.get(kind, (0.0, 0.0))
+        self.measured[kind] = (done + cost, seconds + now - self.since)
+        self.skip(kind, cost)
+
+    def skip(self, kind: Hashable, cost: float) -> None:
+        """So much of the kind need not be done."""
+        self.since = self.clock()
+        self.left[kind] = max(0.0, self.left.get(kind, 0.0) - cost)
+
+    @property
+    def share(self) -> float:
+        """Done or skipped, in [0, 1]."""
+        return 1.0 - sum(self.left.values()) / self.total if self.total else 1.0
+
+    def seconds_left(self) -> float | None:
+        """None before anything is measured."""
+        done, seconds = (sum(values) for values in zip((0.0, 0.0), *self.measured.values(), strict=True))
+        if not done:
+            return None
+        rates = {kind: took / cost for kind, (cost, took) in self.measured.items() if cost}
+        return sum(cost * rates.get(kind, seconds / done) for kind, cost in self.left.items())
+
+
+class Meter:
+    """One piece of work as it goes on, told on stderr. A context manager."""
+
+    def __init__(self, what: str, work: Work | None) -> None:
+        """work: None where nobody knows how much there is."""
+        self.what, self.work, self.told, self.count = what, work, "", 0
+        self.console = Console(stderr=True)
+        columns = [_Told(lambda: self.told or what), BarColumn(), _Told(self.amount), _Told(self.time_left)]
+        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task(what, total=None if work is None else 1.0)
+        self.lines, self.started = 0, time.monotonic()
+        self.shown = self.started
+
+    def __enter__(self) -> "Meter":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.bar.stop()
+        if self.lines and kind is None:
+            self._print(f"done in {_clock(time.monotonic() - self.started)}")
+
+    def tell(self, told: str) -> None:
+        """What is being done now; the first time in a line of its own at once."""
+        first, self.told = not self.told, told
+        self._show(at_once=first)
+
+    def advance(self, kind: Hashable, cost: float = 1.0) -> None:
+        self.count += 1
+        if self.work is not None:
+            self.work.advance(kind, cost)
+        self._show()
+
+    def skip(self, kind: Hashable, cost: float) -> None:
+        """It need not be done."""
+        self.work.skip(kind, cost)
+        self._show()
+
+    def amount(self) -> str:
+        if self.work is None:
+            return f"{self.count} so far"
+        return f"{100 * self.work.share:.0f} %"
+
+    def time_left(self) -> str:
+        seconds = None if self.work is None else self.work.seconds_left()
+        return "" if seconds is None else f"{_clock(seconds)} left"
+
+    def _show(self, at_once: bool = False) -> None:
+        if self.work is not None:
+            self.bar.update(self.task, completed=self.work.share)
+        if not self.console.is_terminal and (at_once or time.monotonic() - self.shown >= EVERY_SECONDS):
+            self._print(", ".join(part for part in (self.amount(), self.time_left(), self.told) if part))
+
+    def _print(self, told: str) -> None:
+        if not self.console.is_terminal:
+            self.console.print(f"{self.what}: {told}", soft_wrap=True, highlight=False, markup=False)
+            self.lines, self.shown = self.lines + 1, time.monotonic()
+
+
+class _Told(ProgressColumn):
+    """Of the meter, not of the bar: rich counts steps as if they cost alike."""
+
+    def __init__(self, text: Callable[[], str]) -> None:
+        super().__init__()
+        self.text = text
+
+    def render(self, task: Task) -> Text:
+        return Text(self.text())
+
+
+def track(things: Iterable[Thing], what: str, total: int | None = None) -> Iterator[Thing]:
+    """`things`, with the time left. total: how many, where they have no len()."""
+    if total is None and hasattr(things, "__len__"):
+        total = len(things)
+    with Meter(what, None if total is None else Work([(what, total)])) as meter:
+        for thing in things:
+            yield thing
+            meter.advance(what)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -46,9 +46,17 @@ class Attack(NamedTuple):
     min_queries: int
     router: bool  # uses Budget.router_loss
     not_in_l2: tuple[int, ...]  # sides of images that its L2 form cannot cut up
+    loss: str  # what it drives up
+    step: str  # size of its steps
+    start: str  # where it starts
+    restarts: int  # times it starts
+    passes: int  # forward passes an image; a backward one counts as two. 0: follows from the budget
 
 
 ATTACKS: dict[str, Attack] = {}
+# how attacks do it, as reports say it
+CE, MARGIN, DLR = "cross-entropy", "largest other logit - true logit", "difference of logits ratio"
+FIXED, HALVED, INSIDE = "min(eps, 2.5 eps / steps)", "2 eps, halved where it stalls", "a random point of the ball"
 
 
 def attack(
@@ -59,13 +67,19 @@ def attack(
     min_queries: int = 1,
     router: bool = False,
     not_in_l2: tuple[int, ...] = (),
+    loss: str = "its own",
+    step: str = "its own",
+    start: str = "the picture",
+    restarts: int = 1,
+    passes: int = 0,
 ) -> Callable[[Callable], Callable]:
     """Registers a function under its own name, underscores as hyphens."""
 
     def register(function: Callable) -> Callable:
         ATTACKS[function.__name__.replace("_", "-")] = Attack(
-            function, norms, spends, package, min_classes, min_queries, router, not_in_l2
-        )
+            function, norms, spends, package, min_classes, min_queries, router, not_in_l2, loss, step, start, restarts,
+            passes,
+        )  # fmt: skip
         return function
 
     return register
@@ -187,7 +201,7 @@ def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss,
 # ---- attacks
 
 
-@attack("Linf", "L2", package="torchattacks", router=True)
+@attack("Linf", "L2", package="torchattacks", router=True, loss=CE, step="eps", passes=3)
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """One step of eps along the sign of the cross-entropy's gradient (Goodfellow et al., arXiv:1412.6572).
 
@@ -199,7 +213,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     return images + budget.eps * direction(gradient, budget.norm)
 
 
-@attack("Linf", "L2", spends="steps", package="torchattacks", router=True)
+@attack("Linf", "L2", spends="steps", package="torchattacks", router=True, loss=CE, step=FIXED)
 def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Projected gradient on the cross-entropy (Madry et al., arXiv:1706.06083), without a random start.
 
@@ -214,7 +228,7 @@ def pgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Ten
     return projected_gradient(model, images, labels, cross_entropy, budget)
 
 
-@attack("Linf", "L2", spends="steps", router=True)
+@attack("Linf", "L2", spends="steps", router=True, loss=MARGIN, step=FIXED)
 def pgd_margin(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Projected gradient on the margin: where saturated cross-entropy hides the gradient this one still sees it."""
     return projected_gradient(model, images, labels, margin, budget)
@@ -243,7 +257,11 @@ def direction(gradient: Tensor, norm: Norm) -> Tensor:
 
 
 # In L2 five windows of a fifth of the side, and a sixth where there is room for one but for the margin before it.
-@attack("Linf", "L2", spends="queries", package="torchattacks", not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24))
+@attack(
+    "Linf", "L2", spends="queries", package="torchattacks", not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24),
+    loss=MARGIN, step="squares of 2 eps, in L2 windows, smaller with the queries",
+    start="random stripes, in L2 windows",
+)  # fmt: skip
 def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Random search over squares, margin loss, no gradients (Andriushchenko et al., arXiv:1912.00049).
 
@@ -255,21 +273,21 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> 
         return load_package("torchattacks").Square(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", spends="steps", package="torchattacks")
+@attack("Linf", "L2", spends="steps", package="torchattacks", loss=CE, step=HALVED, start=INSIDE)
 def apgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Step sizes that adapt, cross-entropy (Croce and Hein, arXiv:2003.01690)."""
     options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed}
     return load_package("torchattacks").APGD(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", spends="steps", package="torchattacks", min_classes=3)
+@attack("Linf", "L2", spends="steps", package="torchattacks", min_classes=3, loss=DLR, step=HALVED, start=INSIDE)
 def apgd_dlr(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """The same on the difference of logits ratio, which scaling the logits does not change."""
     options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed, "loss": "dlr"}
     return load_package("torchattacks").APGD(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", spends="queries", min_queries=128)
+@attack("Linf", "L2", spends="queries", min_queries=128, loss=MARGIN, step="eps / 4 along Adam's direction")
 def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Gradient of the margin from differences along random signs, Adam on it (Uesato et al., arXiv:1802.05666).
 
@@ -294,7 +312,12 @@ def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     return found
 
 
-@attack("Linf", "L2", package="pyautoattack", min_classes=4, not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24))
+@attack(
+    "Linf", "L2", package="pyautoattack", min_classes=4, not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24),
+    loss=f"{CE}; targeted {DLR}; distance to the boundary (FAB-T); {MARGIN} (Square)",
+    step="of each of its four attacks: 100 steps, 9 targets, 5,000 queries", start=f"{INSIDE}, of each attack",
+    passes=3 * 100 * (1 + 9 + 9) + 5000,
+)  # fmt: skip
 def autoattack(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """The standard AutoAttack: APGD-CE, APGD-T, FAB-T, Square (Croce and Hein, arXiv:2003.01690).
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..progress import Meter, Work
 from .attacks import ATTACKS
 from .cells import Cell, Memory, Outcome, Store, run_cell
 from .models import Model, check_model
+from .protocol import cost, count_pictures
 
 Outcomes = dict[tuple[str, int], Outcome]  # (model name, number of the cell)
 
@@ -40,25 +40,23 @@ def evaluate(
         model.module.to(device).eval()
     models = [check_model(model, device, by_gradient) for model in models]
     store, memory, outcomes, examples = Store(out / "cells"), Memory(), {}, {}
-    console = Console(stderr=True)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        total = sum(_pictures(cell) for cell in cells) * len(models)
-        task = progress.add_task("robustness", total=total)
+    work = Work((_kind(cell), count_pictures(cell) * cost(cell) * len(models)) for cell in cells)
+    with Meter("robustness", work) as meter:
         for number, cell in enumerate(cells):
-            told = f"{cell.pictures.name}: {cell.condition} {cell.severity}".strip()
-            progress.update(task, description=told)
+            kind = _kind(cell)
+            meter.tell(f"{cell.pictures.name}: {cell.condition} {cell.severity}".strip())
             paths = {model.name: store.path(cell, model, batch_size, device) for model in models}
             known = {name: found for name, path in paths.items() if (found := store.read(path)) is not None}
             outcomes |= {(name, number): found for name, found in known.items()}
             missing = [model for model in models if model.name not in known]
-            progress.advance(task, len(known) * _pictures(cell))
+            meter.skip(kind, len(known) * count_pictures(cell) * cost(cell))
             shown = next((s for path in paths.values() if (s := store.read_examples(path)) is not None), None)
             if missing:
-                count = len(missing)
+                each = len(missing) * cost(cell)  # a picture
                 made, seen = run_cell(
-                    cell, missing, batch_size, workers, device, memory, lambda n, k=count: progress.advance(task, n * k)
-                )
+                    cell, missing, batch_size, workers, device, memory,
+                    lambda n, kind=kind, each=each: meter.advance(kind, n * each),
+                )  # fmt: skip
                 for name, outcome in made.items():
                     store.write(paths[name], outcome)
                     outcomes[name, number] = outcome
@@ -70,5 +68,6 @@ def evaluate(
     return Evaluation(list(cells), list(models), outcomes, examples)
 
 
-def _pictures(cell: Cell) -> int:
-    return len(cell.pictures.paths if cell.order is None else cell.order)
+def _kind(cell: Cell) -> tuple[str, str]:
+    """What takes alike for the same cost: an attack, or a corruption made here."""
+    return cell.kind, cell.attack or (cell.condition if cell.kind == "regenerated" else "")

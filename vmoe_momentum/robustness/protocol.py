@@ -1,0 +1,45 @@
+"""What attacks cost, and what one needs to know to run them again elsewhere."""
+
+from typing import Any
+
+from .attacks import ATTACKS, FIXED, Budget, step_size
+from .cells import Cell
+
+
+def count_pictures(cell: Cell) -> int:
+    return len(cell.pictures.paths if cell.order is None else cell.order)
+
+
+def cost(cell: Cell) -> int:
+    """Forward passes a picture, about: the answer, and what the attack needs."""
+    return 1 if cell.attack is None else 1 + passes(cell.attack, cell.budget)
+
+
+def passes(name: str, budget: Budget, router: bool = False) -> int:
+    """Forward passes an image, about; a backward one counts as two. What an attack costs, for the time that is left."""
+    found = ATTACKS[name]
+    made = found.passes or {"steps": 3 * budget.steps, "queries": budget.queries, None: 3}[found.spends]
+    return made * (2 if router else 1)
+
+
+def protocols(cells: list[Cell]) -> list[dict[str, Any]]:
+    """Of every attack and size of noise, as rows call it."""
+    found = []
+    for cell in cells:
+        if cell.kind not in ("attack", "noise"):
+            continue
+        told = {"condition": cell.condition, "severity_or_eps": cell.severity, "pictures": count_pictures(cell)}
+        found.append(told | (_protocol(cell.attack, cell.budget) if cell.attack else {
+            "norm": cell.budget.norm, "eps": cell.budget.eps, "seed": cell.budget.seed, "dtype": "float32",
+        }))  # fmt: skip
+    return found
+
+
+def _protocol(name: str, budget: Budget) -> dict[str, str | int | float]:
+    found = ATTACKS[name]
+    told = {"norm": budget.norm, "eps": budget.eps, "loss": found.loss, "step": found.step, "start": found.start}
+    if found.step in (FIXED, "eps"):
+        told["step_size"] = budget.eps if found.step == "eps" else step_size(budget)
+    if found.spends is not None:
+        told[found.spends] = getattr(budget, found.spends)
+    return told | {"restarts": found.restarts, "seed": budget.seed, "dtype": "float32", "package": found.package or ""}
