@@ -47,6 +47,43 @@ def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def write_together(folder: Path, files: dict[str, bytes]) -> None:
+    """Every one of them whole, or none: all are written under other names before the first takes its own.
+
+    Raises ValueError: there is no room, or the folder cannot be written; what stood there stays.
+    """
+    needed, partial = sum(map(len, files.values())), {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        umask = os.umask(0)
+        os.umask(umask)
+        for name, content in files.items():
+            handle, place = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".partial")
+            partial[name] = Path(place)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(handle)  # some file systems tell of a full disk only then
+            partial[name].chmod(0o666 & ~umask)
+        for name, place in partial.items():
+            place.replace(folder / name)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: {', '.join(files)} cannot be written ({error.strerror}): {needed:,} bytes needed, "
+            f"{_free(folder)} free; make room, or choose another folder"
+        ) from error
+    finally:
+        for place in partial.values():
+            place.unlink(missing_ok=True)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free:,}"
+    except OSError:
+        return "0"
+
+
 def refuse_existing(out: Path, overwrite: bool, mark: str) -> None:
     """Raises ValueError unless `out` is free, or may be overwritten and is of the kind that has `mark`."""
     if not out.exists() and not out.is_symlink():

@@ -57,6 +57,27 @@ def test_two_networks_and_a_timm_model_side_by_side(digits: Path, here: Path) ->
     assert {path.name for path in (here / "o").iterdir()} >= {"report.html", "report.md", "rows.csv", "examples.png"}
 
 
+def test_two_equal_runs_write_equal_files(digits: Path, here: Path, monkeypatch, capsys) -> None:
+    """Byte for byte, but for times.json; whether cells were kept or made again. And a pipe is told what goes on."""
+    argv = ["robustness", "--model=a.ckpt", "--model=b=b.ckpt", f"--data={digits}", "--out=o", *SHORT]
+    found = []
+    for folder in ("first", "second", "second"):
+        (here / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(here / folder)
+        for name, rule in (("a", "Residual"), ("b", "HeavyBall")):
+            if not (path := here / folder / f"{name}.ckpt").exists():
+                torch.manual_seed(0)
+                write_checkpoint(tiny(rule=rule), path)
+        cli.run([*argv, "--seed=3"])
+        found.append({path.name: path.read_bytes() for path in (here / folder / "o").iterdir() if path.is_file()})
+        assert set(json.loads(found[-1].pop("times.json"))) == {"seconds", "finished"}
+        told = capsys.readouterr()
+        assert "worst-case, eps 2/255" in told.out and "robustness: 0 %, data: clean" in told.err
+    assert set(found[0]) >= {"rows.csv", "report.json", "report.md", "report.html", "examples.png"}
+    for name in found[0]:
+        assert found[0][name] == found[1][name] == found[2][name], name
+
+
 def test_budgets_in_l2(digits: Path, here: Path, capsys) -> None:
     """Their defaults, noise of the same length, rows in units of 1; the comparison is on the terminal, too."""
     write_checkpoint(tiny(), here / "a.ckpt")
@@ -219,6 +240,8 @@ def test_eps_in_pixels() -> None:
         (["--model=none", "--data={d}", "--corruptions=[smoke]"], "--corruptions=smoke: not one of"),
         (["--model=a.ckpt", "--data=broken", "--corruptions=[none]", "--workers=1"], "x.jpg: cannot be decoded"),
         (["--model=a.ckpt", "--data=dangling"], "leads to no file; remove it"),
+        (["--model=a.ckpt", "--imagenet_c=partial", "--attacks=[pgd]"], "--attacks: has no effect here; it needs"),
+        (["--model=a.ckpt", "--data={d}", "--attacks=[]", "--steps=3"], "--steps: has no effect here; it needs --data"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip

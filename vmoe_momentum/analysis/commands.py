@@ -24,7 +24,7 @@ _EXAMPLES = """examples:
   vmoe-momentum analyze spectrum --config configs/digits.yaml --model runs/digits/version_0/checkpoints/last.ckpt
   vmoe-momentum analyze spectrum --config configs/digits.yaml --model plain=a.ckpt --model momentum=b.ckpt
   vmoe-momentum analyze load --data FolderDataModule --data.root data/digits --data.image_size 16 --model last.ckpt
-  vmoe-momentum analyze compare --run HeavyBall=runs/hb --run Residual=runs/res --target [0.9,0.95]
+  vmoe-momentum analyze compare --run HeavyBall=runs/hb --run Residual=runs/res --target '[0.9,0.95]'
   vmoe-momentum analyze ablate --out runs/grid -- --config configs/digits.yaml --model.net.init_args.rule HeavyBall
 
 How to read what they draw: vmoe_momentum/analysis/README.md"""

@@ -4,9 +4,8 @@ Outcomes lie on disk as soon as a cell is done, so that a long run goes on where
 """
 
 import hashlib
+import io
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..staging import write_together
 from .attacks import ATTACKS, Budget, Classifier, cross_entropy, input_gradient, run_attack
 from .models import Model
 from .pictures import Batch, Change, Pictures, batches
@@ -220,11 +220,6 @@ class Store:
 
     def _write(self, path: Path, fill: Callable[[BinaryIO], None]) -> None:
         """Whole or not at all, also when two runs write the same cell."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                fill(file)
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        content = io.BytesIO()
+        fill(content)
+        write_together(self.folder, {path.name: content.getvalue()})

@@ -1,18 +1,22 @@
 """Pictures of a report: bars a corruption, accuracy over severity and over eps, examples."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .corruptions import BENCHMARK, EXTRA
 from .evaluate import Evaluation
 from .rows import Row
-from .summary import L2, SANITY, WORST
+from .summary import BEFORE, L2, SANITY, WORST
 
 
 def draw(evaluation: Evaluation, rows: list[Row]) -> dict[str, Figure]:
     """By name, those for which there are rows."""
     labels = {model.name: model.label for model in evaluation.models}
-    colors = {label: f"C{i % 10}" for i, label in enumerate(dict.fromkeys(labels.values()))}
+    colors = _colors(list(dict.fromkeys(labels.values())))
     found = {}
     for dataset in dict.fromkeys(cell.pictures.name for cell in evaluation.cells if cell.severity and not cell.attack):
         own = [row for row in rows if row.dataset == dataset and row.metric == "top1"]
@@ -32,6 +36,19 @@ def draw(evaluation: Evaluation, rows: list[Row]) -> dict[str, Figure]:
     return found
 
 
+def _colors(labels: list[str]) -> dict[str, Any]:
+    """Ten easy to tell apart; with more models, all of them off one scale."""
+    if len(labels) <= 10:
+        return {label: f"C{i}" for i, label in enumerate(labels)}
+    return {label: colormaps["turbo"](i / (len(labels) - 1)) for i, label in enumerate(labels)}
+
+
+def _columns(labels: Iterable[str], figure: Figure) -> int:
+    """Of a legend above the axes: a wider one leaves them no room. An inch has about 13 letters of size 8."""
+    room = 13 * figure.get_figwidth() / (max(map(len, labels)) + 6)
+    return max(1, int(room))
+
+
 def _mean(rows: list[Row]) -> float:
     return float(np.mean([row.value for row in rows])) if rows else float("nan")
 
@@ -48,7 +65,9 @@ def _bars(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Fi
         axis.bar(np.arange(len(names)) + (place + 0.5) * width - 0.4, heights, width, color=color, label=label)
     axis.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], fontsize=7)
     axis.set(ylabel="top-1 (%), mean over severities", ylim=(0, 100))
-    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(colors), frameon=False)
+    axis.legend(
+        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=_columns(colors, figure), frameon=False
+    )
     return figure
 
 
@@ -67,7 +86,7 @@ def _curves(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> 
 
 
 def _eps(attacks: list[Row], rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
-    """A panel an attack, three in a line; eps 0 is the clean accuracy."""
+    """A panel an attack, three in a line; eps 0 is the accuracy before it, on the pictures that it attacked."""
     conditions = sorted({row.condition for row in attacks}, key=lambda name: (name.startswith(WORST), name))
     across, down = min(3, len(conditions)), -(-len(conditions) // 3)
     figure = Figure(figsize=(3.4 * across, 3.0 * down), layout="constrained")
@@ -77,9 +96,7 @@ def _eps(attacks: list[Row], rows: list[Row], labels: dict[str, str], colors: di
     for axis, condition in zip(axes, conditions, strict=False):
         for label, color in colors.items():
             own = [r for r in attacks if labels[r.model] == label and r.condition == condition]
-            clean = _mean(
-                [r for r in rows if labels[r.model] == label and (r.condition, r.metric) == ("clean", "top1")]
-            )
+            clean = _mean([r for r in rows if labels[r.model] == label and _before(r, own[0])])
             sizes = sorted({float(row.severity_or_eps) for row in own})
             values = [_mean([r for r in own if float(r.severity_or_eps) == size]) for size in sizes]
             axis.plot([0, *sizes], [100 * v for v in (clean, *values)], marker="o", color=color, label=label)
@@ -90,10 +107,18 @@ def _eps(attacks: list[Row], rows: list[Row], labels: dict[str, str], colors: di
     return figure
 
 
+def _before(row: Row, attacked: Row) -> bool:
+    """Whether it says how good the model was before the attack. Other sets have clean rows, too."""
+    if row.dataset != attacked.dataset:
+        return False
+    if row.metric == BEFORE:
+        return row.condition == attacked.condition
+    return (row.condition, row.metric, row.n) == ("clean", "top1", attacked.n)
+
+
 def _routing(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
     """Mean over blocks and severities or eps; models without MoE blocks are not in it."""
     colors = {label: colors[label] for label in dict.fromkeys(labels[row.model] for row in rows)}
-    blocks = list(dict.fromkeys(row.metric.partition("/")[2] for row in rows))
     kinds = list(dict.fromkeys(row.condition for row in rows))
     figure = Figure(figsize=(7, 0.8 + 0.24 * len(kinds) * len(colors)), layout="constrained")
     axis, height = figure.subplots(), 0.8 / len(colors)
@@ -104,7 +129,7 @@ def _routing(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) ->
         axis.barh(at, [np.mean(v) if v else np.nan for v in means], height, color=color, label=label)
     axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
     axis.invert_yaxis()
-    axis.set(xlabel=f"routing change, 1 - IoU of expert sets, mean over {len(blocks)} blocks", xlim=(0, None))
+    axis.set(xlabel="routing change, 1 - IoU of expert sets, mean over MoE blocks", xlim=(0, None))
     axis.legend(fontsize=8)
     return figure
 
@@ -115,6 +140,8 @@ def _examples(evaluation: Evaluation) -> Figure:
     for number, cell in enumerate(evaluation.cells):
         if number in evaluation.examples and cell.condition != SANITY:
             chosen.setdefault(f"{cell.pictures.name}: {cell.condition}", []).append(number)
+    for numbers in chosen.values():  # budgets come in any order
+        numbers.sort(key=lambda number: float(evaluation.cells[number].severity or 0))
     lines = [(what, numbers[len(numbers) // 2]) for what, numbers in chosen.items()]
     side = max(evaluation.examples[number].shape[-1] for _, number in lines)
     sheet = np.full((len(lines) * (side + 1), 6 * (side + 1), 3), 255, dtype=np.uint8)

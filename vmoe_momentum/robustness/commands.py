@@ -10,24 +10,25 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ..parsers import check_device, new_parser
 from .attacks import ATTACKS
 from .corruptions import BENCHMARK, EXTRA
+from .effects import check_effects, named_in
 from .evaluate import evaluate
 from .models import Model
 from .plan import DEFAULT_EPS, SHIFTED, Settings, check_settings, describe_pictures, make_plan, parse_eps
-from .report import Report, write_report
+from .report import write_report
+from .terminal import show
 from .versions import versions
 
 _EXAMPLES = """examples:
   vmoe-momentum robustness --data data/digits --model Residual=a.ckpt --model HeavyBall=b.ckpt --out runs/robustness
   vmoe-momentum robustness --data data/imagenet --model vit_small_patch16_224 --imagenet_c data/imagenet-c --limit 1000
-  vmoe-momentum robustness --data data/digits --model HB=s0.ckpt --model HB=s1.ckpt --model Res=s2.ckpt --eps [1/255]
+  vmoe-momentum robustness --data data/digits --model HB=s0.ckpt --model HB=s1.ckpt --model Res=s2.ckpt '--eps=[1/255]'
 
-It writes rows.csv, report.json, report.md and report.html (self-contained) to --out; stopped, it goes on from there."""
+It writes rows.csv, report.json, report.md and report.html (self-contained) to --out; stopped, it goes on from there.
+What differs between two equal runs, their times, is in times.json."""
 
 
 def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> None:
@@ -35,6 +36,7 @@ def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> Non
     given = parser().parse_args(argv).as_dict()
     settings = _settings(given)
     check_settings(settings)
+    check_effects(named_in(argv), settings)
     if given["batch_size"] < 1:
         raise ValueError(f"--batch_size={given['batch_size']}: use 1 or more")
     if given["workers"] < 0:
@@ -46,35 +48,19 @@ def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> Non
     _check_out(out)
     models = open_models(given["model"] or [])
     cells = make_plan(settings, models)
-    start = time.time()
+    start = time.monotonic()
     evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], given["device"])
     provenance = {
         "command": shlex.join(["vmoe-momentum", "robustness", *argv]), "settings": settings._asdict(),
         "models": {model.name: model.provenance for model in models}, "batch_size": given["batch_size"],
         "device": given["device"], "machine": platform.machine(), "python": platform.python_version(),
-        "pictures": describe_pictures(cells), "versions": versions(), "seconds": round(time.time() - start, 1),
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "pictures": describe_pictures(cells), "versions": versions(),
     }  # fmt: skip
-    report = write_report(evaluation, out, provenance)
-    _show(report)
+    times = {"seconds": round(time.monotonic() - start, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+    report = write_report(evaluation, out, provenance, times)
+    show(report)
     told = f"{len(report.rows)} rows: {out / 'rows.csv'}; report: {out / 'report.html'}"
     Console().print(told, soft_wrap=True, highlight=False, markup=False)
-
-
-def _show(report: Report) -> None:
-    """The comparison and the warnings, on the terminal."""
-    _, _, (header, *lines) = report.comparison
-    table = Table(box=None, header_style="bold")
-    for place, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if place else "left")
-    for line in lines:
-        table.add_row(*[Text(cell.replace("**", "")) for cell in line])
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # into a file: do not fold lines at 80
-    console.print(table)
-    for line in report.warnings:
-        console.print(Text(f"warning: {line}", style="yellow"), soft_wrap=True)
 
 
 def parser() -> ArgumentParser:

@@ -88,7 +88,7 @@ def find_tree(
         place = next((path for path in places if path.is_dir()), None)
         for severity in SEVERITIES if severities is None else severities:
             folder = None if place is None else place / str(severity)
-            if folder is not None and folder.is_dir() and any(folder.iterdir()):
+            if folder is not None and _is_filled(folder, root):
                 folders[name, severity] = folder
             else:
                 missing.append(f"{name}/{severity}")
@@ -99,3 +99,13 @@ def find_tree(
             "weather, digital, extra; name the ones you have with --corruptions and --severities (that is then no mCE)"
         )
     return folders
+
+
+def _is_filled(folder: Path, root: str) -> bool:
+    """Raises ValueError: nobody can say, as it cannot be read."""
+    try:
+        return folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise ValueError(
+            f"--imagenet_c={root}: {folder} cannot be read ({error.strerror}); mend its permissions"
+        ) from error

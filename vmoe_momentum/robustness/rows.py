@@ -1,9 +1,12 @@
 """The one form of every result: flat rows, and what is computed from them."""
 
 import csv
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from ..staging import write_together
 
 
 class Row(NamedTuple):
@@ -11,8 +14,8 @@ class Row(NamedTuple):
 
     model: label and, where several models share one, which of them ("HeavyBall#2"). severity_or_eps: 1 to 5 of a
     corruption, eps of an attack or noise (pixel units of 255 in Linf, of 1 where the condition ends in -L2), "" where
-    there is none. value: accuracies and errors are shares in [0, 1]; mCE and its like are percentages. n: images behind
-    it.
+    there is none. value: a share, whatever the metric: an accuracy of 50 % is 0.5, an mCE of 80 % is 0.8. n: images
+    behind it.
     """
 
     model: str
@@ -24,8 +27,13 @@ class Row(NamedTuple):
     n: int
 
 
+def to_csv(rows: Iterable[Row]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(Row._fields)
+    writer.writerows([*row[:-2], f"{row.value:.8g}", row.n] for row in rows)
+    return file.getvalue()
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([*row[:-2], f"{row.value:.8g}", row.n] for row in rows)
+    write_together(path.parent, {path.name: to_csv(rows).encode()})

@@ -62,9 +62,10 @@ class RobustnessCheck(Callback):
         view = View(data.eval_image_size, float(data.eval_crop_ratio), "bilinear")
         label = type(pl_module.model.net).__name__
         # weights change and cells are known by their source: none is kept for another call
-        told = {"source": str(trainer.ckpt_path), "step": trainer.global_step, "at": time.time_ns()}
+        told = {"source": str(trainer.ckpt_path), "step": trainer.global_step}
         model = Model(
-            label, label, pl_module.model, view, pl_module.num_classes, pl_module.class_names, None, None, told,
+            label, label, pl_module.model, view, pl_module.num_classes, pl_module.class_names, None, None,
+            told | {"at": time.time_ns()},
             class_ids=data.class_ids,
         )  # fmt: skip
         cells = make_plan(self.settings._replace(data=str(data.root)), [model])

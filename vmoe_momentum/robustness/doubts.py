@@ -1,0 +1,87 @@
+"""Warnings: signs of masked gradients, and of numbers that do not fit together (Carlini et al., arXiv:1902.06705)."""
+
+import re
+
+import numpy as np
+from PIL import Image
+
+from .corruptions import BENCHMARK, SEVERITIES
+from .evaluate import Evaluation
+from .rows import Row
+from .summary import SANITY, eps_text, robust
+
+# what must not leave fewer images standing than those after it, at the same eps
+WEAKER = {
+    "uniform-noise": ("fgsm", "pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
+    "fgsm": ("pgd", "apgd", "autoattack"),
+    "square": ("pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
+    "spsa": ("pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
+}
+
+
+def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
+    """What to read before anything else."""
+    found = []
+    cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind in ("attack", "noise")}
+    for model in evaluation.models:
+        if model.coupled:
+            found.append(
+                f"{model.name}: its answers depend on what else is in the batch (expert capacity over several images): "
+                "another order or batch size gives other numbers, and attacks on part of the images other ones again"
+            )
+        clean = evaluation.outcomes.get((model.name, 0))
+        shares = [r.value for r in rows if (r.model, r.metric) == (model.name, "zero_gradient")]
+        if shares and max(shares) > 0.01:
+            found.append(
+                f"{model.name}: {100 * max(shares):.0f} % of images have no gradient of the cross-entropy at the clean "
+                "picture; attacks that follow it cannot see them, so trust square and spsa"
+            )
+        for (condition, eps), number in cells.items():
+            for stronger in WEAKER.get(_kind(condition), ()):
+                base = next((c for c, e in cells if e == eps and _kind(c) == stronger), None)
+                if base is None:
+                    continue
+                outcome, other = (evaluation.outcomes[model.name, i] for i in (number, cells[base, eps]))
+                both = np.intersect1d(outcome.index, other.index)
+                mine, theirs = (robust(o, clean)[np.isin(o.index, both)].mean() for o in (outcome, other))
+                if mine < theirs - 0.002 - 1e-9:
+                    found.append(
+                        f"{model.name}, eps {eps_text(condition, eps)}: {condition} leaves {100 * mine:.1f} % "
+                        f"where the stronger {base} leaves {100 * theirs:.1f} %; its gradients may be masked"
+                    )
+        for row in rows:
+            if (row.model, row.condition, row.metric) == (model.name, SANITY, "robust_top1") and row.value > 0.05:
+                found.append(
+                    f"{model.name}: {100 * row.value:.0f} % still right under PGD at eps {row.severity_or_eps}/255, "
+                    "where nothing should be; its gradients may be masked"
+                )
+    return list(dict.fromkeys(found)) + _of_the_sets(evaluation)
+
+
+def _kind(condition: str) -> str:
+    """pgd-margin of pgd-margin-20-router-L2."""
+    return re.sub(r"(-\d+q?)?(-router)?(-L2)?$", "", condition)
+
+
+def _of_the_sets(evaluation: Evaluation) -> list[str]:
+    """What keeps CE and mCE from being the published ones."""
+    found = []
+    cells = [cell for cell in evaluation.cells if cell.pictures.whole]
+    for cell in cells[:1]:
+        name, whole = cell.pictures.name, len(BENCHMARK) * len(SEVERITIES)
+        with Image.open(cell.pictures.paths[0]) as picture:
+            size = picture.size
+        if size != (224, 224):
+            found.append(
+                f"{name}: pictures of {size[0]} x {size[1]} pixels where ImageNet-C has 224 x 224; they are squeezed "
+                "into the models' inputs, and CE and mCE are not comparable"
+            )
+        count = sum(each.condition in BENCHMARK for each in cells)
+        if count < whole:
+            found.append(f"{name}: no mCE: it is the mean over {whole} corruptions x severities, here are {count}")
+        elif " of " in name:
+            found.append(
+                f"{name}: a part of the published pictures; CE and mCE are this part's, not to be put beside published "
+                "ones"
+            )
+    return found
