@@ -144,7 +144,7 @@ def _from_net(label: str, source: str, model: PixelModel, saved: dict[str, Any],
     net, view = model.net.eval(), view_of(model.net, saved)
     sparse = any(isinstance(block, MomentumBlock) for block in net.modules())
     provenance = {
-        "source": source, "mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist(),
+        "source": source, **model.constants,
         "view": view._asdict(), "timm": timm.__version__, **facts,
     }  # fmt: skip
     if "sha256" not in facts:

@@ -74,7 +74,7 @@ def describe(chosen: Chosen, to: str, request: Request, scores: dict[str, float]
     model, view = chosen.model, view_of(chosen.model.net, chosen.facts)
     network = {name: chosen.facts.get(name) for name in ("architecture", "model_args", "settings")}
     network |= {"num_classes": model.net.num_classes, "image_size": view.size}
-    network |= {"mean": model.mean.flatten().tolist(), "std": model.std.flatten().tolist()}
+    network |= model.constants
     return {
         "vmoe_momentum_export": 1, "format": to, **request._asdict(), "image_size": view.size,
         "crop_pct": view.crop_pct, "interpolation": view.interpolation, "mean": network["mean"], "std": network["std"],

@@ -1,5 +1,7 @@
 """From pixels to logits: the one place where images are normalised."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -8,16 +10,25 @@ class PixelModel(nn.Module):
     """uint8 [0, 255] or float [0, 1] images [B, 3, H, W] -> normalise -> network -> logits [B, K].
 
     mean and std, in units of [0, 1], come from the network's timm `pretrained_cfg`. They are buffers outside the state
-    dict, so wrapping changes no checkpoint key but the prefix `net.`.
+    dict, so wrapping changes no checkpoint key but the prefix `net.`. Casting the module rounds the buffers;
+    `constants` are what they were rounded from, and what is written down.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
         config = getattr(net, "pretrained_cfg", None) or {}
-        for name, default in (("mean", (0.5, 0.5, 0.5)), ("std", (0.5, 0.5, 0.5))):
-            value = torch.tensor(config.get(name) or default).view(1, -1, 1, 1)
-            self.register_buffer(name, value, persistent=False)
+        half = (0.5, 0.5, 0.5)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self.set_constants(config.get("mean") or half, config.get("std") or half)
+
+    def set_constants(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Of each channel, in units of [0, 1]."""
+        self.constants = {}
+        for name, values in (("mean", mean), ("std", std)):
+            self.constants[name] = torch.tensor(values, dtype=torch.float32).tolist()  # whatever the default type is
+            setattr(self, name, torch.tensor(values).view(1, -1, 1, 1))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels as the network wants them, in its buffers' floating dtype."""

@@ -132,6 +132,5 @@ def rebuild(source: str, facts: dict[str, Any]) -> PixelModel:
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise ValueError(f"{source}: timm cannot build its network, {architecture} ({error})") from error
     model = PixelModel(net)
-    for name in ("mean", "std"):
-        getattr(model, name).copy_(torch.tensor(facts[name]).view(1, -1, 1, 1))
+    model.set_constants(facts["mean"], facts["std"])
     return model

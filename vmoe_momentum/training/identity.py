@@ -26,8 +26,7 @@ def describe_network(module: "ImageClassifier") -> dict[str, Any]:
         "settings": net.function_settings() if hasattr(net, "function_settings") else {},
         "num_classes": module.num_classes,
         "image_size": module.image_size,
-        "mean": [float(v) for v in module.model.mean.flatten()],
-        "std": [float(v) for v in module.model.std.flatten()],
+        **module.model.constants,
         "class_names": module.class_names,
         "class_ids": getattr(data, "class_ids", None),  # names of their folders
         "crop_pct": getattr(data, "eval_crop_ratio", None),  # how evaluation cuts pictures, and their size

@@ -1,16 +1,21 @@
 """Optimizer and learning-rate schedule, by timm's factories."""
 
+import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ..models.settings import did_you_mean
 from ..ranges import COUNT_OR_NONE, MOMENTUM, NOT_NEGATIVE, POSITIVE, Range, in_range
+from .per_expert import ELEMENTWISE, PerExpert, views_of
+
+WAY_OUT = "; use another one, adamw for example"
 
 
 @in_range(
@@ -25,7 +30,8 @@ class OptimizerSettings:
     positions are exempt; the router is not.
 
     Args:
-        name: A timm optimizer: adamw, sgd, lamb, lion, ...
+        name: A timm optimizer: adamw, sgd, lamb, lion, muon, ... Those that look at a whole tensor (norms, matrices)
+            see each expert's own.
         lr: Peak learning rate, in (0, 1e6].
         weight_decay: Decoupled weight decay, in [0, 1e6].
         betas: Decay of Adam's first and second moment, in [0, 1); for optimizers that have them.
@@ -41,10 +47,40 @@ class OptimizerSettings:
     def build(self, net: nn.Module) -> torch.optim.Optimizer:
         if self.name not in list_optimizers():
             raise ValueError(f"model.optimizer.name={self.name}{did_you_mean(self.name, list_optimizers())}")
-        betas = {} if self.betas is None else {"betas": tuple(self.betas)}
-        return create_optimizer_v2(
-            net, self.name, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay, **betas
-        )
+        self._check_name()
+        told = {"opt": self.name, "lr": self.lr} | ({} if self.betas is None else {"betas": tuple(self.betas)})
+        try:
+            optimizer = create_optimizer_v2(net, weight_decay=self.weight_decay, layer_decay=self.layer_decay, **told)
+            views = {} if self.name in ELEMENTWISE else views_of(net)
+        except (AssertionError, ImportError, ValueError) as error:  # CUDA or a package is missing; sharded weights
+            raise ValueError(f"model.optimizer.name={self.name}: {error}{WAY_OUT}") from error
+        if not views:
+            return optimizer
+        if self.name.startswith("kron"):
+            raise ValueError(
+                f"model.optimizer.name={self.name}: all tensors share its random draws, so that experts would not move "
+                f"as separate layers do{WAY_OUT}"
+            )
+        return PerExpert(optimizer.param_groups, partial(create_optimizer_v2, **told), views)
+
+    def _check_name(self) -> None:
+        """Raises ValueError: what cannot be trained with, or betas that it does not take."""
+        if self.name == "adahessian":
+            raise ValueError(
+                "model.optimizer.name=adahessian: it wants gradients of gradients, which a training step here does not "
+                f"keep{WAY_OUT}"
+            )
+        if self.name.startswith("kron") and importlib.util.find_spec("opt_einsum") is None:
+            raise ValueError(  # its products of four factors would fill the memory
+                f"model.optimizer.name={self.name}: it needs a package; pip install opt_einsum{WAY_OUT}"
+            )
+        told = get_optimizer_info(self.name)
+        takes = told.num_betas if told.has_betas else 0
+        if self.betas is not None and len(self.betas) != takes:
+            raise ValueError(
+                f"model.optimizer.betas={list(self.betas)}: {self.name} takes "
+                f"{f'{takes} of them' if takes else 'none'}; leave them out, or use another model.optimizer.name"
+            )
 
 
 @in_range("model.schedule.", warmup_steps=COUNT_OR_NONE, min_lr=NOT_NEGATIVE)
