@@ -21,7 +21,7 @@ from ..ranges import COUNT_OR_NONE, MOMENTUM, SIDE, Range, in_range
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .initialization import init_head, init_vmoe
 from .placement import moe_indices, momentum_steps
-from .positions import SinCos2d
+from .positions import SinCos2d, stream_of_autocast
 from .settings import from_spec, to_spec
 
 BLOCKS, WIDTH = Range(0, 10_000, whole=True), Range(0, 2**16, whole=True)
@@ -117,9 +117,13 @@ class MomentumVisionTransformer(VisionTransformer):
     ) -> tuple[Tensor, Carry, list[Tensor]]:
         """images: [B, 3, H, W] -> tokens before the final norm [B, N, D], the carry, tokens after the blocks `take`."""
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        if self.moe_layers:
+            x = stream_of_autocast(x)
         carry, taken = Carry(self.rule.init(x), x.new_zeros(())), []
         for index, block in enumerate(self.blocks[:num_blocks]):
-            run = partial(checkpoint, block) if self.grad_checkpointing and torch.is_grad_enabled() else block
+            # timm may be set to the reentrant kind, which does not see the tensors in the carry: wrong gradients
+            recomputed = partial(checkpoint, block, use_reentrant=False)
+            run = recomputed if self.grad_checkpointing and torch.is_grad_enabled() else block
             x, carry = run(x, carry, **attention)
             if index in take:
                 taken.append(x)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .routing import autocast_dtype
+
 
 class StackedLinear(nn.Module):
     """E linear layers of which each row goes through one. weight: [E, out, in] as in nn.Linear; bias: [E, out]."""
@@ -63,9 +65,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows: [R, D], sorted by expert; ends: [E] int32 -> [R, D]."""
-        device = rows.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            rows = rows.to(torch.get_autocast_dtype(device))
+        rows = rows.to(autocast_dtype(rows.device) or rows.dtype)
         row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
         starts = F.pad(ends[:-1], (1, 0))
         member = ((row >= starts) & (row < ends)).to(rows.dtype)

@@ -110,6 +110,13 @@ def _is_setting(name: str, value: Any) -> bool:
     return not name.startswith("_") and name != "training" and isinstance(value, int | float | str)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in here; None where it is off. The meta device knows none."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Routing is computed in float32 also where the rest is not; the meta device knows no autocast."""
     if torch.amp.is_autocast_available(device.type):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ranges import COUNT_OR_NONE, MOMENTUM, POSITIVE, SHARE, in_range
-from .base import Buffers, MomentumRule, Scalars, Update
+from .base import Buffers, MomentumRule, Scalars, Update, zeros
 
 
 @in_range(
@@ -62,9 +62,9 @@ class Adam(MomentumRule):
 
     def init(self, x: Tensor) -> Buffers:
         """h, p, m; without h where every block takes the Adam step."""
-        return tuple(torch.zeros_like(x) for _ in range(2 if self.adam_layers is None else 3))
+        return tuple(zeros(x) for _ in range(2 if self.adam_layers is None else 3))
 
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+    def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         c, step = coefficients, u(x)
         *ball, p, m = buffers
         ball = [c["mu"] * h + step for h in ball]

@@ -12,5 +12,5 @@ class Carry(NamedTuple):
     forward would read the last block's state.
     """
 
-    momentum: tuple[Tensor, ...]  # the rule's buffers, each [B, N, D]; () for Residual
+    momentum: tuple[Tensor, ...]  # the rule's buffers, each [B, N, D], float32 also in half networks; () for Residual
     aux_loss: Tensor  # [] router losses summed over the MoE blocks so far

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import MomentumRule
+from .base import MomentumRule, at_least_float32
 
 
 class Coefficients(nn.Module):
@@ -34,5 +34,6 @@ class Coefficients(nn.Module):
         scalars: dict[str, float | Tensor] = dict(self.constants)
         for name in self.learned:
             raw = getattr(self, f"raw_{name}")
+            raw = raw.to(at_least_float32(raw.dtype))
             scalars[name] = raw.sigmoid() if name in self.unit_interval else raw
         return scalars

@@ -2,11 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..ranges import MOMENTUM, NOT_NEGATIVE, POSITIVE, Range, in_range
-from .base import Buffers, MomentumRule, Scalars, Update
+from .base import Buffers, MomentumRule, Scalars, Update, zeros
 
 SLACK = 1e-12
 
@@ -75,9 +74,9 @@ class Robust(MomentumRule):
         return {"gamma": k * ahead / self.L, "mu": k * r**3 / (k - 1.0), "alpha": r**3 / ((k - 1.0) * ahead)}
 
     def init(self, x: Tensor) -> Buffers:
-        return (torch.zeros_like(x),)
+        return (zeros(x),)
 
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+    def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         c = coefficients
         p = c["mu"] * buffers[0] + u(x + c["alpha"] * c["gamma"] * buffers[0])
         return x + c["gamma"] * p, (p,)

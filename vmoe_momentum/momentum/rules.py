@@ -3,11 +3,10 @@
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..ranges import MOMENTUM, POSITIVE, Range, in_range
-from .base import Buffers, MomentumRule, Scalars, Update
+from .base import Buffers, MomentumRule, Scalars, Update, zeros
 
 
 @in_range("Residual.", gamma=POSITIVE)
@@ -27,7 +26,7 @@ class Residual(MomentumRule):
     def init(self, x: Tensor) -> Buffers:
         return ()
 
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+    def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         return x + coefficients["gamma"] * u(x), buffers
 
 
@@ -60,9 +59,9 @@ class HeavyBall(MomentumRule):
         return {"mu": self.mu, "gamma": self.gamma}
 
     def init(self, x: Tensor) -> Buffers:
-        return (torch.zeros_like(x),)
+        return (zeros(x),)
 
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+    def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         p = coefficients["mu"] * buffers[0] + u(x)
         return x + coefficients["gamma"] * p, (p,)
 
@@ -92,9 +91,9 @@ class Nesterov(MomentumRule):
         return {"mu": self.mu, "gamma": self.gamma}
 
     def init(self, x: Tensor) -> Buffers:
-        return (torch.zeros_like(x),)
+        return (zeros(x),)
 
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+    def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         gamma = coefficients["gamma"]
         mu = coefficients["mu"] if self.schedule == "constant" else (t - 1) / (t + 2)
         p = mu * buffers[0] + u(x + mu * gamma * buffers[0])
@@ -122,9 +121,9 @@ class Complex(MomentumRule):
         return {"mu": self.mu, "phi": self.phi, "gamma": self.gamma}
 
     def init(self, x: Tensor) -> Buffers:
-        return (torch.zeros_like(x), torch.zeros_like(x))
+        return (zeros(x), zeros(x))
 
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+    def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         mu, (real, imaginary) = coefficients["mu"], buffers
         cosine, sine = math.cos(self.phi), math.sin(self.phi)
         turned = cosine * real - sine * imaginary, sine * real + cosine * imaginary

@@ -31,7 +31,7 @@ class SAM(MomentumRule):
     def init(self, x: Tensor) -> Buffers:
         return ()
 
-    def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
+    def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         first = u(x).detach() if self.detach_first else u(x)
         square = first.square().sum(dim=-1, keepdim=True)
         some = square > 1e-24
