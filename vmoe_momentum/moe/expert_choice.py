@@ -44,8 +44,8 @@ class ExpertChoicePlan(NamedTuple):
         return self.assigned().sum(dim=(0, 1))
 
     def dropped(self) -> Tensor:
-        """[] share of tokens that no expert took."""
-        return 1.0 - self.assigned().any(dim=-1).float().mean()
+        """[] share of tokens that no expert took; 0 of none."""
+        return 1.0 - self.assigned().any(dim=-1).float().mean() if self.gates.numel() else self.gates.new_zeros(())
 
 
 @in_range(

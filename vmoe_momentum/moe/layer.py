@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from .experts import Experts
+from .losses import mean
 from .routing import Router
 
 
@@ -26,11 +27,14 @@ class SparseMlp(nn.Module):
         self.experts = Experts(num_experts, in_features, hidden_features, act_layer, drop)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups."""
+        """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups.
+
+        Of no images the outputs are none and the loss is 0.
+        """
         plan, losses = self.router(x, noise)
         rows, ends = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
         outputs = plan.combine(self._on_the_wire(self.experts(rows, ends)))
-        return outputs.reshape(x.shape).to(x.dtype), losses.auxiliary.mean()
+        return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary)
 
     def _on_the_wire(self, x: Tensor) -> Tensor:
         return x.bfloat16().to(x.dtype) if self.router.bfloat16_dispatch else x

@@ -66,6 +66,7 @@ class TopKPlan(NamedTuple):
     kept: Tensor  # [G, S, K] bool
     order: Tensor  # [R] assignment (t * K + k) of each row
     ends: Tensor  # [E] int32, rows up to and with each expert
+    may_drop: bool  # is any weight 0 because its assignment went nowhere?
 
     @classmethod
     def build(
@@ -104,7 +105,7 @@ class TopKPlan(NamedTuple):
         experts = torch.arange(num_experts, device=gates.device)
         ends = torch.searchsorted(by_expert, experts, right=True)
         ends = torch.where(experts == num_experts - 1, rows, ends)  # left-over rows lie with the last expert
-        return cls(gates, expert, weight, kept, order[:rows], ends.int())
+        return cls(gates, expert, weight, kept, order[:rows], ends.int(), slots is not None or wanted is not None)
 
     def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [T, D] -> rows [R, D], ends [E]."""
@@ -116,9 +117,22 @@ class TopKPlan(NamedTuple):
         num_rows = self.order.shape[0]
         # Gathering back by the inverse permutation sums in a fixed order; scattering would not, on a GPU.
         where = torch.full_like(self.expert.reshape(-1), num_rows - 1)
-        where = where.scatter(0, self.order, torch.arange(num_rows, device=rows.device))
-        chosen = rows.index_select(0, where).reshape(-1, top_k, rows.shape[-1])
-        return (self.weight.reshape(-1, 1, top_k).to(rows.dtype) @ chosen).squeeze(1)
+        where = where.scatter(0, self.order, torch.arange(num_rows, device=rows.device)).reshape(-1, top_k)
+        if self.may_drop:
+            where, lost = self._own_rows(where)
+        chosen = rows.index_select(0, where.reshape(-1)).reshape(-1, top_k, rows.shape[-1])
+        tokens = (self.weight.reshape(-1, 1, top_k).to(rows.dtype) @ chosen).squeeze(1)
+        return tokens.masked_fill_(lost, 0.0) if self.may_drop else tokens
+
+    def _own_rows(self, where: Tensor) -> tuple[Tensor, Tensor]:
+        """where: [T, K] row of each choice, any row where it was dropped -> the same with a kept row of the same token
+        in place of those, and [T, 1] whether none was kept.
+
+        A dropped choice has weight 0, but 0 times another token's NaN is NaN: no token may read another one's row.
+        """
+        kept = self.kept.reshape(where.shape)
+        some = torch.where(kept, where, -1).amax(dim=-1, keepdim=True)
+        return torch.where(kept, where, some.clamp_min(0)), some < 0
 
     def assigned(self) -> Tensor:
         """[G, S, E] bool: does this token reach this expert?"""
@@ -130,5 +144,5 @@ class TopKPlan(NamedTuple):
         return self.assigned().sum(dim=(0, 1))
 
     def dropped(self) -> Tensor:
-        """[] share of assignments dropped."""
-        return 1.0 - self.kept.float().mean()
+        """[] share of assignments dropped; 0 of none."""
+        return 1.0 - self.kept.float().mean() if self.kept.numel() else self.gates.new_zeros(())

@@ -24,17 +24,17 @@ class SoftPlan(NamedTuple):
     def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [T, D] -> rows [E*G*P, D] ordered (expert, group, slot), ends [E]."""
         num_groups, group_size, num_experts, slots = self.dispatch_weights.shape
-        tokens = x.reshape(num_groups, group_size, -1)
+        tokens = x.reshape(num_groups, group_size, x.shape[-1])
         rows = torch.einsum("gsep,gsd->egpd", self.dispatch_weights.to(x.dtype), tokens)
         ends = torch.arange(1, num_experts + 1, device=x.device, dtype=torch.int32) * (num_groups * slots)
-        return rows.reshape(num_experts * num_groups * slots, -1), ends
+        return rows.reshape(num_experts * num_groups * slots, x.shape[-1]), ends
 
     def combine(self, rows: Tensor) -> Tensor:
         """rows: [E*G*P, D] -> [T, D]."""
         num_groups, group_size, num_experts, slots = self.combine_weights.shape
-        rows = rows.reshape(num_experts, num_groups, slots, -1)
+        rows = rows.reshape(num_experts, num_groups, slots, rows.shape[-1])
         tokens = torch.einsum("gsep,egpd->gsd", self.combine_weights.to(rows.dtype), rows)
-        return tokens.reshape(num_groups * group_size, -1)
+        return tokens.reshape(num_groups * group_size, rows.shape[-1])
 
     def assigned(self) -> Tensor:
         """[G, S, E] bool: every token reaches every expert."""
