@@ -42,7 +42,7 @@ class Servable(nn.Module):
         """images: [B, 3, S, S] of the requested dtype -> [B, K] float32."""
         # .to leaves a check of the dtype in an exported program, also where it does nothing
         pixels = images.to(torch.uint8 if self.request.input == "uint8" else torch.float32)
-        logits = self.model(pixels)
+        logits = self.model(pixels).float()
         return logits.softmax(dim=-1) if self.request.output == "probabilities" else logits
 
     def example(self, batch_size: int = 3) -> Tensor:
