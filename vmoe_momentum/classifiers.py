@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .analysis import record
 from .analysis.subjects import split_label
+from .checksums import sha256
 from .models import MomentumBlock, PixelModel, create_model
 from .models.saved import open_saved
 from .moe import TopKPlan
@@ -202,12 +203,6 @@ def _router_loss(model: PixelModel) -> Callable[[Tensor, Tensor], Tensor]:
         return total
 
     return router_loss
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _answers_hash(module: nn.Module, size: int) -> str:

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..analysis.logs import read_log
-from ..classifiers import sha256, view_of
+from ..checksums import listed, sha256
+from ..classifiers import view_of
 from ..progress import track
 from ..robustness import View, list_pictures, versions
 from ..robustness.pictures import Pictures, batches
@@ -61,7 +62,7 @@ def export(
             (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
             found = round_trip(chosen.model, form.open(work, metadata), pixels, labels, request, work)
             check(found, request.precision, to)
-            metadata["round_trip"] = found._asdict()
+            metadata = listed(work, {**metadata, "round_trip": found._asdict()})
             (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         told = getattr(error, "strerror", None) or str(error).splitlines()[0]

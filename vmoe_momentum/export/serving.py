@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checksums import verify_folder
 from ..models import PixelModel
 from ..robustness.pictures import as_tensor, decode, show
 from .base import Answer, Metadata
@@ -58,6 +59,7 @@ def open_served(folder: str, trust_program: bool = False) -> Served:
             f"{folder}: a {metadata['format']} file is a program, and opening it runs what its author put into it; add "
             "--trust_program if that was you, or take an export to onnx, hf or state-dict"
         )
+    verify_folder(place)
     return Served(form.open(place, metadata), metadata, place)
 
 

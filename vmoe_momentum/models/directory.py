@@ -7,6 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from ..checksums import seal_folder
 from ..staging import refuse_existing, staged
 from .settings import to_spec
 from .vit import MomentumVisionTransformer
@@ -20,12 +21,13 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def save(net: nn.Module, out: Path, overwrite: bool = False) -> None:
-    """Writes config.json and model.safetensors; `out` appears when both are complete.
+    """Writes config.json, model.safetensors and checksums.json; `out` appears when all are complete.
 
     Raises ValueError: `out` exists, and overwrite is False or it is not such a directory.
     """
     with staged(out, overwrite, MARK) as work:
         timm.models.save_for_hf(net, str(work), model_args=as_json(net), safe_serialization=True)
+        seal_folder(work)
 
 
 def read_classes(folder: Path, num_classes: int) -> dict[str, list[str] | None]:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from timm.models import is_model, model_entrypoint
 from torch import nn
 
+from ..checksums import verify_folder
 from ..moe import Router
 from ..momentum import MomentumRule
 from ..ranges import in_range
@@ -71,9 +72,12 @@ def create_model(
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
 
     Raises ValueError: an unknown name, or a sparse setting for a network without sparse layers.
+    or a directory that is damaged.
     FileNotFoundError: no such directory.
     """
     architecture = _architecture(name)
+    if name.startswith("local-dir:"):
+        verify_folder(Path(name.partition(":")[2]), "name=local-dir:")
     if architecture == "vmoe_upcycled" == name:
         raise ValueError("name=vmoe_upcycled: use the class UpcycledViT, which takes the backbone")
     is_directory = name.startswith(("local-dir:", "hf-hub:"))

@@ -10,6 +10,7 @@ import torch
 from timm.models import get_model_args, is_model
 from torch import nn
 
+from ..checksums import verify_archive
 from .directory import as_json, read_classes
 from .factory import create_model
 from .loading import fit_to_data
@@ -72,10 +73,11 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
 
 
 def read_checkpoint(path: Path, setting: str = "", trust_pickle: bool = False) -> dict[str, Any]:
-    """Raises ValueError unless `path` is a whole checkpoint of ours; runs no code, unless trust_pickle.
+    """Raises ValueError unless `path` is a whole, undamaged checkpoint of ours; runs no code, unless trust_pickle.
 
     setting: the name to blame, as "ckpt_path=". Tensors are mapped, not copied.
     """
+    verify_archive(path, setting)
     mapped = zipfile.is_zipfile(path)
     try:
         checkpoint = torch.load(path, weights_only=not trust_pickle, map_location="cpu", mmap=mapped)

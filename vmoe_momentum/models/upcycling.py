@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,6 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from ..checksums import verify_folder
 from ..moe import GShardRouter, Router, TopKRouter
 from ..momentum import MomentumRule, Residual
 from ..ranges import in_range
@@ -130,6 +132,9 @@ def _dense(backbone: str, pretrained: bool, arguments: dict[str, Any]) -> Vision
         candidates = timm.list_models(f"{backbone[:8]}*")[:20] + timm.list_models("deit*_224")
         raise ValueError(f"backbone={backbone}: no such timm model{did_you_mean(backbone, candidates)}")
     arguments = {key: value for key, value in arguments.items() if value is not None}
+    place = Path(backbone.partition(":")[2])
+    if backbone.startswith("local-dir:") and place.is_dir():
+        verify_folder(place, "backbone=local-dir:")
     try:
         net = timm.create_model(backbone, pretrained=pretrained, **arguments)
     except TypeError as error:

@@ -7,8 +7,8 @@ it likes and returns the new x and the new buffers.
     B images, N tokens, D width. x, u(x) and each buffer: [B, N, D].
 
 To add a rule: one subclass of `MomentumRule`, with a `step`, in any file that is imported. Constructor arguments are
-kept as attributes of the same name (that is how a rule is written into checkpoints), and `in_range` says what numbers they take;
-YAML then says `rule: NameOfTheClass`.
+kept as attributes of the same name (that is how a rule is written into checkpoints), and `in_range` says what
+numbers they take; YAML then says `rule: NameOfTheClass`.
 """
 
 from abc import ABC, abstractmethod

@@ -12,6 +12,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from ..checksums import sealed, verify_archive
+
 
 class SeededSteps(Callback):
     """Draws of a training step (mixup, erasing, drop path, router noise) follow from (seed, epoch, batch, rank) alone.
@@ -43,7 +45,8 @@ class SeededSteps(Callback):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, to the disk, and renames: a run killed while saving keeps its last good checkpoint.
+    """Writes beside the target, to the disk, with a sha256, and renames: a run killed while saving keeps its last good
+    checkpoint. Reads only what is as it was written.
 
     Lightning 2.6.6 writes to $TMPDIR and moves, which copies where that is another file system and can be cut short.
     """
@@ -60,7 +63,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             with draft.open("wb") as file:
-                torch.save(checkpoint, file)
+                with sealed(file) as archive:
+                    torch.save(checkpoint, archive)
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(target)
@@ -71,3 +75,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(folder)
         finally:
             os.close(folder)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Raises ValueError: it is not as it was written."""
+        if Path(path).is_file():
+            verify_archive(Path(path), "ckpt_path=")
+        return super().load_checkpoint(path, *args, **kwargs)
