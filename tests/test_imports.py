@@ -19,7 +19,7 @@ ALLOWED = {  # room -> rooms it may import
     "training": {"checksums", "models", "momentum", "moe", "ranges", "robustness"},
     "analysis": {"models", "momentum", "moe", "parsers", "progress", "ranges"},
     "robustness": {"parsers", "progress", "ranges", "staging"},
-    "classifiers": {"checksums", "analysis", "models", "moe", "robustness"},
+    "classifiers": {"analysis", "checksums", "models", "moe", "robustness"},
     "export": {
         "checksums",
         "analysis",

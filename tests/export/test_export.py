@@ -28,29 +28,6 @@ from vmoe_momentum.models.saved import KEY, RAW
 pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture(scope="module")
-def made(digits: Path, tmp_path_factory) -> Path:
-    """A checkpoint, and the folder of each format."""
-    here = tmp_path_factory.mktemp("export")
-    checkpoint = write_checkpoint(tiny(rule="HeavyBall"), here / "run" / "checkpoints" / "last.ckpt", epoch=4)
-    (here / "run" / "config.yaml").write_text(
-        "data: {class_path: FFCVDataModule, init_args: {root: /somewhere/digits}}\n"
-        "model: {optimizer: {name: adamw, lr: 0.002}}\ntrainer: {max_epochs: 5}\n"
-    )
-    (here / "test").mkdir()
-    (here / "test" / "metrics.csv").write_text("test/top1,test/loss\n0.9125,0.25\n")
-    for kind in FORMATS:
-        argv = [
-            f"--ckpt_path={checkpoint}",
-            f"--to={kind}",
-            f"--data={digits}",
-            "--limit=40",
-            f"--scores={here / 'test'}",
-        ]
-        cli.run(["export", *argv, f"--out={here / kind}"])
-    return here
-
-
 def network(made: Path):
     return choose(str(made / "run" / "checkpoints" / "last.ckpt")).model
 
@@ -257,7 +234,9 @@ def test_a_program_is_opened_only_when_trusted(made: Path, digits: Path, tmp_pat
     line = fails(["classify", str(tmp_path / "pt2"), picture], capsys)
     assert "a pt2 file is a program" in line and "--trust_program" in line and not victim.exists()
     target.write_bytes(source.read_bytes()[:1000])
-    assert "model.pt2: cannot be read" in fails(["classify", str(tmp_path / "pt2"), picture, "--trust_program"], capsys)
+    assert "model.pt2 is damaged" in fails(["classify", str(tmp_path / "pt2"), picture, "--trust_program"], capsys)
+    with pytest.raises(ValueError, match="model.pt2: cannot be read"):  # nor without checksums
+        FORMATS["pt2"].open(tmp_path / "pt2", {})
 
 
 def test_an_export_that_is_not_its_network_is_not_kept(made: Path, digits: Path, tmp_path: Path, monkeypatch, capsys):

@@ -3,14 +3,16 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import vmoe_momentum  # noqa: F401  (registers rules and routers)
+from vmoe_momentum import create_model
 from vmoe_momentum.export.base import Request, Servable, as_answer
 from vmoe_momentum.export.formats import FORMATS
 from vmoe_momentum.models import MomentumVisionTransformer, PixelModel
+from vmoe_momentum.models.saved import build_arguments
 from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.moe import Router
 from vmoe_momentum.momentum import MomentumRule
@@ -137,11 +139,107 @@ def test_half_and_eight_bits_answer_alike(tmp_path) -> None:
     for precision in ("fp32", "fp16", "int8"):
         folder = tmp_path / precision
         folder.mkdir()
-        FORMATS["onnx"].write(copy.deepcopy(model), folder, Request(precision=precision), {})
-        found = FORMATS["onnx"].open(folder, {})(images)
+        facts = FORMATS["onnx"].write(copy.deepcopy(model), folder, Request(precision=precision), {})
+        found = FORMATS["onnx"].open(folder, facts)(images)
         sizes[precision] = (folder / "model.onnx").stat().st_size
         difference = float((found - expected).abs().max())
         assert found.dtype == torch.float32 and math.isfinite(difference)
         assert difference < 1e-4 if precision == "fp32" else difference > 1e-4  # it did something
         assert float((found.argmax(1) == expected.argmax(1)).float().mean()) >= 0.9
+        assert ("quantization" in facts) == (precision == "int8")
     assert sizes["fp16"] < sizes["fp32"] and sizes["int8"] < sizes["fp32"]
+    assert facts["quantization"]["weights"] == "uint8" and "VNNI" in facts["quantization"]["why"]
+    check_eight_bits(tmp_path / "int8" / "model.onnx")
+    with pytest.raises(ValueError, match="written by an earlier version with signed 8-bit weights"):
+        FORMATS["onnx"].open(tmp_path / "int8", {"precision": "int8"})
+
+
+# ---- 8 bits on processors without VNNI
+
+
+def products_of_avx2(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[M, L] uint8 times [L, N] of 8 bits as onnxruntime computes it on x86 without VNNI.
+
+    Unsigned by signed bytes is vpmaddubsw: neighbouring products are added in 16 bits and saturate. Unsigned by
+    unsigned is widened to 16 bits first and added in 32.
+    """
+    if weights.dtype == np.uint8:
+        return activations.astype(np.int64) @ weights.astype(np.int64)
+    even = activations.shape[1] // 2 * 2
+    terms = activations[:, :, None].astype(np.int64) * weights[None].astype(np.int64)
+    pairs = np.clip(terms[:, 0:even:2] + terms[:, 1:even:2], -(2**15), 2**15 - 1)
+    return pairs.sum(axis=1) + terms[:, even:].sum(axis=1)
+
+
+def check_eight_bits(path) -> None:
+    """No product of the graph can saturate, whatever this machine's processor does."""
+    graph = onnx.load(path).graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMulInteger", "ConvInteger")]
+    assert len(products) > 3
+    for node in products:
+        weights = constants[node.input[1]]
+        flat = weights.reshape(weights.shape[0], -1).T if node.op_type == "ConvInteger" else weights
+        worst = np.full((1, flat.shape[0]), 255, dtype=np.uint8)
+        exact = worst.astype(np.int64) @ flat.astype(np.int64)
+        assert np.array_equal(products_of_avx2(worst, flat), exact), node.name
+        assert weights.dtype == np.uint8, node.name
+
+
+def test_signed_bytes_saturate_where_unsigned_ones_do_not() -> None:
+    """By hand: 255 * 127 twice is 64,770; 16 bits hold 32,767. The same numbers with a zero point of 128 fit."""
+    activations, weights = np.array([[255, 255, 255]], dtype=np.uint8), np.array([[127], [127], [1]], dtype=np.int8)
+    assert products_of_avx2(activations, weights).tolist() == [[32767 + 255]]
+    unsigned = (weights.astype(np.int16) + 128).astype(np.uint8)
+    shifted = products_of_avx2(activations, unsigned) - 128 * activations.astype(np.int64).sum()
+    assert shifted.tolist() == [[255 * 255]]
+
+
+# ---- every rule and router through every format and precision
+
+OFFERED = [(kind, precision) for kind, form in FORMATS.items() for precision in form.precisions]
+CASES = {
+    **{rule: {"rule": rule} for rule in RULES},
+    **{router: {"router": router} for router in ROUTERS},
+    **{name: {"router": router, **settings} for name, (router, settings) in SETTINGS.items()},
+}
+# one of each kind that has gone wrong: an operator without a half form, a root of small numbers
+SHORT = [("ExpertChoiceRouter", "onnx", "fp16")]
+SWEEP = [
+    pytest.param(case, *offer, marks=() if (case, *offer) in SHORT else pytest.mark.long)
+    for case in CASES
+    for offer in OFFERED
+]
+
+
+@pytest.mark.parametrize(("case", "kind", "precision"), SWEEP)
+def test_every_format_and_precision(case: str, kind: str, precision: str, tmp_path) -> None:
+    from vmoe_momentum.export.round_trip import check, round_trip
+
+    build = registered if kind in ("hf", "state-dict") else shallow  # what is kept as a network is built by name
+    model, request = build(**CASES[case]), Request(precision=precision)
+    metadata = {
+        "class_names": None, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bilinear",
+        "network": network_facts(model), "source": {"file": "x", "weights": "raw"}, "parameters": 1, "data": None,
+        "scores": {}, "recipe": {}, **request._asdict(),
+    }  # fmt: skip
+    metadata |= FORMATS[kind].write(copy.deepcopy(model), tmp_path, request, metadata)
+    pixels = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    labels = torch.zeros(40, dtype=torch.int64)
+    check(round_trip(model, FORMATS[kind].open(tmp_path, metadata), pixels, labels, request, tmp_path), precision, kind)
+
+
+def registered(rule: str = "HeavyBall", router: str = "TopKRouter", **settings) -> PixelModel:
+    """A network that timm builds by name, for formats that keep the network itself."""
+    torch.manual_seed(0)
+    spec = {"class_path": router, "init_args": settings}
+    net = create_model("vmoe_tiny_patch4_16", rule=rule, router=spec, num_classes=5, share_expert_init=False)
+    nn.init.normal_(net.head.weight)
+    return PixelModel(net).eval()
+
+
+def network_facts(model: PixelModel) -> dict:
+    return {
+        "architecture": "vmoe_tiny_patch4_16", "model_args": build_arguments(model.net) or {}, "num_classes": 5,
+        "image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "settings": model.net.function_settings(),
+    }  # fmt: skip

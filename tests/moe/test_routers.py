@@ -24,6 +24,7 @@ ROUTERS = {
     "TopK": TopKRouter(2, capacity_factor=0.6, capacity_multiple_of=1),
     "ExpertChoice": ExpertChoiceRouter(capacity_factor=1.2),
     "ExpertChoice groups": ExpertChoiceRouter(capacity_factor=0.8, capacity_multiple_of=1, group_size=15),
+    "ExpertChoice slots": ExpertChoiceRouter(capacity=3),
     "ExpertChoice all": ExpertChoiceRouter(capacity_factor=float(E), capacity_multiple_of=7),
     "Soft": SoftRouter(),
     "Soft slots": SoftRouter(slots_per_expert=3, noise_std=0.4, group_size=6),
@@ -59,6 +60,7 @@ def naive_expert_choice(layer: SparseMlp, x: Tensor, noise: Tensor | None) -> Te
     logits = x @ router.weight.T + (0 if noise is None else noise)
     gates, y = logits.softmax(-1), [torch.zeros(D, dtype=x.dtype) for _ in x]
     slots = rounded(len(x) * router.capacity_factor / E, router.capacity_multiple_of, router.capacity_rounding)
+    slots = router.capacity or slots
     for e in range(E):
         for s in sorted(range(len(x)), key=lambda s, e=e: (-float(gates[s, e]), s))[:slots]:
             y[s] = y[s] + gates[s, e] * expert(layer, e, x[s])
@@ -270,7 +272,8 @@ BASE = {"capacity_factor": 0.7, "capacity_multiple_of": 3}
 CHANGES = {
     ExpertChoiceRouter: (
         BASE,
-        {k: v for k, v in CAPACITY.items() if k != "eval_capacity_factor"} | {"noise_std": 3.0, "capacity_factor": 1.5},
+        {k: v for k, v in CAPACITY.items() if k != "eval_capacity_factor"}
+        | {"noise_std": 3.0, "capacity_factor": 1.5, "capacity": 2},
     ),
     SoftRouter: ({}, {"slots_per_expert": 2, "noise_std": 1.0, "group_size": N * B, "bfloat16_dispatch": True}),
     GShardRouter: (BASE, CAPACITY | {"gshard_loss_weight": 0.5}),
@@ -339,3 +342,63 @@ def test_a_capacity_that_drops_nothing_in_a_group_drops_nothing_in_an_image() ->
     assert router.takes_tokens_alone(17, 4)
     plan, _ = router(x, None)
     assert float(plan.dropped()) == 0.0 and plan.gates.shape[:2] == (3, 17)
+
+
+def test_explicit_slots_of_expert_choice() -> None:
+    """As the reference's `capacity`: used as it is, at most S; and counted as active."""
+    by_factor, by_slots = ExpertChoiceRouter(0.8, capacity_multiple_of=1), ExpertChoiceRouter(capacity=2)
+    assert by_factor.slots(N, E) == by_slots.slots(N, E) == 2 and ExpertChoiceRouter(capacity=99).slots(N, E) == N
+    assert by_slots.experts_per_token(E, N) == pytest.approx(0.8)
+    assert ExpertChoiceRouter(capacity=3, group_size=15).experts_per_token(E, N) == pytest.approx(0.8)
+
+
+# ---- images that are not finite, and none at all
+
+# what of a batch mate may reach an image: by default nothing
+COUPLED = {"ExpertChoice groups", "GShard dropless", "M6T 4"}  # groups of several images compete for slots
+MIXED = {"Soft slots"}  # slots of such groups are sums over all their images
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_non_finite_image_does_not_reach_its_batch_mates(name: str, training: bool, bad: float) -> None:
+    """Neither forwards nor, in gradients of the pixels, backwards; wherever it lies, whole or one token of it."""
+    settings = [ROUTERS[name]]
+    if hasattr(settings[0], "eval_capacity_factor"):
+        spec = to_spec(settings[0])
+        dropping = {"capacity_factor": 0.4, "eval_capacity_factor": 0.4, "capacity_multiple_of": 1}
+        settings += [from_spec({**spec, "init_args": spec["init_args"] | dropping}, Router, "router")]
+    for router in settings:
+        layer = make(router).train(training)
+        x = torch.randn(B, N, D, dtype=torch.float64)
+        noise = layer.router.sample_noise(x)
+        clean = layer(x, noise)[0]
+        for image in range(B):
+            for tokens in (slice(None), slice(4, 5)):
+                mates = [mate for mate in range(B) if mate != image]
+                given = x.clone()
+                given[image, tokens] = bad
+                given.requires_grad_()
+                outputs = layer(given, noise)[0]
+                (gradient,) = torch.autograd.grad(outputs.sum(), given)
+                if name in MIXED:
+                    continue
+                assert outputs[mates].isfinite().all() and gradient[mates].isfinite().all()
+                if name not in COUPLED:  # not bitwise: rows move, and BLAS sums by where a row lies
+                    torch.testing.assert_close(outputs[mates], clean[mates], atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_no_images_have_no_outputs_and_no_loss(name: str, training: bool) -> None:
+    for dtype in (torch.float32, torch.float64):
+        layer = make(ROUTERS[name], dtype).train(training)
+        x = torch.randn(0, N, D, dtype=dtype, requires_grad=True)
+        noise = layer.router.sample_noise(x)
+        outputs, auxiliary = layer(x, noise)
+        assert outputs.shape == x.shape and float(auxiliary) == 0.0
+        (outputs.sum() + auxiliary).backward()
+        assert all(p.grad is None or float(p.grad.abs().sum()) == 0.0 for p in layer.parameters())
+        plan, _ = layer.router(x, noise)
+        assert float(plan.dropped()) == 0.0 and not plan.load().any()

@@ -259,3 +259,32 @@ def test_every_setting_of_robust_changes_something(name: str) -> None:
     base = {"L": 1.0, "m": 0.25, "r": 0.6} if name in "Lmr" else {"gamma": 0.9, "mu": 0.4, "alpha": 0.3}
     other = {**base, name: base[name] * 1.05}
     assert Robust(**base).coefficients() != Robust(**other).coefficients()
+
+
+# ---- half types
+
+SMALL = {"Adam as published": Adam(), "SAM near": SAM(0.5)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-5, 3e3])
+@pytest.mark.parametrize("name", [*RULES, *SMALL])
+def test_half_streams_are_stepped_in_float32(name: str, size: float, dtype: torch.dtype) -> None:
+    """Updates whose squares vanish or overflow in float16; Adam's eps, which is 0 in it."""
+    rule = {**RULES, **SMALL}[name]
+    x = torch.randn(3, 2, 4).to(dtype)
+    layers = [lambda y, w=w: (size * torch.sin(y.float() @ w.float())).to(y.dtype) for w in weights(4)]
+    buffers, coefficients, exact = rule.init(x), Coefficients(rule)(), x.float()
+    precise = rule.init(exact)
+    for t, u in enumerate(layers, start=1):  # from the same x each time: only one step is rounded
+        moved, buffers = rule(x, u, buffers, t, coefficients)
+        expected, precise = rule(x.float(), lambda y, u=u: u(y.to(dtype)).float(), precise, t, coefficients)
+        assert moved.dtype == dtype and all(buffer.dtype == torch.float32 for buffer in buffers)
+        assert torch.equal(moved, expected.to(dtype)) and moved.isfinite().all()
+        assert all(torch.equal(a, b) for a, b in zip(buffers, precise, strict=True))
+        x = moved
+
+
+def test_learned_scalars_of_half_networks_are_float32() -> None:
+    scalars = Coefficients(HeavyBall(learn=True)).half()()
+    assert {value.dtype for value in scalars.values()} == {torch.float32}

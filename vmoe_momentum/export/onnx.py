@@ -143,6 +143,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def index_add(self: Any, dim: int, index: Any, source: Any, alpha: float = 1.0) -> Any:
         """Rows of source added to rows of self (dim 0, alpha 1: what expert choice needs). In float32: onnxruntime
         adds no halves."""
+        if dim != 0 or alpha != 1:
+            raise ValueError(f"--to=onnx: index_add with dim={dim}, alpha={alpha} has no translation; use --to pt2")
         where = op.Unsqueeze(index, op.Constant(value_ints=[-1]))
         return op.CastLike(op.ScatterND(op.Cast(self, to=1), where, op.Cast(source, to=1), reduction="add"), self)
 

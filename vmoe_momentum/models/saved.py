@@ -11,10 +11,13 @@ from timm.models import get_model_args, is_model
 from torch import nn
 
 from ..checksums import verify_archive
+from ..moe import Router
+from ..momentum import MomentumRule
 from .directory import as_json, read_classes
 from .factory import create_model
 from .loading import fit_to_data
 from .pixels import PixelModel
+from .settings import completed
 
 KEY = "vmoe_momentum"
 RAW = "current_model_state"  # where Lightning's weight averaging keeps what it averages over
@@ -69,7 +72,8 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
         raise FileNotFoundError(f"{source}: no such file; give a .ckpt that fit wrote, or local-dir:PATH")
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     told = (checkpoint["epoch"] + 1, checkpoint["global_step"], RAW in checkpoint, trust_pickle)
-    return SavedNetwork(source, checkpoint[KEY], *told)
+    facts = {**checkpoint[KEY], "settings": completed_settings(checkpoint[KEY]["settings"])}
+    return SavedNetwork(source, facts, *told)
 
 
 def read_checkpoint(path: Path, setting: str = "", trust_pickle: bool = False) -> dict[str, Any]:
@@ -91,6 +95,12 @@ def read_checkpoint(path: Path, setting: str = "", trust_pickle: bool = False) -
             f"{setting}{path}: not written by vmoe-momentum fit (no model settings in it); give a .ckpt that fit wrote"
         )
     return checkpoint
+
+
+def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What function_settings wrote, with the defaults of settings that have come since."""
+    bases = {"rule": MomentumRule, "router": Router}
+    return {name: completed(v, bases[name]) if name in bases else v for name, v in settings.items()}
 
 
 def _is_whole(checkpoint: dict[str, Any]) -> bool:

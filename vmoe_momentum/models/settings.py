@@ -61,6 +61,14 @@ def from_spec(spec: "T | dict[str, Any] | str", base: type[T], setting: str) -> 
     return known[name](**arguments)
 
 
+def completed(spec: dict[str, Any], base: type) -> dict[str, Any]:
+    """A spec with the defaults of what was no setting yet when it was written; an unknown class's as it is."""
+    cls = subclasses(base).get(spec.get("class_path", ""))
+    known = inspect.signature(cls.__init__).parameters.values() if cls else ()
+    defaults = {setting.name: setting.default for setting in known if setting.default is not inspect.Parameter.empty}
+    return {**spec, "init_args": {**defaults, **(spec.get("init_args") or {})}} if cls else spec
+
+
 def describe(spec: dict[str, Any]) -> str:
     """`HeavyBall(mu=0.7, gamma=1.0)`: a spec as people write it."""
     return f"{spec['class_path']}({', '.join(f'{k}={v}' for k, v in spec.get('init_args', {}).items())})"

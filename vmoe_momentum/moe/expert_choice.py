@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ranges import COUNT, POSITIVE, in_range
+from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, in_range
 from .plan import capacity
 from .routing import GROUP, NOISE, LinearGate, RouterLosses
 
@@ -51,6 +51,7 @@ class ExpertChoicePlan(NamedTuple):
 @in_range(
     "router.", capacity_factor=POSITIVE.because("experts per token on average"), noise_std=NOISE, group_size=GROUP,
     capacity_multiple_of=COUNT.because("1 is no rounding"),
+    capacity=COUNT_OR_NONE.because("a number of slots, or 0 to take them from capacity_factor"),
 )  # fmt: skip
 class ExpertChoiceRouter(LinearGate):
     """Each expert takes the C tokens of its group with the largest gates, softmax(x W + noise) over experts.
@@ -67,6 +68,7 @@ class ExpertChoiceRouter(LinearGate):
         noise_std: Noise on the logits while training, N(0, (noise_std / E)^2); in [0, 1e6].
         group_size: "image", or a number of tokens, 1 to 1e9, that divides B*N; holds in evaluation too.
         bfloat16_dispatch: Round tokens to bfloat16 on their way to the experts and back.
+        capacity: C itself, 1 to 1e9 (at most S), whatever the factor says; 0 for the factor.
     """
 
     def __init__(
@@ -77,18 +79,25 @@ class ExpertChoiceRouter(LinearGate):
         noise_std: float = 1.0,
         group_size: int | Literal["image"] = "image",
         bfloat16_dispatch: bool = False,
+        capacity: int = 0,
     ) -> None:
         super().__init__()
+        self.capacity = capacity
         self.capacity_factor, self.capacity_multiple_of = capacity_factor, capacity_multiple_of
         self.capacity_rounding, self.noise_std = capacity_rounding, noise_std
         self.group_size, self.bfloat16_dispatch = group_size, bfloat16_dispatch
         self.check_rounding()
 
-    def experts_per_token(self, num_experts: int) -> float:
+    def experts_per_token(self, num_experts: int, num_tokens: int) -> float:
+        if self.capacity:
+            size = num_tokens if self.group_size == "image" else self.group_size
+            return self.slots(size, num_experts) * num_experts / size
         return min(self.capacity_factor, num_experts)
 
     def slots(self, group_size: int, num_experts: int) -> int:
         """C; never more than there are tokens."""
+        if self.capacity:
+            return min(self.capacity, group_size)
         slots = capacity(
             group_size, num_experts, self.capacity_factor, self.capacity_rounding, self.capacity_multiple_of
         )

@@ -61,8 +61,8 @@ class Router(nn.Module, ABC):
         """Create and initialise this layer's parameters. Raises ValueError: settings that E rules out."""
 
     @abstractmethod
-    def experts_per_token(self, num_experts: int) -> float:
-        """How many experts one token touches in evaluation, on average."""
+    def experts_per_token(self, num_experts: int, num_tokens: int) -> float:
+        """How many experts one token touches in evaluation, on average. num_tokens: N of an image."""
 
     def takes_tokens_alone(self, num_tokens: int, num_experts: int) -> bool:
         """In this mode, does what happens to a token depend on that token only? num_tokens: N of an image."""

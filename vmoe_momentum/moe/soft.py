@@ -87,7 +87,7 @@ class SoftRouter(Router):
         nn.init.trunc_normal_(self.mu, std=std, a=-2 * std, b=2 * std)
         nn.init.ones_(self.scale)
 
-    def experts_per_token(self, num_experts: int) -> float:
+    def experts_per_token(self, num_experts: int, num_tokens: int) -> float:
         return num_experts
 
     def no_weight_decay(self) -> set[str]:

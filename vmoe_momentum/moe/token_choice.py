@@ -51,7 +51,7 @@ class TokenChoice(LinearGate):
     def choices(self) -> int:
         """K, the experts one token asks."""
 
-    def experts_per_token(self, num_experts: int) -> float:
+    def experts_per_token(self, num_experts: int, num_tokens: int) -> float:
         return self.choices()
 
     def balanced(self, balance: Tensor) -> RouterLosses:

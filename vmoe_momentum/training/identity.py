@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..models.saved import KEY, build_arguments
+from ..models.saved import KEY, build_arguments, completed_settings
 from ..models.settings import describe
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def check_checkpoint(module: "ImageClassifier", checkpoint: dict[str, Any]) -> N
     saved, ours = checkpoint.get(KEY), describe_network(module)
     if saved is None:
         raise ValueError("ckpt_path: not written by vmoe-momentum fit (no model settings in it)")
+    saved = {**saved, "settings": completed_settings(saved.get("settings") or {})}
     differences = [*_differences("", saved, ours), *_other_order(saved.get("class_ids"), ours.get("class_ids"))]
     sizes = [line for line in differences if line.startswith(("architecture", "num_classes", "image_size"))]
     if sizes or (differences and not module.override_model):

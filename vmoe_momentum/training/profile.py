@@ -29,7 +29,8 @@ def measure_cost(model: PixelModel, image_size: int) -> Cost:
         if isinstance(layer, SparseMlp):
             experts = sum(p.numel() for p in layer.experts.parameters())
             num_experts = layer.experts.fc1.weight.shape[0]
-            idle += round(experts * (1 - layer.router.experts_per_token(num_experts) / num_experts))
+            tokens = model.net.patch_embed.num_patches + model.net.num_prefix_tokens
+            idle += round(experts * (1 - layer.router.experts_per_token(num_experts, tokens) / num_experts))
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
