@@ -51,15 +51,15 @@ def _narrow(lines: list[Comparison], console: Console) -> None:
             (label, value_text(line, label).replace("**", ""), difference_text(line.differences.get(label)))
             for label in line.groups
         ]
-        name, value, difference = (max(map(len, column)) for column in zip(*cells, strict=True))
-        room = console.width - value - difference - 6
+        value, difference = (max(map(len, column)) for column in list(zip(*cells, strict=True))[1:])
+        room = max(4, console.width - value - difference - 6)
+        name = max((len(label) for label, *_ in cells if len(label) <= room), default=0)
         for label, own, minus in cells:
-            if name <= room:
-                text = f"  {label:<{name}}  {own:>{value}}  {minus:>{difference}}"
-                console.print(Text(text.rstrip()), overflow="fold")
-            else:  # long names have a line of their own, and differences, where they must
+            if len(label) > name:  # long names have a line of their own
                 console.print(Text(f"  {label}"), overflow="fold")
-                told = [f"    {own}", *([f"    {minus}"] if minus else [])]
-                joined = "".join(part if not i else f"  {part.strip()}" for i, part in enumerate(told))
-                for text in [joined] if len(joined) <= console.width else told:
-                    console.print(Text(text), overflow="fold")
+            text = f"  {label if len(label) <= name else '':<{name}}  {own:>{value}}  {minus:>{difference}}".rstrip()
+            if len(text) <= console.width:
+                console.print(Text(text))
+            else:
+                for part in (own, minus):
+                    console.print(Text(f"    {part}"), overflow="fold")
