@@ -61,7 +61,10 @@ def checkpoint(digits: Path, tmp_path_factory) -> Path:
         (["--model.net.init_args.name=vmoe_tiny_patch4_1"], "did you mean vmoe_tiny_patch4_16?"),
         (["--data.image_size=18"], "image_size=18 is not a multiple of the patch size 4; use 16 or 20"),
         (["--data.root=nowhere"], "data.root=nowhere: no such folder; prepare one with"),
-        (["--data=FolderDataModul"], "data=FolderDataModul: no such ImageDataModule; did you mean FolderDataModule?"),
+        (
+            ["--data=FolderDataModul"],
+            "data.class_path=FolderDataModul: no such ImageDataModule; did you mean Folder",
+        ),
         (["--data.rooot=x"], "takes no 'rooot'; did you mean root?"),
         (["--data.batch_size=5000"], "data.batch_size=5000"),
         (["--model.bogus=1"], "model.bogus: no such setting; valid:"),
@@ -90,7 +93,14 @@ def test_mistakes_are_one_line(extra: list[str], message: str, digits: Path, her
     [
         ("model: {nett: 3}", "model.nett: no such setting; did you mean net?"),
         ("optimiser: 3", "optimiser: no such setting"),
-        ("model: [", "config: not valid YAML"),
+        ("model: {schedule: 3}", "model.schedule=3: use {decay: ..., warmup_steps: ..., min_lr: ...}"),
+        ("model: {optimizer: {name: null}}", "model.optimizer.name=null: expected str; leave it out for the default"),
+        ("trainer: {callbacks: [3]}", "trainer.callbacks[0]=3: use the name of a Callback, or {class_path: NAME"),
+        ("trainer: 3", "trainer=3: use {NAME: VALUE, ...} of its settings"),
+        ("trainer: {max_epochs: 1}\ntrainer: {max_epochs: 2}", "not valid YAML: the key trainer is there twice"),
+        ("trainer: {gradient_clip_val: .nan}", "trainer.gradient_clip_val=nan: use a number in [0, 1e6]"),
+        ("[model]", "config=bad.yaml: holds ['model'] where settings are needed"),
+        ("model: [", "config=bad.yaml: not valid YAML"),
     ],
 )
 def test_mistakes_in_a_file_are_one_line(text: str, message: str, digits: Path, here: Path, capsys) -> None:

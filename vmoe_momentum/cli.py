@@ -21,8 +21,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
+from .configs import as_configs
 from .errors import one_line
+from .mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
+from .parsers import WholeFirst
+from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, Range, check_all
+from .staging import check_writable
 from .training import (
     AtomicCheckpointIO,
     EpochSeconds,
@@ -60,7 +65,24 @@ configuration; any setting can follow on the command line, e.g. --model.net.init
 
 # What a user's mistake or machine can cause; anything else is a bug.
 EXPECTED = (ArgumentError, MisconfigurationException, OSError, RuntimeError, ValueError)
+TRAINER = {  # numbers of Lightning's that it does not check, or in other words
+    "gradient_clip_val": NOT_NEGATIVE.or_(None), "accumulate_grad_batches": COUNT, "num_nodes": COUNT,
+    **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), Range(-1, 10**9, whole=True).or_(None)),
+    **dict.fromkeys(("min_epochs", "min_steps", "log_every_n_steps"), COUNT_OR_NONE.or_(None)),
+    **{f"limit_{stage}_batches": Range(0, 10**9).or_(None) for stage in ("train", "val", "test", "predict")},
+    "overfit_batches": Range(0, 10**9), "check_val_every_n_epoch": COUNT.or_(None),
+    "reload_dataloaders_every_n_epochs": COUNT_OR_NONE,
+}  # fmt: skip
+SINGLE = {  # types of the keys at the top of a config that are no sections
+    "seed_everything": bool | int, "data": datasets.ImageDataModule, "ckpt_path": str | None,
+    "weights_only": bool | None, "print_config": Any, "verbose": bool, "return_predictions": bool | None,
+}  # fmt: skip
+CLASSES = {"model": ImageClassifier, "trainer": Trainer}
 CKPT_KEYWORDS = ("best", "last", "hpc")
+
+
+class FitParser(WholeFirst, LightningArgumentParser):
+    """Of fit, validate, test and predict."""
 
 
 class VMoECLI(LightningCLI):
@@ -69,6 +91,20 @@ class VMoECLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        configs = as_configs(list(args or ()))
+        try:
+            super().parse_arguments(parser, args)
+        except Exception as error:  # whatever the parser raises for what it did not foresee
+            if mistake := find_mistake(configs, SINGLE, CLASSES):
+                raise ValueError(mistake) from error
+            raise
+        if mistake := find_unnoticed(configs, SINGLE, CLASSES):
+            raise ValueError(mistake)
+        config = self.config.get(self.config.get("subcommand")) or self.config
+        check_all("", config, {"seed_everything": SEED.or_(True, False)})
+        check_all("trainer.", config.trainer, TRAINER)
 
     def _parse_ckpt_path(self) -> None:
         """A first look at the checkpoint, before anything is built.
@@ -91,6 +127,10 @@ class VMoECLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
+        for name, folder in (*folders, ("default_root_dir", trainer.default_root_dir)):
+            if folder is not None and "://" not in str(folder):
+                check_writable(folder, f"trainer.{name}")
         trainer.callbacks[:0] = [RouterStats(), EpochSeconds(), RunSummary(), PredictionWriter(), SeededSteps()]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # sharded ones are directories of their own
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -131,6 +171,7 @@ def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
         save_config_kwargs={"overwrite": True},
         # the loaders split the data over ranks themselves; RunSummary says more than Lightning's table
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
+        parser_class=FitParser,
         parser_kwargs={"prog": "vmoe-momentum", **quiet, **kinds},
         args=argv,
         run=start,
@@ -138,18 +179,18 @@ def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
 
 
 def rehearse(built: VMoECLI) -> None:
-    """What fit would refuse only once it has started: data, batch sizes, the schedule, groups of tokens."""
+    """What fit would refuse only once it has started: data, batch sizes, the schedule, groups of tokens.
+
+    Model and data meet the trainer as in `fit`, so that steps are counted by Lightning, once for both.
+    """
     trainer, module, data = built.trainer, built.model, built.datamodule
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module, datamodule=data)
     data.setup("fit")
-    batches = len(data.train_dataloader())
     data.val_dataloader()
     module.check_batch_size(data.batch_size)
     module.check_sizes(data.sizes())
-    if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps < 0:
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        steps = max(1, batches // trainer.accumulate_grad_batches) * trainer.max_epochs
-        module.schedule_settings.build(module.optimizer_settings.build(module.model.net), steps)
+    module.configure_optimizers()
     with torch.no_grad():
         size = module.image_size
         module.model.train().forward_with_aux(torch.zeros(data.batch_size, 3, size, size))

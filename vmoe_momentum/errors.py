@@ -28,6 +28,8 @@ WANTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing.Literal\[([^\]]+
 def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
     """The message for people. sections: the valid keys of each part of a config, `{"": [...], "model": [...]}`."""
     message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}; choose another place, or mend this one"
     if "Original Traceback (most recent call last)" in message:  # out of a worker process, with its stack
         message = re.split(r"\b\w+(?:Error|Exception|Image): ", message)[-1]
     for translate in (_incomplete, _wrapped, _option, _class, _nested, _key):

@@ -76,6 +76,7 @@ MOMENTUM = Range(0, 1, below=True)
 SHARE = Range(0, 1)
 COUNT = Range(1, 10**9, whole=True)
 COUNT_OR_NONE = Range(0, 10**9, whole=True)
+WORKERS = Range(0, 1024, whole=True)
 THREADS = Range(1, 1024, whole=True).or_(-1).because("-1 is one per usable core")
 SEED = Range(0, 2**32 - 1, whole=True)
 SIDE = Range(1, 2**14, whole=True)  # of pictures, in pixels
@@ -85,7 +86,7 @@ def check(setting: str, value: object, allowed: Range) -> None:
     """Raises ValueError naming the setting, its value and the range."""
     if value not in allowed:
         why = f"; {allowed.why}" if allowed.why else ""
-        raise ValueError(f"{setting}={value}: use {allowed}{why}")
+        raise ValueError(f"{setting}={value!r}: use {allowed}{why}")
 
 
 def check_all(prefix: str, values: Mapping[str, object], allowed: Mapping[str, Range]) -> None:

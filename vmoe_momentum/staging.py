@@ -134,3 +134,14 @@ def _swap(work: Path, out: Path) -> None:
         raise
     finally:
         shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def check_writable(folder: str | os.PathLike[str], setting: str) -> None:
+    """Raises ValueError: nothing can be written there, or it is a file."""
+    path = Path(folder).absolute()
+    above = next(place for place in (path, *path.parents) if place.exists())
+    try:  # permissions do not tell of every file system
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ValueError(f"{setting}={folder}: cannot be written ({error.strerror}); choose another folder") from error

@@ -312,7 +312,7 @@ def test_every_setting_changes_something(cls: type[Router], name: str) -> None:
         (lambda: ExpertChoiceRouter(noise_std=-1), "router.noise_std=-1"),
         (lambda: SoftRouter(slots_per_expert=0), "router.slots_per_expert=0"),
         (lambda: SoftRouter(noise_std=-1), "router.noise_std=-1"),
-        (lambda: SoftRouter(group_size="batch"), "router.group_size=batch"),
+        (lambda: SoftRouter(group_size="batch"), "router.group_size='batch'"),
         (lambda: GShardRouter(capacity_factor=-1), "router.capacity_factor=-1"),
         (lambda: M6TRouter(num_prototypes=0), "router.num_prototypes=0"),
         (lambda: make(M6TRouter(3)), "router.num_prototypes=3 does not divide num_experts=4"),

@@ -203,7 +203,7 @@ def test_severities_that_are_none_are_refused_by_every_corruption(severity) -> N
     """As positions of a tuple 0, -1 and True would be other severities, and 6 an IndexError."""
     for image in (PHOTO, PHOTO[:32, :32]):
         for name in REGISTRY:
-            with pytest.raises(ValueError, match=re.escape(f"severity={severity!r}: use 1 to 5")):
+            with pytest.raises(ValueError, match=re.escape(f"severity={severity!r}: use a whole number from 1 to 5")):
                 corrupt(image, name, severity, 0, "k")
 
 

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from ..parsers import check_device, new_parser
+from ..configs import read_config
+from ..parsers import Parser, check_device, new_parser
+from ..ranges import COUNT, SEED, Range
 from .ablate import Fit, ablate, parse_axis
-from .compare import check_targets, compare
+from .compare import TARGET, check_targets, compare
 from .load import load
 from .norms import norms
 from .output import Files
@@ -61,14 +61,8 @@ def run(argv: list[str], data_class: type[LightningDataModule], fit: Fit, check:
 
 
 def _on_models(command: str, settings: dict[str, Any]) -> None:
-    for name in ("images", "tokens", "eigenvalues", "coupled_images"):
-        if name in settings and settings[name] < 1:
-            raise ValueError(f"--{name}={settings[name]}: use 1 or more")
     if settings.get("noise") == []:
         raise ValueError("--noise=[]: give a standard deviation, such as 8")
-    for size in settings.get("noise", []):
-        if not 0.0 <= size < float("inf"):
-            raise ValueError(f"--noise={settings['noise']}: {size} is no standard deviation; use 0 or more, of 255")
     data, device = settings["data"], settings["device"]
     check_device(device)
     subjects = open_subjects(settings["model"], data.image_size)
@@ -135,11 +129,7 @@ def _data_of(configs: list[str]) -> dict[str, Any] | None:
     for path in configs:
         if not Path(path).is_file():
             raise FileNotFoundError(f"config={path}: no such file")
-        try:
-            content = yaml.safe_load(Path(path).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"config={path}: not valid YAML: {' '.join(str(error).split())}") from error
-        section = content.get("data") if isinstance(content, dict) else None
+        section = read_config(path).get("data")
         found = _merged(found, section) if isinstance(section, dict) else found
     if configs and not found:
         raise ValueError(f"config={', '.join(configs)}: no data section in it; say --data and --data.root")
@@ -171,9 +161,7 @@ def _parse(argv: list[str], configs: list[str], data_class: type[LightningDataMo
     return parser.instantiate(arguments).as_dict()
 
 
-def _model_parser(
-    name: str, text: str, data: dict[str, Any] | None, data_class: type[LightningDataModule]
-) -> ArgumentParser:
+def _model_parser(name: str, text: str, data: dict[str, Any] | None, data_class: type[LightningDataModule]) -> Parser:
     parser = new_parser(_sentence(text), _EXAMPLES)
     parser.add_argument("--config", help="A config of fit, for its data section; may be given several times.")
     parser.add_subclass_arguments(data_class, "data", required=True, help="Where the images come from.")
@@ -184,50 +172,47 @@ def _model_parser(
         help="[LABEL=]PATH: a checkpoint of fit, a folder of them (one an epoch), or local-dir:PATH; several times. "
         "The label is the rule's name where none is given.",
     )  # fmt: skip
-    parser.add_argument(
-        "--images", type=int, default=360, help="At most so many images, evenly over the validation split."
-    )
+    text = "At most so many images, evenly over the validation split."
+    parser.add_number("--images", int, COUNT, text, default=360)
     if name == "spectrum":
-        parser.add_argument("--tokens", type=int, default=128, help="At most so many tokens, sampled from the images.")
-        parser.add_argument(
-            "--coupled_images", type=int, default=2, help="Whole images, where routing couples their tokens (soft)."
-        )
-        parser.add_argument("--eigenvalues", type=int, default=24, help="Largest eigenvalues of each of those images.")
+        parser.add_number("--tokens", int, COUNT, "At most so many tokens, sampled from the images.", default=128)
+        text = "Whole images, where routing couples their tokens (soft)."
+        parser.add_number("--coupled_images", int, COUNT, text, default=2)
+        parser.add_number("--eigenvalues", int, COUNT, "Largest eigenvalues of each of those images.", default=24)
     if name == "norms":
         parser.add_argument(
             "--logs", type=list[str] | None, help="[[LABEL=]FOLDER,...] of fit, for the same norms over training."
         )
     if name == "sensitivity":
-        parser.add_argument(
-            "--noise", type=list[float], default=[0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
-            help="Standard deviations in pixel units, of 255.",
-        )  # fmt: skip
+        noise = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+        text = "Standard deviations in pixel units, of 255."
+        parser.add_number("--noise", list[float], Range(0, 1e4), text, default=noise)
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
     return _with_output(parser)
 
 
-def _compare_parser(text: str) -> ArgumentParser:
+def _compare_parser(text: str) -> Parser:
     parser = new_parser(_sentence(text), _EXAMPLES)
     parser.add_argument(
         "--run", action="append", type=str, default=None,
         help="[LABEL=]FOLDER with the metrics.csv of a fit; several times, one label again for further seeds.",
     )  # fmt: skip
-    parser.add_argument("--target", type=list[float], default=[0.95], help="Accuracies to reach, as shares.")
+    parser.add_number("--target", list[float], TARGET, "Accuracies to reach, as shares.", default=[0.95])
     return _with_output(parser)
 
 
-def _ablate_parser(text: str) -> ArgumentParser:
+def _ablate_parser(text: str) -> Parser:
     parser = new_parser(
         f"{_sentence(text)} What follows -- are options of fit. Each run takes what a fit takes.", _EXAMPLES
     )
     parser.add_argument("--x", type=str, default=MU, help="KEY=VALUES: a setting of fit and its values.")
     parser.add_argument("--y", type=str, default=GAMMA, help="KEY=VALUES: another.")
-    parser.add_argument("--seeds", type=list[int], default=[0, 1, 2], help="Seeds of each pair of values.")
+    parser.add_number("--seeds", list[int], SEED, "Seeds of each pair of values.", default=[0, 1, 2])
     parser.add_argument("--out", type=str, required=True, help="Folder for ablate.csv, ablate.png and the logs.")
     return parser
 
 
-def _with_output(parser: ArgumentParser) -> ArgumentParser:
+def _with_output(parser: Parser) -> Parser:
     parser.add_argument("--out", type=str, default="runs/analysis", help="Folder for the CSV and the picture.")
     parser.add_argument("--overwrite", action="store_true", help="Replace what this instrument left there before.")
     return parser

@@ -4,11 +4,13 @@ import itertools
 import statistics
 from typing import NamedTuple
 
+from ..ranges import Range, check
 from .logs import read_log
 from .output import Files, grid, group_by, show, whole_numbers
 from .subjects import labelled
 
 ACCURACY, SECONDS = "val/top1", "train/epoch_seconds"
+TARGET = Range(0, 1, above=True).because("accuracies are shares; 95 % is 0.95")
 
 
 class CompareRow(NamedTuple):
@@ -47,9 +49,7 @@ def compare(runs: list[str], targets: list[float], files: Files) -> list[Compare
 
 def check_targets(targets: list[float]) -> None:
     """Raises ValueError: not shares."""
-    for target in targets:
-        if not 0.0 < target <= 1.0:
-            raise ValueError(f"--target={target}: accuracies are shares, in (0, 1]; 95 % is 0.95")
+    check("--target", targets, TARGET)
     if not targets:
         raise ValueError("--target=[]: give an accuracy, such as 0.95")
 

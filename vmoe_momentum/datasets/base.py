@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
-from ..ranges import COUNT, POSITIVE, SEED, SIDE, Range
+from ..ranges import COUNT, POSITIVE, SEED, SIDE, WORKERS, Range
 from .batches import BatchPlan
 from .checks import require
 from .cores import usable_cores
@@ -19,7 +19,7 @@ from .resizing import ProgressiveResize
 
 COMMON = {  # ranges of the settings that both backends have
     "image_size": SIDE, "batch_size": COUNT, "eval_batch_size": COUNT.or_(None),
-    "num_workers": Range(0, 1024, whole=True).or_(-1).because("-1 is one per usable core"), "seed": SEED,
+    "num_workers": WORKERS.or_(-1).because("-1 is one per usable core"), "seed": SEED,
     "crop_scale": Range(0, 1, above=True), "crop_ratio": POSITIVE, "eval_crop_ratio": Range(0, 1, above=True),
     "eval_image_size": SIDE.or_(None), "repeated_augmentation": COUNT,
 }  # fmt: skip
@@ -165,7 +165,7 @@ class ImageDataModule(LightningDataModule, ABC):
 def _rank_and_world_size(trainer: Any) -> tuple[int, int]:
     """This process's place among those that must see different images (tensor-parallel ranks share theirs)."""
     if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
+        return 0, getattr(trainer, "world_size", 1)  # more than 1 only where a run on several is rehearsed on one
     share = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None)
     if share is not None:
         return share["rank"], share["num_replicas"]

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..analysis.expert_map import draw_experts
-from ..parsers import new_parser
+from ..parsers import Parser, new_parser
+from ..ranges import COUNT
 from .base import Request
 from .exporting import export
 from .hub import push
@@ -33,7 +33,7 @@ _CLASSIFY = """examples:
   vmoe-momentum classify exported/hf cat.jpg --plot experts.png"""
 
 
-def export_parser() -> ArgumentParser:
+def export_parser() -> Parser:
     words = new_parser("A checkpoint as files that other programs run.", _EXPORT, prog="vmoe-momentum export")
     words.add_argument(
         "--ckpt_path", type=str, required=True, help="A .ckpt of fit, the folder of a run, or local-dir:PATH."
@@ -43,7 +43,7 @@ def export_parser() -> ArgumentParser:
     words.add_argument(
         "--data", type=str, required=True, help="Labelled pictures to compare on: ROOT/val/CLASS/* or ROOT/CLASS/*."
     )
-    words.add_argument("--limit", type=int, default=1000, help="At most so many of them, spread over the set.")
+    words.add_number("--limit", int, COUNT, "At most so many of them, spread over the set.", default=1000)
     words.add_argument(
         "--input", type=Literal["float32", "uint8"], default="float32", help="Pixels in [0, 1], or 0 to 255."
     )
@@ -98,11 +98,11 @@ def run_export(argv: list[str]) -> None:
         console.print(push(Path(given.out), given.push), soft_wrap=True, highlight=False)
 
 
-def classify_parser() -> ArgumentParser:
+def classify_parser() -> Parser:
     words = new_parser("The likeliest classes of pictures.", _CLASSIFY, prog="vmoe-momentum classify")
     words.add_argument("source", type=str, help="A folder that export wrote, of any format.")
     words.add_argument("images", type=str, nargs="+", help="Pictures.")
-    words.add_argument("--top_k", type=int, default=5, help="How many classes.")
+    words.add_number("--top_k", int, COUNT, "How many classes.", default=5)
     words.add_argument(
         "--trust_program", action="store_true", help="Open a pt2 file. It may run any code: only files of your own."
     )
@@ -112,8 +112,6 @@ def classify_parser() -> ArgumentParser:
 
 def run_classify(argv: list[str]) -> None:
     given = classify_parser().parse_args(argv)
-    if given.top_k < 1:
-        raise ValueError(f"--top_k={given.top_k}: use 1 or more")
     paths = [Path(path) for path in given.images]
     for path in paths:
         if not path.is_file():

@@ -14,6 +14,7 @@ from ..analysis.logs import read_log
 from ..checksums import listed, sha256
 from ..classifiers import view_of
 from ..progress import track
+from ..ranges import COUNT, in_range
 from ..robustness import View, list_pictures, versions
 from ..robustness.pictures import Pictures, batches
 from ..staging import refuse_existing, staged
@@ -25,6 +26,7 @@ from .weights import Chosen, Pick, Weights, choose
 MARK = "metadata.json"
 
 
+@in_range("--", limit=COUNT)
 def export(
     ckpt_path: str,
     to: str,
@@ -40,7 +42,7 @@ def export(
 ) -> Metadata:
     """Writes the folder `out` and gives its metadata.
 
-    data: labelled pictures, ROOT/val/CLASS/* or ROOT/CLASS/*; at most `limit` of them are compared on.
+    data: labelled pictures, ROOT/val/CLASS/* or ROOT/CLASS/*; at most `limit` of them, 1 to 1e9, are compared on.
     scores: log folder of a `test` run, for the card and the metadata. The other arguments: weights.choose.
     Raises ValueError, FileNotFoundError: a setting that means nothing, damaged files, an export unlike its network.
     """
@@ -49,8 +51,6 @@ def export(
     form, place, request = FORMATS[to], Path(out), request or Request()
     if request.precision not in form.precisions:
         raise ValueError(f"--precision={request.precision}: {to} knows {', '.join(form.precisions)}; use --to onnx")
-    if limit < 1:
-        raise ValueError(f"--limit={limit}: use 1 or more")
     refuse_existing(place, overwrite, MARK)
     measured = {} if scores is None else _scores(scores)
     chosen = choose(ckpt_path, weights, pick, trust_pickle)

@@ -68,7 +68,7 @@ class ExpertChoiceRouter(LinearGate):
         noise_std: Noise on the logits while training, N(0, (noise_std / E)^2); in [0, 1e6].
         group_size: "image", or a number of tokens, 1 to 1e9, that divides B*N; holds in evaluation too.
         bfloat16_dispatch: Round tokens to bfloat16 on their way to the experts and back.
-        capacity: C itself, 1 to 1e9 (at most S), whatever the factor says; 0 for the factor.
+        capacity: C itself, 0 to 1e9 (at most S), whatever the factor says; 0 for the factor.
     """
 
     def __init__(

@@ -11,7 +11,6 @@ To add one: a function (classifier, images, labels, Budget) -> images, decorated
 """
 
 import importlib
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -20,9 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ranges import COUNT, NOT_NEGATIVE, Range, check_all
+
 Norm = Literal["Linf", "L2"]
 Spends = Literal["steps", "queries"] | None  # None: its own
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> [B], to be made large
+
+
+BUDGET = {
+    "eps": NOT_NEGATIVE.because("in pixel units, such as 4/255"), "steps": COUNT, "queries": COUNT,
+    "seed": Range(0, 2**31 - 1, whole=True),
+}  # fmt: skip
 
 
 class Budget(NamedTuple):
@@ -109,15 +116,11 @@ def check_budget(name: str, budget: Budget) -> None:
         raise ValueError(f"attacks={name}: no such attack; valid: {', '.join(ATTACKS)}")
     if budget.norm not in ATTACKS[name].norms:
         raise ValueError(f"norm={budget.norm}: {name} knows {', '.join(ATTACKS[name].norms)}")
-    if not math.isfinite(budget.eps) or budget.eps < 0:
-        raise ValueError(f"eps={budget.eps}: use a finite number >= 0, in pixel units such as 4/255")
+    check_all("", budget._asdict(), BUDGET)
     if budget.norm == "Linf" and budget.eps > 1:
         raise ValueError(
             f"eps={budget.eps:g}: pixels lie in [0, 1], so more than 1 means nothing; write budgets as 4/255"
         )
-    for setting in ("steps", "queries"):
-        if getattr(budget, setting) < 1:
-            raise ValueError(f"{setting}={getattr(budget, setting)}: use 1 or more")
     if budget.queries < ATTACKS[name].min_queries:
         raise ValueError(f"queries={budget.queries}: {name} needs {ATTACKS[name].min_queries} for one step")
 

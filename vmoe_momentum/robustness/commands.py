@@ -2,22 +2,22 @@
 
 import platform
 import shlex
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from ..parsers import check_device, new_parser
+from ..parsers import Parser, check_device, new_parser
+from ..ranges import COUNT, WORKERS
+from ..staging import check_writable
 from .attacks import ATTACKS
 from .corruptions import BENCHMARK, EXTRA
 from .effects import check_effects, named_in
 from .evaluate import evaluate
 from .models import Model
-from .plan import DEFAULT_EPS, SHIFTED, Settings, check_settings, describe_pictures, make_plan, parse_eps
+from .plan import DEFAULT_EPS, RANGES, SHIFTED, Settings, check_settings, describe_pictures, make_plan, parse_eps
 from .report import write_report
 from .terminal import show
 from .versions import versions
@@ -37,15 +37,11 @@ def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> Non
     settings = _settings(given)
     check_settings(settings)
     check_effects(named_in(argv), settings)
-    if given["batch_size"] < 1:
-        raise ValueError(f"--batch_size={given['batch_size']}: use 1 or more")
-    if given["workers"] < 0:
-        raise ValueError(f"--workers={given['workers']}: use 0 or more")
     check_device(given["device"])
     if not given["out"].strip():
         raise ValueError("--out=: name a folder for the report")
     out = Path(given["out"])
-    _check_out(out)
+    check_writable(out, "--out")
     models = open_models(given["model"] or [])
     cells = make_plan(settings, models)
     start = time.monotonic()
@@ -63,7 +59,7 @@ def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> Non
     Console().print(told, soft_wrap=True, highlight=False, markup=False)
 
 
-def parser() -> ArgumentParser:
+def parser() -> Parser:
     words = new_parser(
         "How robust is it? One report for one or many models.", _EXAMPLES, prog="vmoe-momentum robustness"
     )
@@ -84,7 +80,7 @@ def parser() -> ArgumentParser:
         words.add_argument(f"--{name}", type=str | None, help=f"Folder of {name.replace('_', '-')}, one folder a wnid.")
     names = f"Names, by default the 15 of the benchmark; [none] for none. All: {', '.join((*BENCHMARK, *EXTRA))}."
     words.add_argument("--corruptions", type=list[str] | None, help=names)
-    words.add_argument("--severities", type=list[int] | None, help="By default [1,2,3,4,5].")
+    words.add_number("--severities", list[int] | None, RANGES["severities"], "By default all of them.")
     words.add_argument(
         "--regenerate", type=bool | None,
         help="Make corruptions of --data; by default only where there is no --imagenet_c.",
@@ -98,14 +94,16 @@ def parser() -> ArgumentParser:
         help="Budgets in pixels of [0, 1]; by default [1/255,2/255,4/255], or [0.5,1,2] in L2.",
     )  # fmt: skip
     words.add_argument("--norm", type=Literal["Linf", "L2"], default="Linf", help="Of the attacks.")
-    words.add_argument("--steps", type=int, default=20, help="Of iterative attacks.")
-    words.add_argument("--queries", type=int, default=5000, help="Of square and spsa, an image.")
-    words.add_argument("--query_images", type=int, default=1000, help="Images that square and spsa attack.")
+    words.add_number("--steps", int, RANGES["steps"], "Of iterative attacks.", default=20)
+    words.add_number("--queries", int, RANGES["queries"], "Of square and spsa, an image.", default=5000)
+    text = "Images that square and spsa attack."
+    words.add_number("--query_images", int, RANGES["query_images"], text, default=1000)
     words.add_argument("--router_aware", action="store_true", help="Attacks also drive up the routers' loss.")
-    words.add_argument("--limit", type=int | None, help="Only so many pictures of each set, the same ones every time.")
-    words.add_argument("--seed", type=int, default=0, help="Of corruptions, noise, attacks and subsets.")
-    words.add_argument("--batch_size", type=int, default=64, help="Pictures at once.")
-    words.add_argument("--workers", type=int, default=0, help="Processes that decode and corrupt.")
+    text = "Only so many pictures of each set, the same ones every time."
+    words.add_number("--limit", int | None, RANGES["limit"], text)
+    words.add_number("--seed", int, RANGES["seed"], "Of corruptions, noise, attacks and subsets.", default=0)
+    words.add_number("--batch_size", int, COUNT, "Pictures at once.", default=64)
+    words.add_number("--workers", int, WORKERS, "Processes that decode and corrupt.", default=0)
     words.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
     words.add_argument(
         "--out", type=str, default="runs/robustness", help="Folder for the report; a report there is replaced."
@@ -121,12 +119,3 @@ def _settings(given: dict[str, Any]) -> Settings:
     chosen = {"corruptions": corruptions, "eps": eps, "regenerate": made_here}
     values = {name: chosen.get(name, given[name]) for name in Settings._fields}
     return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def _check_out(out: Path) -> None:
-    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    try:  # permissions do not tell of every file system
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error

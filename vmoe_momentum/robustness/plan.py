@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..ranges import COUNT, check_all
 from . import labels
-from .attacks import ATTACKS, Budget, Norm, check_attack, check_budget
+from .attacks import ATTACKS, BUDGET, Budget, Norm, check_attack, check_budget
 from .cells import Cell
-from .corruptions import BENCHMARK, SEVERITIES, check_corruption, check_severity
+from .corruptions import BENCHMARK, SEVERITIES, SEVERITY, check_corruption
 from .imagenet_c import find_tree
 from .models import Model
 from .pictures import Change, Pictures
@@ -25,6 +26,10 @@ PUBLISHED = {
 }  # fmt: skip
 LARGE_EPS = 64 / 255  # Linf: any undefended model must fall
 DEFAULT_EPS: dict[Norm, tuple[float, ...]] = {"Linf": (1 / 255, 2 / 255, 4 / 255), "L2": (0.5, 1.0, 2.0)}
+
+RANGES = {
+    **BUDGET, "severities": SEVERITY.or_(None), "query_images": COUNT, "limit": COUNT.or_(None),
+}  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -102,6 +107,7 @@ def describe_pictures(cells: Sequence[Cell]) -> dict[str, dict[str, str | int]]:
 
 def check_settings(settings: Settings) -> None:
     """Whatever needs no model. Raises ValueError, FileNotFoundError: names, numbers, folders that mean nothing."""
+    check_all("--", settings._asdict(), RANGES)
     for name in ("data", *PUBLISHED):
         root = getattr(settings, name)
         if root is not None and not Path(root).is_dir():
@@ -118,16 +124,8 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"--{setting}: {twice[0]} is there twice; name each once")
     if settings.severities is not None and not settings.severities:
         raise ValueError("--severities=[]: use some of 1 to 5, or leave it out for all")
-    if not 0 <= settings.seed < 2**31:
-        raise ValueError(f"--seed={settings.seed}: use 0 to {2**31 - 1}")
     for name in settings.corruptions or ():
         check_corruption(name, "--corruptions")
-    for severity in settings.severities or ():
-        check_severity(severity, "--severities")
-    for setting in ("limit", "query_images"):
-        value = getattr(settings, setting)
-        if value is not None and value < 1:
-            raise ValueError(f"--{setting}={value}: use 1 or more")
     if settings.attacks and not settings.eps:
         raise ValueError("--eps=[]: give budgets, such as [1/255], or no attacks (--attacks=[])")
     for name in settings.attacks:

@@ -8,6 +8,7 @@ import hashlib
 
 import numpy as np
 
+from ...ranges import Range, check
 from . import blur, digital, noise, weather  # noqa: F401  (they register themselves)
 from .base import REGISTRY, SMALL, Corruption, corruption, is_small
 from .digital import through_jpeg
@@ -21,16 +22,17 @@ BENCHMARK = (
 )  # fmt: skip
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
+SEVERITY = Range(1, 5, whole=True)  # as positions in a list 0 is the last and True the second
 
 __all__ = [
     "BENCHMARK",
     "EXTRA",
     "REGISTRY",
     "SEVERITIES",
+    "SEVERITY",
     "SMALL",
     "Corruption",
     "check_corruption",
-    "check_severity",
     "corrupt",
     "corruption",
     "generator",
@@ -44,7 +46,7 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int, key: str) ->
     Raises ValueError: no such corruption, or a severity that is none of 1 to 5.
     """
     check_corruption(name)
-    check_severity(severity)
+    check("severity", severity, SEVERITY)
     rng = generator(seed, name, severity, key)
     kind = REGISTRY[name]
     small = is_small(image)
@@ -56,13 +58,6 @@ def check_corruption(name: str, setting: str = "corruption") -> None:
     """Raises ValueError: it is not one of them."""
     if name not in REGISTRY:
         raise ValueError(f"{setting}={name}: not one of {', '.join((*BENCHMARK, *EXTRA))}")
-
-
-def check_severity(severity: int, setting: str = "severity") -> None:
-    """Raises ValueError: not one of 1 to 5. As positions in a list 0 is the last and True the second."""
-    whole = isinstance(severity, (int, np.integer)) and not isinstance(severity, bool)
-    if not whole or severity not in SEVERITIES:
-        raise ValueError(f"{setting}={severity!r}: use 1 to 5")
 
 
 def generator(seed: int, name: str, severity: int, key: str) -> np.random.Generator:
