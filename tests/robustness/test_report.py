@@ -180,6 +180,7 @@ def test_a_full_disk_leaves_the_report_that_stood_there(tmp_path: Path, small_di
     new = evaluation(cells("attacks"), ["a", "b"])
     write_report(new, tmp_path / "new", {})
     sizes = sorted({path.stat().st_size for path in (tmp_path / "new").iterdir()})
+    assert len(sizes) >= 5
     out = tmp_path / "out"
     write_report(evaluation(cells(), ["a"]), out, {})
     before = {path.name: path.read_bytes() for path in out.iterdir()}
