@@ -58,6 +58,7 @@ class Attack(NamedTuple):
     start: str  # where it starts
     restarts: int  # times it starts
     passes: int  # forward passes an image; a backward one counts as two. 0: follows from the budget
+    parts: bool  # asks the model about some images of a batch only: those that still stand
 
 
 ATTACKS: dict[str, Attack] = {}
@@ -79,13 +80,14 @@ def attack(
     start: str = "the picture",
     restarts: int = 1,
     passes: int = 0,
+    parts: bool = False,
 ) -> Callable[[Callable], Callable]:
     """Registers a function under its own name, underscores as hyphens."""
 
     def register(function: Callable) -> Callable:
         ATTACKS[function.__name__.replace("_", "-")] = Attack(
             function, norms, spends, package, min_classes, min_queries, router, not_in_l2, loss, step, start, restarts,
-            passes,
+            passes, parts,
         )  # fmt: skip
         return function
 
@@ -263,7 +265,7 @@ def direction(gradient: Tensor, norm: Norm) -> Tensor:
 @attack(
     "Linf", "L2", spends="queries", package="torchattacks", not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24),
     loss=MARGIN, step="squares of 2 eps, in L2 windows, smaller with the queries",
-    start="random stripes, in L2 windows",
+    start="random stripes, in L2 windows", parts=True,
 )  # fmt: skip
 def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Random search over squares, margin loss, no gradients (Andriushchenko et al., arXiv:1912.00049).
@@ -276,14 +278,16 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> 
         return load_package("torchattacks").Square(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", spends="steps", package="torchattacks", loss=CE, step=HALVED, start=INSIDE)
+@attack("Linf", "L2", spends="steps", package="torchattacks", loss=CE, step=HALVED, start=INSIDE, parts=True)
 def apgd(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Step sizes that adapt, cross-entropy (Croce and Hein, arXiv:2003.01690)."""
     options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed}
     return load_package("torchattacks").APGD(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", spends="steps", package="torchattacks", min_classes=3, loss=DLR, step=HALVED, start=INSIDE)
+@attack(
+    "Linf", "L2", spends="steps", package="torchattacks", min_classes=3, loss=DLR, step=HALVED, start=INSIDE, parts=True
+)
 def apgd_dlr(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """The same on the difference of logits ratio, which scaling the logits does not change."""
     options = {"norm": budget.norm, "eps": budget.eps, "steps": budget.steps, "seed": budget.seed, "loss": "dlr"}
@@ -319,7 +323,7 @@ def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     "Linf", "L2", package="pyautoattack", min_classes=4, not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24),
     loss=f"{CE}; targeted {DLR}; distance to the boundary (FAB-T); {MARGIN} (Square)",
     step="of each of its four attacks: 100 steps, 9 targets, 5,000 queries", start=f"{INSIDE}, of each attack",
-    passes=3 * 100 * (1 + 9 + 9) + 5000,
+    passes=3 * 100 * (1 + 9 + 9) + 5000, parts=True,
 )  # fmt: skip
 def autoattack(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """The standard AutoAttack: APGD-CE, APGD-T, FAB-T, Square (Croce and Hein, arXiv:2003.01690).

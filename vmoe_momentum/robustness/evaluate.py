@@ -9,9 +9,11 @@ import torch
 from ..progress import Meter, Work
 from .attacks import ATTACKS
 from .cells import Cell, Memory, Outcome, Store, run_cell
-from .models import Model, check_model
+from .models import Model, View, check_model
+from .pictures import batches
 from .protocol import cost, count_pictures
 
+SHOWN = 4  # pictures of the run that models are checked with
 Outcomes = dict[tuple[str, int], Outcome]  # (model name, number of the cell)
 
 
@@ -38,7 +40,9 @@ def evaluate(
     by_gradient = any(cell.attack is not None and ATTACKS[cell.attack].spends != "queries" for cell in cells)
     for model in models:
         model.module.to(device).eval()
-    models = [check_model(model, device, by_gradient) for model in models]
+    sizes, parts = batch_sizes(cells, batch_size), any(cell.attack and ATTACKS[cell.attack].parts for cell in cells)
+    shown = _some_pictures(cells, models)
+    models = [check_model(model, device, by_gradient, sizes, parts, shown.get(model.view)) for model in models]
     store, memory, outcomes, examples = Store(out / "cells"), Memory(), {}, {}
     work = Work((_kind(cell), count_pictures(cell) * cost(cell) * len(models)) for cell in cells)
     with Meter("robustness", work) as meter:
@@ -66,6 +70,20 @@ def evaluate(
             if shown is not None:
                 examples[number] = shown
     return Evaluation(list(cells), list(models), outcomes, examples)
+
+
+def batch_sizes(cells: Sequence[Cell], batch_size: int) -> set[int]:
+    """Of every batch that will come: full ones and last ones."""
+    counts = {count_pictures(cell) for cell in cells}
+    return {min(batch_size, n) for n in counts} | {n % batch_size for n in counts if n % batch_size}
+
+
+def _some_pictures(cells: Sequence[Cell], models: Sequence[Model]) -> dict[View, torch.Tensor]:
+    """A few of the first set, for each view."""
+    pictures = cells[0].pictures
+    count = min(SHOWN, len(pictures.paths))
+    order = [k * len(pictures.paths) // count for k in range(count)]
+    return next(batches(pictures, list({model.view for model in models}), count, 0, None, order)).views
 
 
 def _kind(cell: Cell) -> tuple[str, str]:

@@ -1,10 +1,14 @@
 """What the benchmark knows of a model: from pixels to logits, and a few facts. B images, N tokens, E experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .coupling import find_coupling
+
+CHECKED = 8  # images of noise
 
 
 class View(NamedTuple):
@@ -34,25 +38,44 @@ class Model(NamedTuple):
 
 
 @torch.no_grad()
-def check_model(model: Model, device: str, gradients: bool = False) -> Model:
+def check_model(
+    model: Model,
+    device: str,
+    gradients: bool = False,
+    sizes: Collection[int] = (CHECKED,),
+    parts: bool = False,
+    pictures: Tensor | None = None,
+) -> Model:
     """Passes over noise, and one backwards for attacks. The model with `coupled` found out.
 
-    Raises ValueError: no logits of the right shape, probabilities, two different answers, no gradient of the pixels.
+    sizes: of the batches that will come; parts: attacks will ask about some images of a batch. pictures: a few of the
+    run's, uint8 [B, 3, S, S]. Raises ValueError: no logits of the right shape, probabilities, two different answers, no
+    gradient of the pixels, a size of batch that it does not take.
     """
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(8, 3, model.view.size, model.view.size, generator=generator).to(device)
+    side = model.view.size
     module = model.module.eval()
-    try:
-        first, second = module(images), module(images)
-    except Exception as error:  # of the user's code, maybe
-        raise ValueError(f"--model={model.name}: fails on {model.view.size}-pixel images ({error})") from error
-    if not isinstance(first, Tensor) or first.shape != (8, model.num_classes):
+    count = CHECKED if _takes(model, CHECKED, device) is None else max(sizes)  # groups may be of more images
+    images = torch.rand(count, 3, side, side, generator=generator).to(device)
+    for size in sorted({count, *sizes}):
+        problem = _takes(model, size, device)
+        if problem is not None:
+            told = (
+                f"fails on {side}-pixel images"
+                if size == count
+                else f"takes no batch of {size} images, which will come"
+            )
+            raise ValueError(f"--model={model.name}: {told} ({problem})") from problem
+    first, second = module(images), module(images)
+    if not isinstance(first, Tensor) or first.shape != (count, model.num_classes):
         shape = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise ValueError(f"--model={model.name}: gives {shape} for 8 images; wanted logits (8, {model.num_classes})")
+        raise ValueError(
+            f"--model={model.name}: gives {shape} for {count} images; wanted logits ({count}, {model.num_classes})"
+        )
     if not bool(first.isfinite().all()):
         raise ValueError(f"--model={model.name}: gives logits that are not finite on noise in [0, 1]")
     sums = first.double().sum(dim=1)
-    if bool((first >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all()):
+    if bool((first >= 0).all()) and bool(((sums - 1).abs() < max(1e-3, torch.finfo(first.dtype).eps)).all()):
         raise ValueError(
             f"--model={model.name}: gives probabilities (rows sum to 1); attacks and confidences need logits, so leave "
             "out its last softmax"
@@ -63,8 +86,24 @@ def check_model(model: Model, device: str, gradients: bool = False) -> Model:
         )
     if gradients:
         _check_gradient(model, images)
-    turned = module(images.flip(0)).flip(0)
-    return model._replace(coupled=not torch.allclose(first, turned, rtol=1e-3, atol=1e-3 * float(first.std())))
+    problem = next((p for size in (1, 3) if (p := _takes(model, size, device)) is not None), None) if parts else None
+    if problem is not None:
+        raise ValueError(
+            f"--model={model.name}: takes no batch of some size ({problem}), and square, apgd, apgd-dlr and autoattack "
+            "ask about parts of a batch; attack it with [fgsm,pgd,pgd-margin]"
+        ) from problem
+    shown = images[:0] if pictures is None else pictures.to(device).float() / 255
+    return model._replace(coupled=find_coupling(module, shown, max(sizes)))
+
+
+def _takes(model: Model, size: int, device: str) -> Exception | None:
+    """What goes wrong on a batch of `size` images."""
+    side = model.view.size
+    try:
+        model.module.eval()(torch.full((size, 3, side, side), 0.5, device=device))
+    except Exception as error:  # of the user's code, maybe
+        return error
+    return None
 
 
 def _check_gradient(model: Model, images: Tensor) -> None:
