@@ -160,14 +160,14 @@ def _from_net(label: str, source: str, model: PixelModel, saved: dict[str, Any],
 def view_of(net: nn.Module, saved: dict[str, Any]) -> View:
     """How a network wants its pictures: as it was evaluated in training, else by timm's record of it.
 
-    saved: what its checkpoint says (image_size, crop_pct), empty for none.
+    saved: what its checkpoint says (image_size, crop_pct, upright), empty for none.
     """
-    config = resolve_model_data_config(net)
+    config, upright = resolve_model_data_config(net), bool(saved.get("upright", False))
     if saved.get("crop_pct") is not None:  # our data modules' evaluation
-        return View(saved.get("eval_image_size") or saved["image_size"], float(saved["crop_pct"]), "bilinear")
+        return View(saved.get("eval_image_size") or saved["image_size"], float(saved["crop_pct"]), "bilinear", upright)
     name = config["interpolation"]
     interpolation = name if name in ("bilinear", "bicubic") else "bilinear"
-    return View(saved.get("image_size") or config["input_size"][-1], float(config["crop_pct"]), interpolation)
+    return View(saved.get("image_size") or config["input_size"][-1], float(config["crop_pct"]), interpolation, upright)
 
 
 def _routing(model: PixelModel) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:

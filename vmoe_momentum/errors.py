@@ -31,7 +31,7 @@ def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}; choose another place, or mend this one"
     if "Original Traceback (most recent call last)" in message:  # out of a worker process, with its stack
-        message = re.split(r"\b\w+(?:Error|Exception|Image): ", message)[-1]
+        message = re.split(r"\b\w+(?:Error|Exception|Picture): ", message)[-1]
     for translate in (_incomplete, _wrapped, _option, _class, _nested, _key):
         if translated := translate(message, sections):
             return translated

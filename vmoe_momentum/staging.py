@@ -1,4 +1,9 @@
-"""All or nothing: a folder is built under a hidden sibling name and takes its own only when it is complete."""
+"""All or nothing: a folder or file is built under a hidden sibling name and takes its own only when it is complete.
+
+Whoever builds holds a lock on it for as long as it lives, so what a killed process left is known at the next start.
+Locks, not process numbers, which mean nothing in another container or on another host. Where the file system has no
+locks, and for a day where another kernel wrote, whose locks may not be seen here, drafts are kept.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-_ABANDONED_SECONDS = 24 * 3600
+_KEPT_SECONDS = 24 * 3600
+_LOCK, _OLD = "lock", "old"  # in the folder around a draft: the lock, and what is being replaced
 
 
 @contextmanager
@@ -26,25 +33,51 @@ def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     refuse_existing(out, overwrite, mark)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        around, claim = _locked_folder(out)
+        work = around / "new"
+        work.mkdir()
     except OSError as error:
         raise ValueError(f"--out={out}: cannot be written ({error.strerror}); choose another folder") from error
-    claim = _claim(work)
     try:
         yield work
         umask = os.umask(0)
         os.umask(umask)
-        work.chmod(0o777 & ~umask)  # mkdtemp's 0700 is right for secrets, not for what others read
-        for path in work.rglob("*"):  # nor is the 0600 of safetensors
+        for path in work.rglob("*"):  # the 0600 of safetensors is not right for what others read
             found = path.lstat()
             if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:  # links are somebody else's files, too
                 path.chmod(found.st_mode | (0o444 & ~umask))
         _swap(work, out)
     finally:
-        if claim is not None:
-            os.close(claim)
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
+        os.close(claim)
+
+
+@contextmanager
+def draft_of(target: Path) -> Iterator[BinaryIO]:
+    """Gives a file to write, which is on the disk and called `target` when the block succeeds, and gone when it raises.
+
+    Removes what killed processes left of their attempts at `target`. Raises OSError: no room, no right.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        _remove_if_left(left)
+    handle, draft = _locked_file(target)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)
+            os.fsync(file.fileno())
+            draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_together(folder: Path, files: dict[str, bytes]) -> None:
@@ -85,7 +118,11 @@ def _free(folder: Path) -> str:
 
 
 def refuse_existing(out: Path, overwrite: bool, mark: str) -> None:
-    """Raises ValueError unless `out` is free, or may be overwritten and is of the kind that has `mark`."""
+    """Raises ValueError unless `out` is free, or may be overwritten and is of the kind that has `mark`.
+
+    Removes what killed processes left of their attempts at it before it looks.
+    """
+    remove_abandoned(out)
     if not out.exists() and not out.is_symlink():
         above = next(folder for folder in out.absolute().parents if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -97,27 +134,77 @@ def refuse_existing(out: Path, overwrite: bool, mark: str) -> None:
         raise ValueError(f"--out={out}: not written by this command (no {mark}), so it is not overwritten; remove it")
 
 
-def _claim(folder: Path) -> int | None:
-    """A lock held until this process ends, however it does; None where it is taken, or the file system has none."""
+def remove_abandoned(out: Path) -> None:
+    """What killed processes left of their attempts at `out`; what one of them was about to replace comes back."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        _remove_if_left(left, out)
+
+
+def _remove_if_left(left: Path, out: Path | None = None) -> None:
+    """Removes a draft whose lock nobody holds, once that can be told."""
+    lock = left / _LOCK if left.is_dir() and (left / _LOCK).exists() else left
     try:
-        claim = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
+        claim = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_RDWR)
+    except OSError:  # somebody else was quicker
+        return
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return claim
-    except OSError:
-        os.close(claim)
-        return None
-
-
-def _remove_abandoned(out: Path) -> None:
-    """What processes that were killed left of their attempts at `out`: a day old, as other hosts' locks may not be seen
-    here, and locked by nobody."""
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        if time.time() - left.lstat().st_mtime > _ABANDONED_SECONDS and (claim := _claim(left)) is not None:
+        # no lock in a folder: just being made, or of an earlier version of this file
+        if lock.is_dir() or not left.name.startswith(_prefix(Path(left.name.rsplit(".", 2)[0][1:]))):
+            newest = max(path.lstat().st_mtime for path in (left, *(left.iterdir() if left.is_dir() else ())))
+            if time.time() - newest <= _KEPT_SECONDS:
+                return
+        if out is not None and (left / _OLD).exists() and not out.exists():
+            (left / _OLD).rename(out)
+        if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-            os.close(claim)
+        else:
+            left.unlink(missing_ok=True)
+    except OSError:  # its writer lives, or there are no locks here
+        pass
+    finally:
+        os.close(claim)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    """A new hidden folder beside `out`, and what holds its lock until it is closed."""
+    while True:
+        around = Path(tempfile.mkdtemp(prefix=_prefix(out), suffix=".partial", dir=out.parent))
+        claim = os.open(around / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        if _lock(claim):
+            return around, claim
+
+
+def _locked_file(target: Path) -> tuple[int, Path]:
+    """A new hidden file beside `target`: what writes it and holds its lock until it is closed, and its name."""
+    while True:
+        claim, name = tempfile.mkstemp(prefix=_prefix(target), suffix=".partial", dir=target.parent)
+        if _lock(claim):
+            return claim, Path(name)
+
+
+def _lock(claim: int) -> bool:
+    """False, and closed, where somebody took it for abandoned between its making and its locking."""
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(claim)
+        return False
+    except OSError:
+        return True  # no locks here: nobody else can take it either
+    if os.fstat(claim).st_nlink == 0:
+        os.close(claim)
+        return False
+    return True
+
+
+def _prefix(target: Path) -> str:
+    """Of a draft's name: whose it is, and which running kernel wrote it, the same one in all its containers."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+    except OSError:
+        kernel = f"unknown{os.getpid()}"  # so that no draft is taken for one of this kernel's
+    return f".{target.name}.{kernel}-"
 
 
 def _swap(work: Path, out: Path) -> None:
@@ -125,15 +212,13 @@ def _swap(work: Path, out: Path) -> None:
     if not out.exists():
         work.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent)) / out.name
+    old = work.with_name(_OLD)
     out.rename(old)
     try:
         work.rename(out)
     except OSError:
         old.rename(out)
         raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def check_writable(folder: str | os.PathLike[str], setting: str) -> None:

@@ -13,6 +13,7 @@ from dataset_helpers import module, requires_ffcv
 
 from vmoe_momentum.datasets import FFCVDataModule, verify
 from vmoe_momentum.datasets.beton import FIELD, HEADER, RECORD, check_beton
+from vmoe_momentum.datasets.layout import own_digest
 
 pytestmark = requires_ffcv
 RECORDS_AT = HEADER.itemsize + 2 * FIELD.itemsize
@@ -102,8 +103,10 @@ def zero_pages(root: Path) -> None:
 
 def edit(name: str, change):
     def damage(root: Path) -> None:
-        content = json.loads((root / name).read_text())
-        (root / name).write_text(json.dumps(change(content)))
+        content = change(json.loads((root / name).read_text()))
+        if "sha256" in content:  # made so, not damaged
+            content["sha256"] = own_digest(content)
+        (root / name).write_text(json.dumps(content))
 
     return damage
 
@@ -128,6 +131,12 @@ def another_sum(manifest: dict) -> dict:
 ROOT_DAMAGE = {
     "JPEG zeroed": (zero_a_jpeg, r"train\.beton: its contents differ"),
     "pages zeroed": (zero_pages, r"train\.beton: its contents differ"),
+    "manifest edited": (
+        lambda root: (root / "manifest.json").write_text(
+            (root / "manifest.json").read_text().replace('"upright": false', '"upright": true')
+        ),
+        r"manifest\.json: not a manifest of data prepare, or an edited one",
+    ),
     "missing": (lambda root: (root / "train.beton").unlink(), r"train\.beton"),
     "fewer classes": (edit("classes.json", lambda c: {"classes": c["classes"][:-1]}), "classes"),
     "more classes": (
@@ -225,6 +234,7 @@ def test_verify_decodes_the_jpegs_inside_a_beton(pictures, tmp_path):
     from vmoe_momentum.datasets.manifest import sha256
 
     manifest["splits"]["train"]["beton"]["sha256"] = sha256(beton.path)  # damaged before it was sealed
+    manifest["sha256"] = own_digest(manifest)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=rf"train\.beton.*image {index} does not decode"):
         verify(str(copy))

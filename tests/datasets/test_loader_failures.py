@@ -78,7 +78,7 @@ def test_a_broken_image_file_is_named(pictures, tmp_path, num_workers):
     shutil.copytree(pictures, root)
     victims = [sorted((root / "val" / name).iterdir())[0] for name in ("cat", "ant")]
     for victim in victims:
-        victim.write_bytes(b"no picture")
+        victim.write_bytes(bytes(victim.stat().st_size))
     with pytest.raises(ValueError, match=rf"{victims[1]}: not a readable image"):
         list(module(FolderDataModule, root, "test", num_workers=num_workers).val_dataloader())
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..ranges import COUNT, POSITIVE, SEED, SIDE, WORKERS, Range
 from .batches import BatchPlan
 from .checks import require
 from .cores import usable_cores
-from .layout import read_classes
+from .layout import read_classes, read_manifest
 from .loader import EpochLoader
 from .resizing import ProgressiveResize
 
@@ -57,6 +58,7 @@ class ImageDataModule(LightningDataModule, ABC):
             progressive.check(image_size)
         self.root = Path(root)
         self.classes = read_classes(self.root)
+        self.upright: bool = read_manifest(self.root).get("settings", {}).get("upright", False)
         self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
         self.eval_image_size, self.progressive = eval_image_size, progressive
         self.repeated_augmentation = repeated_augmentation
@@ -101,6 +103,8 @@ class ImageDataModule(LightningDataModule, ABC):
         """
         for split in ("train", "val") if stage in ("fit", None) else ("val",):
             self.check_split(split)
+        if stage in ("fit", None):
+            rank_zero_info(f"{self.root}: checked {self.checked()}")
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled, augmented, full batches only. Raises ValueError for fewer images than one batch on each device."""
@@ -136,6 +140,10 @@ class ImageDataModule(LightningDataModule, ABC):
     @abstractmethod
     def check_split(self, split: str) -> None:
         """Raises when the files of `split` cannot be used."""
+
+    @abstractmethod
+    def checked(self) -> str:
+        """What `check_split` looks at, and what it does not."""
 
     @abstractmethod
     def count(self, split: str) -> int:

@@ -48,8 +48,10 @@ def run(argv: list[str]) -> None:
         report = verify(**arguments.verify.as_dict())
         print(
             f"{report.root}: sound ({report.classes} classes, {report.train} training and {report.val} validation"
-            f" images, {report.betons} betons, {report.decoded} images decoded)"
+            f" images, {report.betons} betons, {report.decoded} images decoded, checksums of {report.compared} files)"
         )
+        if report.uncovered:
+            print(f"not covered: {report.uncovered}, of which this older manifest says nothing; prepare it again")
         return
     what = arguments.prepare.dataset
     done = PREPARE[what](**arguments.prepare[what].as_dict())

@@ -14,7 +14,7 @@ from .ffcv_support import ffcv_available, missing_ffcv, using_ffcv
 from .folder_loader import EvalTransform, FolderLoader, TrainTransform, rand_augment
 from .layout import PREPARE_HINT, beton_path, list_images, read_manifest
 from .loader import EpochLoader
-from .manifest import check_contents
+from .manifest import check_contents, describe_files
 from .resizing import ProgressiveResize
 from .verify import decode_some
 
@@ -108,6 +108,14 @@ class FFCVDataModule(ImageDataModule):
             decode_some(beton, _DECODED_UNKNOWN, max(1, self.num_workers))
         self._counts[split] = len(beton.records)
 
+    def checked(self) -> str:
+        if not read_manifest(self.root):
+            return f"the betons' structure and {_DECODED_UNKNOWN} images each; there is no manifest.json for the rest"
+        return (
+            "labels, classes.json and betons, by size and time where they were read before; not image files, which"
+            " `vmoe-momentum data verify` reads"
+        )
+
     def count(self, split: str) -> int:
         if split not in self._counts:
             self.check_split(split)
@@ -154,6 +162,7 @@ class FolderDataModule(ImageDataModule):
         repeated_augmentation: Show each training image so many times in its epoch, 1 to 1e9, augmented anew, and so
             many fewer images (DeiT takes 3); 1: all of them once.
         randaugment: timm's RandAugment policy for training images, e.g. rand-m10-n2; null: none.
+        upright: Turn pictures as their EXIF orientation says; null: as they were prepared.
     """
 
     def __init__(
@@ -172,6 +181,7 @@ class FolderDataModule(ImageDataModule):
         progressive: ProgressiveResize | None = None,
         repeated_augmentation: int = 1,
         randaugment: str | None = None,
+        upright: bool | None = None,
     ) -> None:
         super().__init__(
             root=root,
@@ -188,13 +198,26 @@ class FolderDataModule(ImageDataModule):
             progressive=progressive,
             repeated_augmentation=repeated_augmentation,
         )
+        if upright is not None:
+            self.upright = upright
         self.policy = None if randaugment is None else rand_augment(randaugment, image_size)
         self._files: dict[str, list] = {}
 
     def check_split(self, split: str) -> None:
         manifest = read_manifest(self.root)
-        counts = manifest["splits"][split]["labels"] if manifest else None
-        self._files[split] = list_images(self.root / split, self.classes, counts)
+        recorded = manifest["splits"][split] if manifest else None
+        files = list_images(self.root / split, self.classes, recorded["labels"] if recorded else None)
+        if recorded and describe_files(files, self.num_classes)["listing"] != recorded["listing"]:
+            raise ValueError(
+                f"{self.root / split}: names or sizes of its images differ from manifest.json; `vmoe-momentum data"
+                " verify` names them; undo what changed, or prepare it again"
+            )
+        self._files[split] = files
+
+    def checked(self) -> str:
+        if not read_manifest(self.root):
+            return "that each class has images; there is no manifest.json for the rest"
+        return "classes.json, names and sizes; not the contents of image files, which `vmoe-momentum data verify` reads"
 
     def count(self, split: str) -> int:
         if split not in self._files:
@@ -210,4 +233,6 @@ class FolderDataModule(ImageDataModule):
             flip = 0.5 * self.hflip
             return TrainTransform(self.train_size(epoch), self.crop_scale, self.crop_ratio, flip, self.policy)
 
-        return FolderLoader(self._files[split], plan, transform=transform, num_workers=self.num_workers)
+        return FolderLoader(
+            self._files[split], plan, transform=transform, num_workers=self.num_workers, upright=self.upright
+        )

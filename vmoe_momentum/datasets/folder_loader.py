@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 
+from ..pictures import UnreadablePicture, read_picture
 from .batches import BatchPlan
 from .layout import ImageFile
 from .loader import Batch, EpochLoader
@@ -72,6 +73,7 @@ class FolderLoader(EpochLoader):
         transform: Of an epoch: picture to picture of the final size; its draws from python's, numpy's and torch's
             generators depend on (seed, epoch, draw) alone, whatever the number of workers.
         num_workers: Worker processes; 0 decodes in this process.
+        upright: Turn pictures as their EXIF orientation says.
     """
 
     def __init__(
@@ -81,13 +83,14 @@ class FolderLoader(EpochLoader):
         *,
         transform: Callable[[int], Callable[[Image.Image], Image.Image]],
         num_workers: int,
+        upright: bool = False,
     ) -> None:
         super().__init__(plan)
-        self.files, self.transform, self.num_workers = files, transform, num_workers
+        self.files, self.transform, self.num_workers, self.upright = files, transform, num_workers, upright
 
     def open(self, batches: list[np.ndarray], epoch: int) -> Generator[Batch, None, None]:
         loader = DataLoader(
-            _Images(self.files, self.transform(epoch), self.plan.seed, epoch),
+            _Images(self.files, self.transform(epoch), self.plan.seed, epoch, self.upright),
             batch_sampler=[batch.tolist() for batch in batches],
             num_workers=self.num_workers,
             collate_fn=_collate,
@@ -99,18 +102,16 @@ class FolderLoader(EpochLoader):
 
 
 class _Images(Dataset):
-    def __init__(self, files: list[ImageFile], transform: Callable, seed: int, epoch: int) -> None:
-        self.files, self.transform, self.seed, self.epoch = files, transform, seed, epoch
+    def __init__(self, files: list[ImageFile], transform: Callable, seed: int, epoch: int, upright: bool) -> None:
+        self.files, self.transform, self.seed, self.epoch, self.upright = files, transform, seed, epoch, upright
 
     def __getitem__(self, draw: int) -> tuple[np.ndarray, int]:
         path, label = self.files[draw % len(self.files)]
         try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except (OSError, SyntaxError) as error:
+            image = read_picture(path, self.upright)
+        except UnreadablePicture as error:
             raise ValueError(
-                f"{path}: not a readable image ({error}); replace it, or find every such file with"
-                " `vmoe-momentum data verify`"
+                f"{path}: {error.reason}; replace it, or find every such file with `vmoe-momentum data verify`"
             ) from error
         with _seeded(self.seed, self.epoch, draw):
             return np.array(self.transform(image)), label

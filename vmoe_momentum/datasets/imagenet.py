@@ -16,12 +16,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from ..pictures import class_folders, find_pictures, is_picture, mention
 from ..progress import track
 from ..ranges import SEED, THREADS, in_range
 from ..staging import refuse_existing, staged
 from .cores import usable_cores
 from .encoding import parse_encoding
-from .layout import IMAGE_SUFFIXES, SPLITS, ClassEntry, image_files, write_classes
+from .layout import SPLITS, ClassEntry, write_classes
 from .manifest import digest, seal
 from .prepare import (
     MARK,
@@ -31,6 +32,7 @@ from .prepare import (
     listing_bad_images,
     place,
     refuse_overlap,
+    require_names,
     summary,
 )
 from .reading import BadImages, OnError
@@ -47,6 +49,7 @@ def prepare_imagenet(
     encoding: str = "500_0.50_90",
     images: Placing = "hardlink",
     on_error: OnError = "stop",
+    upright: bool = False,
     num_workers: int = -1,
     seed: int = 0,
     overwrite: bool = False,
@@ -68,6 +71,7 @@ def prepare_imagenet(
         images: How files get from folders to `out`; archives and shards are unpacked.
         on_error: At an image that does not decode: stop there, or look at all and list every one in a file beside
             `out`. Either way nothing is prepared.
+        upright: Turn pictures as their EXIF orientation says, which ImageNet's published scores are without.
         num_workers: Threads, 1 to 1024; -1 for one per usable core.
         seed: Seed of the share of JPEGs, 0 to 4294967295.
         overwrite: Replace a dataset prepared earlier.
@@ -79,6 +83,8 @@ def prepare_imagenet(
     """
     stored, folder, target = parse_encoding(encoding, seed), Path(source), Path(out)
     settings = {"dataset": "imagenet", "source": str(folder.resolve()), "encoding": encoding, "seed": seed}
+    settings["upright"] = upright
+    require_names(source=source, out=out)
     if exist_ok and (found := already_prepared(target, settings)):
         return found
     refuse_overlap(folder, target)
@@ -94,7 +100,7 @@ def prepare_imagenet(
             return str(folder / own) if tree else f"{own}, unpacked from {folder}"
 
         bad = BadImages(on_error, name)
-        counts = {split: [len(image_files(work / split / entry.id)) for entry in classes] for split in SPLITS}
+        counts = {split: [len(find_pictures(work / split / entry.id).paths) for entry in classes] for split in SPLITS}
         for split in SPLITS:
             if not sum(counts[split]):
                 raise ValueError(f"--source={source}: no pictures for {split}/; both train and val are needed")
@@ -131,7 +137,7 @@ def _reader(source: Path, wnids: set[str], images: Placing) -> Callable[[Path], 
 
 def _check_tree(source: Path, wnids: set[str]) -> None:
     for split in SPLITS:
-        folders = {entry.name for entry in (source / split).iterdir() if entry.is_dir() and entry.name[0] != "."}
+        folders = {folder.name for folder in class_folders(source / split)[0]}
         strange = sorted(folders - wnids)
         if strange:
             raise ValueError(
@@ -139,7 +145,7 @@ def _check_tree(source: Path, wnids: set[str]) -> None:
                 " n01440764); rename or remove it, or use data prepare folder for other classes"
             )
         if not folders:
-            loose = len(image_files(source / split))
+            loose = len(find_pictures(source / split).paths)
             raise ValueError(
                 f"--source={source}: {split}/ holds {loose} loose images and no class folders; sort them into folders"
                 f" by WordNet id, or give the archives as they came ({', '.join(TARS.values())})"
@@ -148,10 +154,13 @@ def _check_tree(source: Path, wnids: set[str]) -> None:
 
 def _read_tree(source: Path, work: Path, images: Placing) -> None:
     for split in SPLITS:
-        folders = sorted(entry for entry in (source / split).iterdir() if entry.is_dir() and entry.name[0] != ".")
+        folders, left_out = class_folders(source / split)
         for folder in track(folders, f"placing {split}"):
-            for path in image_files(folder):
-                place(path, work / split / folder.name / path.name, images)
+            found = find_pictures(folder)
+            left_out += found.left_out
+            for path in found.paths:
+                place(path, work / split / path.relative_to(source / split), images)
+        mention(source / split, left_out)
 
 
 def _read_tars(source: Path, work: Path, wnids: set[str]) -> None:
@@ -179,7 +188,7 @@ def _read_tars(source: Path, work: Path, wnids: set[str]) -> None:
         for member in archive:
             archive.extract(member, loose, filter="data")
             advance(member.size)
-    pictures = image_files(loose)
+    pictures = find_pictures(loose).paths
     if len(pictures) != len(val_wnids):
         raise ValueError(f"{source / TARS['val']}: {len(pictures)} pictures, {len(val_wnids)} labels in the devkit")
     for path, wnid in zip(pictures, val_wnids, strict=True):
@@ -228,7 +237,7 @@ def _write_item(item: dict, where: str, folder: Path, wnids: list[str], taken: C
     if said and said != {wnid}:
         raise ValueError(f"{where}: label {label} is {wnid}, but the picture is called {name}; labels of another list?")
     (folder / wnid).mkdir(parents=True, exist_ok=True)
-    while Path(name).suffix.lower() not in IMAGE_SUFFIXES or name[0] == "." or (folder / wnid / name).exists():
+    while not is_picture(name) or (folder / wnid / name).exists():
         name = f"{taken[wnid]:08d}.JPEG"
         taken[wnid] += 1
     try:

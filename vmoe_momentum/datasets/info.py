@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 from rich.table import Table
 
+from ..pictures import UnreadablePicture, picture_size
 from ..progress import track
 from ..ranges import SEED, SIDE, Range, in_range
 from .base import ImageDataModule
@@ -73,10 +73,9 @@ def _describe(folder: Path, split: str, classes: list[ClassEntry], manifest: dic
 
 def _size(path: Path) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); `vmoe-momentum data verify` finds all") from error
+        return picture_size(path)
+    except UnreadablePicture as error:
+        raise ValueError(f"{path}: {error.reason}; `vmoe-momentum data verify` finds all") from error
 
 
 def _ranges(widths: np.ndarray, heights: np.ndarray) -> str:

@@ -10,22 +10,23 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 import rich.progress
 from rich.console import Console
 
+from ..staging import draft_of
 from .beton import Beton, check_beton
 from .beton_writer import write_beton
 from .encoding import Encoding
 from .ffcv_support import ffcv_available
-from .layout import SPLITS, ClassEntry, ImageFile, beton_path, list_images, write_json
+from .layout import FORMAT, SPLITS, ClassEntry, ImageFile, beton_path, list_images, own_digest, write_json
 from .reading import BadImages, check_images
 
 _log = logging.getLogger(__name__)
 _STAMPS = "verified.json"
+CHECKSUMS = "checksums.sha256"
 
 
 def seal(
@@ -48,15 +49,19 @@ def seal(
             "The package ffcv is not installed, so no betons are written: FolderDataModule can read this dataset,"
             " FFCVDataModule cannot."
         )
+    upright, lines = settings.get("upright", False), []
     splits = {}
     for split in SPLITS:
         files = list_images(root / split, classes, None if counts is None else counts[split])
         splits[split] = {**describe_files(files, len(classes)), "beton": None}
         if with_betons:
-            write_beton(beton_path(root, split), files, encoding, num_workers, bad)
+            digests = write_beton(beton_path(root, split), files, encoding, num_workers, bad, upright)
         else:
-            check_images(files, num_workers, bad)
+            digests = check_images(files, num_workers, bad, upright)
+        if not bad.lines:
+            lines += [checksum_line(digest, file.path, root) for digest, file in zip(digests, files, strict=True)]
     bad.finish()
+    (root / CHECKSUMS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape", newline="")
     for split in SPLITS if with_betons else ():
         path = beton_path(root, split)
         check_beton(path, len(classes))
@@ -64,11 +69,33 @@ def seal(
         splits[split]["beton"] = recorded
         _stamp(path, recorded["sha256"])
     version = importlib.metadata.version("ffcv") if with_betons else None
-    write_json(root / "manifest.json", {"format": 1, "settings": settings, "ffcv": version, "splits": splits})
+    manifest = {
+        "format": FORMAT, "settings": settings, "ffcv": version, "classes": sha256(root / "classes.json"),
+        "checksums": sha256(root / CHECKSUMS), "splits": splits,
+    }  # fmt: skip
+    write_json(root / "manifest.json", {**manifest, "sha256": own_digest(manifest)})
+
+
+def checksum_line(digest: str, path: Path, root: Path) -> str:
+    """As sha256sum writes it: a name with a line end or backslash in it is escaped, and the line says so."""
+    name = path.relative_to(root).as_posix()
+    escaped = name.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+    return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
+
+
+def read_checksums(root: Path, recorded: str) -> set[str]:
+    """The lines of checksums.sha256. Raises FileNotFoundError, ValueError: it is not the one of the manifest."""
+    path = root / CHECKSUMS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, though manifest.json speaks of it; prepare it again")
+    if sha256(path) != recorded:
+        raise ValueError(f"{path}: its contents differ from the sha256 in manifest.json; prepare it again")
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return set(file)
 
 
 def describe_files(files: list[ImageFile], num_classes: int) -> dict:
-    """Count, images per label, and a digest of names and sizes (not contents: hashing ImageNet takes many minutes)."""
+    """Count, images per label, and a digest of names and sizes, which takes seconds of ImageNet."""
     digest = hashlib.sha256()
     for path, label in files:
         digest.update(f"{label}/{path.name}/{path.stat().st_size}\n".encode(errors="surrogateescape"))
@@ -124,9 +151,9 @@ def _describe(path: Path, digest: str) -> dict:
 def _stamp(path: Path, digest: str) -> None:
     """In one move, as several processes may. Where the folder cannot be written, the next run reads the file again."""
     root = path.parent
-    draft = root / f".{_STAMPS}.{os.getpid()}"
+    stamps = {**_stamps(root), path.name: _describe(path, digest)}
     try:
-        write_json(draft, {**_stamps(root), path.name: _describe(path, digest)})
-        draft.replace(root / _STAMPS)
+        with draft_of(root / _STAMPS) as file:
+            file.write(json.dumps(stamps, indent=1).encode())
     except OSError as error:
         _log.warning("%s: cannot be written (%s), so every run reads %s whole", root / _STAMPS, error.strerror, path)

@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..pictures import class_folders, find_pictures, require_utf8
 from ..progress import track
 from ..ranges import SEED, THREADS, Range, in_range
-from ..staging import refuse_existing, staged
+from ..staging import refuse_existing, remove_abandoned, staged
 from .cores import usable_cores
 from .encoding import Encoding, parse_encoding
 from .ffcv_support import ffcv_available
@@ -22,9 +23,9 @@ from .layout import (
     SPLITS,
     ClassEntry,
     ImageFile,
-    image_files,
     list_images,
     read_manifest,
+    require_two,
     write_classes,
 )
 from .manifest import seal
@@ -97,6 +98,7 @@ def prepare_folder(
     encoding: str = "500_0.50_90",
     images: Placing = "copy",
     on_error: OnError = "stop",
+    upright: bool = False,
     num_workers: int = -1,
     seed: int = 0,
     overwrite: bool = False,
@@ -104,8 +106,9 @@ def prepare_folder(
 ) -> Prepared:
     """Any pictures sorted into one folder per class, such as ImageNet.
 
-    `source` holds either train/<class>/* and val/<class>/*, or <class>/* alone, which is then split, stratified. Every
-    image is decoded once.
+    `source` holds either train/<class>/* and val/<class>/*, or <class>/* alone, which is then split, stratified. A
+    class is all pictures in its folder and the folders under it; what else is there is left out, counted and named.
+    Every image is decoded once.
 
     Args:
         source: Folder with the pictures.
@@ -116,6 +119,7 @@ def prepare_folder(
         images: How image files get from `source` to `out`.
         on_error: At an image that does not decode: stop there, or look at all and list every one in a file beside
             `out`. Either way nothing is prepared.
+        upright: Turn pictures as their EXIF orientation says, which ImageNet's published scores are without.
         num_workers: Threads, 1 to 1024; -1 for one per usable core.
         seed: Seed of the split and of the mixture, 0 to 4294967295.
         overwrite: Replace a dataset prepared earlier.
@@ -123,11 +127,12 @@ def prepare_folder(
 
     Raises:
         FileNotFoundError: `source` does not exist.
-        ValueError: `out` exists, a class is empty, an image does not decode, or a setting is out of range.
+        ValueError: `out` exists, a class is empty or alone, an image does not decode, or a setting is out of range.
     """
     settings = {key: value for key, value in locals().items() if key not in ("out", "num_workers")}
     for name in ("overwrite", "exist_ok", "images", "on_error"):
         del settings[name]
+    require_names(source=source, out=out)
     settings |= {"dataset": "folder", "source": str(Path(source).resolve())}
     target = Path(out)
     stored = parse_encoding(encoding, seed)
@@ -137,12 +142,14 @@ def prepare_folder(
     refuse_existing(target, overwrite, MARK)
     classes, splits = _find_images(Path(source), val_fraction, seed)
     workers = usable_cores() if num_workers < 0 else num_workers
+    tree = (Path(source) / "train").is_dir()
     with listing_bad_images(target, on_error), staged(target, overwrite, MARK) as work:
         for split, files in splits.items():
-            for path, label in track(files, f"placing {split}"):
-                place(path, work / split / classes[label].id / path.name, images)
+            for path, _ in track(files, f"placing {split}"):
+                within = path.relative_to(Path(source, split) if tree else source)
+                place(path, work / split / within, images)
         write_classes(work, classes)
-        first = 0 if (Path(source) / "train").is_dir() else 1  # of the parts of a path under `work` that `source` has
+        first = 0 if tree else 1  # of the parts of a path under `work` that `source` has
         bad = BadImages(on_error, lambda path: str(Path(source, *path.relative_to(work).parts[first:])))
         seal(work, classes, settings, stored, workers, bad)
     return summary(target)
@@ -172,6 +179,7 @@ def _find_images(source: Path, val_fraction: float, seed: int) -> tuple[list[Cla
     if len(present) == 1:
         raise ValueError(f"--source={source}: it has {present[0]}/ but not both train/ and val/; add the other")
     classes = _class_entries(source / "train" if present else source)
+    require_two(classes, f"--source={source}")
     if present:
         return classes, {split: list_images(source / split, classes) for split in SPLITS}
     files = list_images(source, classes)
@@ -190,11 +198,10 @@ def _find_images(source: Path, val_fraction: float, seed: int) -> tuple[list[Cla
 
 
 def _class_entries(folder: Path) -> list[ClassEntry]:
-    ids = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    ids = [path.name for path in class_folders(folder)[0]]
     if not ids:
-        raise ValueError(
-            f"{folder}: no class folders, only {len(image_files(folder))} loose images; sort them into class folders"
-        )
+        loose = len(find_pictures(folder).paths)
+        raise ValueError(f"{folder}: no class folders, only {loose} loose images; sort them into class folders")
     names = {}
     if all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in ids):  # WordNet ids, ImageNet's classes
         from timm.data import ImageNetInfo
@@ -221,15 +228,23 @@ def place(source: Path, target: Path, images: str) -> None:
 
 def already_prepared(target: Path, settings: dict) -> Prepared | None:
     """The dataset at `target` if it was made with these settings; raises when it was made with others."""
+    remove_abandoned(target)
     manifest = read_manifest(target)
     if not manifest:
         return None
-    if manifest["settings"] != settings or (ffcv_available() and manifest["ffcv"] is None):
+    earlier = {"upright": False} if "upright" in settings else {}  # before it was a setting
+    if earlier | manifest["settings"] != settings or (ffcv_available() and manifest["ffcv"] is None):
         raise ValueError(
             f"--out={target}: prepared with {manifest['settings']} and ffcv {manifest['ffcv']}, not with {settings};"
             " choose another folder, or replace it with --overwrite and without --exist_ok"
         )
     return summary(target)
+
+
+def require_names(**paths: str) -> None:
+    """Raises ValueError: a folder's name that the manifest cannot hold."""
+    for setting, path in paths.items():
+        require_utf8(str(Path(path).absolute()), f"--{setting}")
 
 
 def refuse_overlap(source: Path, target: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import numpy as np
-from PIL import Image
-
+from ..pictures import UnreadablePicture, read_picture
 from ..progress import track
 from .layout import ImageFile
 
@@ -39,10 +38,10 @@ class BadImages:
     def __init__(self, on_error: OnError = "stop", name: Callable[[Path], str] = str) -> None:
         self.on_error, self.name, self.lines = on_error, name, []
 
-    def sift(self, results: Iterable[Result | UnreadableImage]) -> Iterator[Result]:
+    def sift(self, results: Iterable[Result | UnreadablePicture]) -> Iterator[Result]:
         """Passes results on until one is bad. Raises UnreadableImages at once where errors stop."""
         for result in results:
-            if isinstance(result, UnreadableImage):
+            if isinstance(result, UnreadablePicture):
                 self.lines.append(f"{self.name(result.path)}: {result.reason}")
                 if self.on_error == "stop":
                     raise UnreadableImages(self.lines, "replace or remove it; --on_error list finds all of them")
@@ -55,43 +54,39 @@ class BadImages:
             raise UnreadableImages(self.lines)
 
 
-class UnreadableImage(ValueError):
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+def check_images(
+    files: list[ImageFile], num_workers: int, bad: BadImages, upright: bool = False, what: str = "checking images"
+) -> list[str]:
+    """Decodes every file; gives the sha256 of each."""
+
+    def look(file: ImageFile) -> str:
+        content = read_content(file.path)
+        read_picture(file.path, upright, content)
+        return hashlib.sha256(content).hexdigest()
+
+    return list(bad.sift(in_threads(look, files, num_workers, what)))
 
 
-def read_image(path: Path) -> np.ndarray:
-    """RGB uint8 [H, W, 3] of grey, CMYK, palette and alpha pictures, too; EXIF orientation is ignored, as torchvision's
-    ImageFolder does.
-
-    Raises UnreadableImage.
-    """
+def read_content(path: Path) -> bytes:
+    """A file whole, for its checksum and its pixels to be of the same bytes. Raises UnreadablePicture."""
     try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(path, f"not a readable image ({error})") from error
-
-
-def check_images(files: list[ImageFile], num_workers: int, bad: BadImages, what: str = "checking images") -> None:
-    """Decodes every file."""
-    for _ in bad.sift(in_threads(lambda file: read_image(file.path).shape, files, num_workers, what)):
-        pass
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadablePicture(path, f"cannot be read ({error.strerror})") from error
 
 
 def in_threads(
     function: Callable[[Item], Result], items: list[Item], num_workers: int, what: str
-) -> Iterator[Result | UnreadableImage]:
-    """`function` of each item, in order, or the UnreadableImage it raised; behind a progress bar."""
+) -> Iterator[Result | UnreadablePicture]:
+    """`function` of each item, in order, or the UnreadablePicture it raised; behind a progress bar."""
 
-    def attempt(item: Item) -> Result | UnreadableImage:
+    def attempt(item: Item) -> Result | UnreadablePicture:
         try:
             return function(item)
-        except UnreadableImage as error:
+        except UnreadablePicture as error:
             return error
 
-    def results() -> Iterator[Result | UnreadableImage]:
+    def results() -> Iterator[Result | UnreadablePicture]:
         # Windows, not one map over everything: finished results would pile up in memory ahead of the writer.
         window = _WINDOW_PER_THREAD * num_workers
         with ThreadPoolExecutor(num_workers) as pool:

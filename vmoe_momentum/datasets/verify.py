@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..pictures import UnreadablePicture, read_picture
 from ..ranges import COUNT, THREADS, in_range
 from .beton import Beton, check_beton, decode_image
 from .cores import usable_cores
-from .layout import SPLITS, ClassEntry, beton_path, list_images, read_classes, read_manifest
-from .manifest import check_contents, describe_files
-from .reading import BadImages, check_images, in_threads
+from .layout import SPLITS, ClassEntry, ImageFile, beton_path, list_images, read_classes, read_manifest
+from .manifest import CHECKSUMS, check_contents, checksum_line, describe_files, read_checksums
+from .reading import BadImages, UnreadableImages, in_threads, read_content
 
 
 class Report(NamedTuple):
-    """What was found sound. train and val: images; decoded: files and beton images decoded; betons: their number."""
+    """What was found sound. train and val: images; decoded: files and beton images decoded; betons: their number;
+    compared: image files that have the checksum they were prepared with; uncovered: what the manifest says nothing of.
+    """
 
     root: Path
     classes: int
@@ -24,16 +28,20 @@ class Report(NamedTuple):
     val: int
     decoded: int
     betons: int
+    compared: int
+    uncovered: str
 
 
 @in_range("--", sample=COUNT.or_(None).because("null is every image"), num_workers=THREADS)
 def verify(root: str, sample: int | None = None, num_workers: int = -1) -> Report:
     """Checks a prepared dataset and says what is wrong with the first thing that is.
 
+    Classes, betons and every image file are compared with the checksums they were prepared with.
+
     Args:
         root: The prepared dataset.
         sample: Images decoded per split and backend, 1 to 1e9, evenly spaced; null for all of them.
-        num_workers: Threads that decode image files, 1 to 1024; -1 for one per usable core.
+        num_workers: Threads that read image files, 1 to 1024; -1 for one per usable core.
 
     Raises:
         FileNotFoundError: `root` or a file of it is missing.
@@ -45,26 +53,51 @@ def verify(root: str, sample: int | None = None, num_workers: int = -1) -> Repor
     manifest = read_manifest(folder)
     if not manifest:
         raise FileNotFoundError(f"{folder / 'manifest.json'}: no such file, so there is nothing to verify against")
+    known = read_checksums(folder, manifest["checksums"]) if "checksums" in manifest else None
+    upright = manifest["settings"].get("upright", False)
     counts, decoded, betons = [], 0, 0
     for split in SPLITS:
         recorded = manifest["splits"][split]
-        decoded += _verify_files(folder / split, classes, recorded, sample, num_workers)
+        files = list_images(folder / split, classes, recorded["labels"])
+        decoded += _verify_files(folder, split, files, recorded, known, upright, sample, num_workers)
         if recorded["beton"] is not None:
             decoded += _verify_beton(beton_path(folder, split), classes, recorded, sample, num_workers)
             betons += 1
         counts.append(recorded["count"])
-    return Report(folder, len(classes), counts[0], counts[1], decoded, betons)
+    missing = "" if known is not None else "contents of image files, classes.json and manifest.json itself"
+    return Report(folder, len(classes), *counts, decoded, betons, 0 if known is None else sum(counts), missing)
 
 
-def _verify_files(folder: Path, classes: list[ClassEntry], recorded: dict, sample: int | None, num_workers: int) -> int:
-    files = list_images(folder, classes, recorded["labels"])
-    found = describe_files(files, len(classes))
-    if found["listing"] != recorded["listing"]:
-        raise ValueError(f"{folder}: names or sizes of its images differ from manifest.json; prepare it again")
-    chosen = _evenly(len(files), sample)
+def _verify_files(
+    root: Path,
+    split: str,
+    files: list[ImageFile],
+    recorded: dict,
+    known: set[str] | None,
+    upright: bool,
+    sample: int | None,
+    num_workers: int,
+) -> int:
+    """How many were decoded; every one is compared. known: lines of checksums.sha256, where there are any."""
+    chosen = set(_evenly(len(files), sample).tolist())
+
+    def look(index: int) -> None:
+        path = files[index].path
+        content = read_content(path)
+        if known is not None and checksum_line(hashlib.sha256(content).hexdigest(), path, root) not in known:
+            raise UnreadablePicture(path, f"its contents differ from {CHECKSUMS}, or it has none there")
+        if index in chosen:
+            read_picture(path, upright, content)
+
     bad = BadImages("list")
-    check_images([files[index] for index in chosen], num_workers, bad, f"decoding {folder.name}/")
-    bad.finish()
+    wanted = sorted(chosen) if known is None else list(range(len(files)))
+    for _ in bad.sift(in_threads(look, wanted, num_workers, f"reading {split}/")):
+        pass
+    if bad.lines:
+        raise UnreadableImages(bad.lines, "bring back what was prepared, or prepare it again")
+    found = describe_files(files, len(recorded["labels"]))
+    if found["listing"] != recorded["listing"]:
+        raise ValueError(f"{root / split}: names or sizes of its images differ from manifest.json; prepare it again")
     return len(chosen)
 
 

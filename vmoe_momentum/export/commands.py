@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ..analysis.expert_map import draw_experts
 from ..parsers import Parser, new_parser
+from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT
 from .base import Request
 from .exporting import export
@@ -106,6 +107,7 @@ def classify_parser() -> Parser:
     words.add_argument(
         "--trust_program", action="store_true", help="Open a pt2 file. It may run any code: only files of your own."
     )
+    words.add_argument("--upright", type=bool | None, help=f"{UPRIGHT_HELP} By default as it was trained.")
     words.add_argument("--plot", type=str | None, help="PNG: which expert each patch went to, block by block.")
     return words
 
@@ -117,6 +119,8 @@ def run_classify(argv: list[str]) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
     served = open_served(given.source, given.trust_program)
+    if given.upright is not None:
+        served = served._replace(metadata={**served.metadata, "upright": given.upright})
     network = served.network() if given.plot is not None else None
     console = Console()
     for path, found in zip(paths, classify(served, paths, given.top_k), strict=True):

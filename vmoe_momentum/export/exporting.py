@@ -78,7 +78,8 @@ def describe(chosen: Chosen, to: str, request: Request, scores: dict[str, float]
     network |= model.constants
     return {
         "vmoe_momentum_export": 1, "format": to, **request._asdict(), "image_size": view.size,
-        "crop_pct": view.crop_pct, "interpolation": view.interpolation, "mean": network["mean"], "std": network["std"],
+        "crop_pct": view.crop_pct, "interpolation": view.interpolation, "upright": view.upright,
+        "mean": network["mean"], "std": network["std"],
         "normalisation": "inside" if to in ("pt2", "onnx") else "to be done by the caller, with mean and std",
         "class_names": chosen.facts.get("class_names"), "class_ids": chosen.facts.get("class_ids"),
         "network": network, "scores": scores,
@@ -104,7 +105,9 @@ def load_pictures(data: str, chosen: Chosen, limit: int) -> tuple[Tensor, Tensor
 
 def wanted_view(metadata: Metadata) -> View:
     """How an export wants its pictures."""
-    return View(metadata["image_size"], metadata["crop_pct"], metadata["interpolation"])
+    return View(
+        metadata["image_size"], metadata["crop_pct"], metadata["interpolation"], bool(metadata.get("upright", False))
+    )
 
 
 def _scores(folder: str) -> dict[str, float]:

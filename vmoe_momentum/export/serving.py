@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..checksums import verify_folder
 from ..models import PixelModel
-from ..robustness.pictures import as_tensor, decode, show
+from ..pictures import read_picture
+from ..robustness.pictures import as_tensor, show
 from .base import Answer, Metadata
 from .exporting import MARK, wanted_view
 from .formats import FORMATS
@@ -24,7 +25,8 @@ class Served(NamedTuple):
 
     def pixels(self, path: Path) -> Tensor:
         """uint8 [3, S, S], cut as evaluation cuts it. Raises ValueError: no picture."""
-        return as_tensor(show(decode(path), wanted_view(self.metadata)))
+        view = wanted_view(self.metadata)
+        return as_tensor(show(read_picture(path, view.upright), view))
 
     def probabilities(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> [B, K]."""

@@ -10,13 +10,14 @@ from typing import Any, Literal
 from rich.console import Console
 
 from ..parsers import Parser, check_device, new_parser
+from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS
 from ..staging import check_writable
 from .attacks import ATTACKS
 from .corruptions import BENCHMARK, EXTRA
 from .effects import check_effects, named_in
 from .evaluate import evaluate
-from .models import Model
+from .models import Model, turned
 from .plan import DEFAULT_EPS, RANGES, SHIFTED, Settings, check_settings, describe_pictures, make_plan, parse_eps
 from .report import write_report
 from .terminal import show
@@ -43,6 +44,8 @@ def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> Non
     out = Path(given["out"])
     check_writable(out, "--out")
     models = open_models(given["model"] or [])
+    if given["upright"] is not None:
+        models = [turned(model, given["upright"]) for model in models]
     cells = make_plan(settings, models)
     start = time.monotonic()
     evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], given["device"])
@@ -105,6 +108,7 @@ def parser() -> Parser:
     words.add_number("--batch_size", int, COUNT, "Pictures at once.", default=64)
     words.add_number("--workers", int, WORKERS, "Processes that decode and corrupt.", default=0)
     words.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+    words.add_argument("--upright", type=bool | None, help=f"{UPRIGHT_HELP} By default as each was trained.")
     words.add_argument(
         "--out", type=str, default="runs/robustness", help="Folder for the report; a report there is replaced."
     )

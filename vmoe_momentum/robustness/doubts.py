@@ -3,8 +3,8 @@
 import re
 
 import numpy as np
-from PIL import Image
 
+from ..pictures import picture_size
 from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
 from .rows import Row
@@ -69,8 +69,7 @@ def _of_the_sets(evaluation: Evaluation) -> list[str]:
     cells = [cell for cell in evaluation.cells if cell.pictures.whole]
     for cell in cells[:1]:
         name, whole = cell.pictures.name, len(BENCHMARK) * len(SEVERITIES)
-        with Image.open(cell.pictures.paths[0]) as picture:
-            size = picture.size
+        size = picture_size(cell.pictures.paths[0])
         if size != (224, 224):
             found.append(
                 f"{name}: pictures of {size[0]} x {size[1]} pixels where ImageNet-C has 224 x 224; they are squeezed "

@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
+from ..pictures import class_folders, find_pictures, mention
+
 # First 16 hex digits of the SHA-256 of timm's lists: another list would give other numbers without any error.
 SHA = {
     "imagenet_synsets.txt": "70002b0ff5de60a3",
@@ -59,9 +61,6 @@ class Listing(NamedTuple):
     labels: list[int]
 
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-
-
 def list_pictures(
     root: Path, class_names: list[str] | None, num_classes: int, setting: str, class_ids: list[str] | None = None
 ) -> Listing:
@@ -80,21 +79,19 @@ def list_pictures(
 def list_folders(root: Path, setting: str) -> dict[str, list[Path]]:
     """Folder name -> its pictures, both sorted; of ROOT/val where there is one.
 
-    Raises FileNotFoundError, ValueError: nothing there.
+    What is no picture is left out and said. Raises FileNotFoundError, ValueError: nothing there.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{setting}={root}: no such folder")
     place = root / "val" if (root / "val").is_dir() else root
-    folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders, left_out = class_folders(place)
     if not folders:
         raise ValueError(f"{setting}={root}: no class folders in it")
     listed = {}
     for folder in folders:
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-        for path in found:
-            if not path.is_file():
-                raise ValueError(f"{setting}={root}: {path} leads to no file; remove it, or bring its target back")
-        listed[folder.name] = found
+        listed[folder.name], others = find_pictures(folder)
+        left_out += others
+    mention(f"{setting}={root}", left_out)
     if not any(listed.values()):
         raise ValueError(f"{setting}={root}: no pictures in its class folders")
     return listed

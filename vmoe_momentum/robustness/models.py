@@ -17,6 +17,7 @@ class View(NamedTuple):
     size: int  # pixels
     crop_pct: float  # side of the centre crop over the shorter side, for whole photographs
     interpolation: str  # bilinear or bicubic
+    upright: bool = False  # turned as EXIF says
 
 
 class Model(NamedTuple):
@@ -35,6 +36,12 @@ class Model(NamedTuple):
     provenance: dict[str, Any]  # source, hash, settings: goes into the report
     coupled: bool = False  # an image's answer depends on the others of its batch; found by check_model
     class_ids: list[str] | None = None  # names of the folders it was trained on, in label order
+
+
+def turned(model: Model, upright: bool) -> Model:
+    """The same, shown pictures that are turned as EXIF says, or that are not."""
+    view = model.view._replace(upright=upright)
+    return model._replace(view=view, provenance={**model.provenance, "view": view._asdict()})
 
 
 @torch.no_grad()

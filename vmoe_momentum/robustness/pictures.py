@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from ..pictures import read_picture
 from .corruptions import corrupt
 from .corruptions.base import SMALL
 from .models import View
@@ -62,17 +63,20 @@ class _Files(Dataset):
     def _read(self, place: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
         index = self.order[place]
         path = self.pictures.paths[index]
-        picture = decode(path)
-        whole = self.pictures.whole
-        clean: list[Tensor] = []
-        if self.change is not None:
-            base = picture if min(picture.size) < SMALL else crop(picture, CORRUPTED)
-            clean = [as_tensor(fit(base, view)) for view in self.views]
-            key = f"{path.parent.name}/{path.name}"
-            made = corrupt(np.asarray(base), self.change.name, self.change.severity, self.change.seed, key)
-            picture, whole = Image.fromarray(made), True
-        cut = [as_tensor(fit(picture, view) if whole else show(picture, view)) for view in self.views]
-        return index, self.pictures.labels[index], cut, clean
+        clean: dict[View, Tensor] = {}
+        cut: dict[View, Tensor] = {}
+        for upright in dict.fromkeys(view.upright for view in self.views):
+            views = [view for view in self.views if view.upright == upright]
+            picture, whole = read_picture(path, upright), self.pictures.whole
+            if self.change is not None:
+                base = picture if min(picture.size) < SMALL else crop(picture, CORRUPTED)
+                clean |= {view: as_tensor(fit(base, view)) for view in views}
+                key = f"{path.parent.name}/{path.name}"
+                made = corrupt(np.asarray(base), self.change.name, self.change.severity, self.change.seed, key)
+                picture, whole = Image.fromarray(made), True
+            cut |= {view: as_tensor(fit(picture, view) if whole else show(picture, view)) for view in views}
+        ordered = [[made[view] for view in self.views] if made else [] for made in (cut, clean)]
+        return index, self.pictures.labels[index], *ordered
 
 
 def batches(
@@ -94,15 +98,6 @@ def batches(
         stacked = {view: torch.stack([each[i] for each in cut]) for i, view in enumerate(views)}
         before = {view: torch.stack([each[i] for each in clean]) for i, view in enumerate(views)} if clean[0] else None
         yield Batch(torch.tensor(index), torch.tensor(labels), stacked, before)
-
-
-def decode(path: Path) -> Image.Image:
-    """RGB, upright. Raises ValueError: damaged or no picture."""
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error}); replace it, or leave it out") from error
 
 
 def show(picture: Image.Image, view: View) -> Image.Image:

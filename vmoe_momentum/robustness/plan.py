@@ -90,7 +90,8 @@ def describe_pictures(cells: Sequence[Cell]) -> dict[str, dict[str, str | int]]:
             continue
         digest = hashlib.sha256()
         for path in cell.pictures.paths:
-            digest.update(f"{path.parent.name}/{path.name}/{path.stat().st_size}".encode())
+            told = f"{path.parent.name}/{path.name}/{path.stat().st_size}"
+            digest.update(told.encode(errors="surrogateescape"))
         if cell.pictures.whole:
             seen = "whole, resized to the model's input where they are not of its size"
         elif cell.change is not None:

@@ -31,6 +31,7 @@ def describe_network(module: "ImageClassifier") -> dict[str, Any]:
         "class_ids": getattr(data, "class_ids", None),  # names of their folders
         "crop_pct": getattr(data, "eval_crop_ratio", None),  # how evaluation cuts pictures, and their size
         "eval_image_size": getattr(data, "eval_image_size", None),
+        "upright": getattr(data, "upright", False),
     }
 
 
@@ -79,7 +80,15 @@ def _differences(prefix: str, saved: Any, ours: Any) -> Any:
         yield f"{prefix}: checkpoint {describe(saved)}, config {describe(ours)}"
     elif isinstance(saved, dict) and isinstance(ours, dict):
         for key in {**saved, **ours}:
-            if key in ("class_ids", "class_names", "class_path", "crop_pct", "eval_image_size", "model_args"):
+            if key in (
+                "class_ids",
+                "class_names",
+                "class_path",
+                "crop_pct",
+                "eval_image_size",
+                "model_args",
+                "upright",
+            ):
                 continue
             name = prefix if key in ("settings", "init_args") else f"{prefix}.{key}".lstrip(".")
             yield from _differences(name, saved.get(key), ours.get(key))

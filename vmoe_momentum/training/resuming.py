@@ -1,7 +1,5 @@
 """What makes a resumed run the run it would have been: random draws by step, checkpoints that are whole or absent."""
 
-import glob
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from ..checksums import sealed, verify_archive
+from ..staging import draft_of
 
 
 class SeededSteps(Callback):
@@ -56,25 +55,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-            if not Path(f"/proc/{left.name.split('.')[-2]}").exists():  # of runs that were killed
-                left.unlink(missing_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with draft.open("wb") as file:
-                with sealed(file) as archive:
-                    torch.save(checkpoint, archive)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(target)
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with draft_of(target) as file, sealed(file) as archive:
+            torch.save(checkpoint, archive)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Raises ValueError: it is not as it was written."""

@@ -59,7 +59,7 @@ class RobustnessCheck(Callback):
     @rank_zero_only
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         data, folder = trainer.datamodule, Path(trainer.log_dir or trainer.default_root_dir) / "robustness"
-        view = View(data.eval_image_size, float(data.eval_crop_ratio), "bilinear")
+        view = View(data.eval_image_size, float(data.eval_crop_ratio), "bilinear", data.upright)
         label = type(pl_module.model.net).__name__
         # weights change and cells are known by their source: none is kept for another call
         told = {"source": str(trainer.ckpt_path), "step": trainer.global_step}
