@@ -15,6 +15,7 @@ import pytest
 from dataset_helpers import HAS_FFCV, draw_pictures, module, requires_ffcv
 from PIL import Image
 
+from vmoe_momentum import staging
 from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule, prepare_digits, prepare_folder, verify
 from vmoe_momentum.datasets.commands import run
 
@@ -157,30 +158,75 @@ def test_a_failure_while_replacing_keeps_the_old_dataset(source):
 
 
 def test_what_a_killed_attempt_left_is_removed_and_a_living_one_is_not(source):
+    """At once, however young; and what it was about to replace comes back."""
     code = (
-        "import sys, time; from pathlib import Path; from vmoe_momentum.staging import staged\n"
-        "with staged(Path(sys.argv[1]), False, 'mark') as work: print(work, flush=True); time.sleep(60)"
+        "import importlib.util, sys, time; from pathlib import Path\n"
+        "spec = importlib.util.spec_from_file_location('staging', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "with module.staged(Path(sys.argv[2]), False, 'mark') as work: print(work, flush=True); time.sleep(60)"
     )
-    command = [sys.executable, "-c", code, str(source.parent / "out")]
-    one, two = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) for _ in range(2))
+    command = [sys.executable, "-c", code, staging.__file__, str(source.parent / "out")]
+    one, two = (subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2))
     try:
         dead, alive = (Path(process.stdout.readline().strip()) for process in (one, two))
         one.kill()
         one.wait()
+        (dead.parent / "old").mkdir()
         assert dead.is_dir() and alive.is_dir()
         prepare(source, "other")
         assert dead.is_dir()
-        for folder in (dead, alive):
-            os.utime(folder, (0, 0))  # long ago
+        staging.remove_abandoned(source.parent / "out")
+        assert not dead.parent.exists() and alive.is_dir() and (source.parent / "out").is_dir()
+        (source.parent / "out").rmdir()
         prepare(source)
-        assert not dead.exists() and alive.is_dir()
+        assert alive.is_dir()
     finally:
         two.kill()
         two.wait()
+    assert prepare(source, exist_ok=True).train
+    assert not alive.parent.exists()
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_drafts_of_other_kernels_and_without_locks_are_kept(tmp_path, kind, monkeypatch):
+    target = tmp_path / "x.out"
+
+    def left(kernel: str) -> Path:
+        draft = tmp_path / f"{kernel}abcd.partial"
+        if kind == "file":
+            draft.write_bytes(b"half")
+        else:
+            (draft / "new").mkdir(parents=True)
+            (draft / "lock").touch()
+        return draft
+
+    def start() -> None:
+        if kind == "folder":
+            with staging.staged(target, True, "mark") as work:
+                (work / "mark").touch()
+        else:
+            with staging.draft_of(target) as file:
+                file.write(b"whole")
+
+    def old(draft: Path) -> None:
+        for path in (draft, *draft.rglob("*")):
+            os.utime(path, (0, 0))
+
+    ours, theirs, former = left(staging._prefix(target)), left(".x.out.f00d-"), left(".x.out.12345.")
+    with monkeypatch.context() as patched:
+
+        def no_locks(*_):
+            raise OSError(95, "Operation not supported")
+
+        patched.setattr(staging.fcntl, "flock", no_locks)
+        start()
+        assert ours.exists() and theirs.exists() and former.exists()
+    start()
+    assert not ours.exists() and theirs.exists() and former.exists()
+    old(theirs)
+    start()
+    assert not theirs.exists() and former.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"x.out", former.name}
 
 
 def test_hopeless_sources_are_refused(source, tmp_path):

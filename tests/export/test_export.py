@@ -332,7 +332,7 @@ def test_overwriting_replaces_only_exports(made: Path, digits: Path, tmp_path: P
         (["none", "x.png"], "x.png: no such file"),
         (["none", "{p}"], "none: no such folder; give one that vmoe-momentum export wrote"),
         (["empty", "{p}"], "empty: no metadata.json of vmoe-momentum export in it"),
-        (["{m}/hf", "bad.png"], "bad.png: cannot be decoded"),
+        (["{m}/hf", "bad.png"], "bad.png: not a readable image"),
         (["{m}/hf", "{p}", "--top_k=0"], "--top_k=0: use a whole number from 1"),
         (["{m}/onnx", "{p}", "--plot=o.png"], "--plot: onnx files keep no experts to look at"),
         (["{m}/hf", "{p}", "--plot=bad.png/o.png"], "--plot=bad.png/o.png: cannot be written"),

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from vmoe_momentum import cli
+from vmoe_momentum.staging import draft_of
 from vmoe_momentum.training import AtomicCheckpointIO, SeededSteps
 
 TESTS = Path(__file__).parent.parent
@@ -63,11 +64,12 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path: Path, monkeypatch) -> No
         with pytest.raises(OSError, match="No space left"):
             io.save_checkpoint({"step": 2}, path)
     assert io.load_checkpoint(path) == {"step": 1} and list(path.parent.iterdir()) == [path]
-    living = path.parent / f".last.ckpt.{os.getppid()}.partial"
-    living.write_bytes(b"of a run that is saving")
-    (path.parent / ".last.ckpt.99999999.partial").write_bytes(b"of a run that was killed")
-    io.save_checkpoint({"step": 3}, path)
-    assert io.load_checkpoint(path) == {"step": 3} and set(path.parent.iterdir()) == {path, living}
+    with draft_of(path) as living:  # of another process, whatever its number
+        living.write(b"of a run that is saving")
+        before = set(path.parent.iterdir()) - {path}
+        io.save_checkpoint({"step": 3}, path)
+        assert io.load_checkpoint(path) == {"step": 3} and set(path.parent.iterdir()) == {path, *before}
+    assert len(before) == 1 and list(path.parent.iterdir()) == [path]
 
 
 def test_killed_while_saving(tmp_path: Path) -> None:

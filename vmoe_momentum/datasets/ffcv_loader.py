@@ -24,6 +24,7 @@ from ffcv.transforms import ToTensor, ToTorchImage
 from .batches import BatchPlan
 from .ffcv_decoder import CropDecoder, require_thread_safe_numba, usable_threads
 from .loader import Batch, EpochLoader
+from .shortened import CutShort, Watched, speak_before_sigbus
 
 _POLL_SECONDS = 0.2
 _CHUNK = 4  # images a thread takes at a time: halves of a batch are never equally long
@@ -58,6 +59,9 @@ class FFCVLoader(EpochLoader):
     ) -> None:
         super().__init__(plan)
         require_thread_safe_numba()
+        self.file = Watched(path)
+        if os_cache:
+            speak_before_sigbus(path.parent)
         threads = usable_threads(num_workers)
         self.batches_ahead, self.size = batches_ahead, size
         self.decoder = CropDecoder(size(0), training=plan.training, os_cache=os_cache, threads=threads, **crop)
@@ -74,7 +78,7 @@ class FFCVLoader(EpochLoader):
         self.decoder.size = self.size(epoch)
         keys = np.array([_key(self.plan.seed, epoch, repeat) for repeat in range(self.plan.repeats)])
         work = [(self.plan.images_of(draws), keys[draws // self.plan.count]) for draws in batches]
-        thread = _DecodeThread(self.ffcv, self.decoder, work, self.batches_ahead)
+        thread = _DecodeThread(self.ffcv, self.decoder, work, self.batches_ahead, self.file)
         try:
             yield from thread.results()
         finally:
@@ -85,10 +89,15 @@ class _DecodeThread(Thread):
     """Decodes batches, each the images' indices and keys, into a queue; what it raises comes out at the consumer."""
 
     def __init__(
-        self, ffcv: Loader, decoder: CropDecoder, work: list[tuple[np.ndarray, np.ndarray]], batches_ahead: int
+        self,
+        ffcv: Loader,
+        decoder: CropDecoder,
+        work: list[tuple[np.ndarray, np.ndarray]],
+        batches_ahead: int,
+        file: Watched,
     ) -> None:
         super().__init__(name="ffcv-decode", daemon=True)
-        self.ffcv, self.work = ffcv, work
+        self.ffcv, self.work, self.file = ffcv, work, file
         self.stop = Event()
         self.queue: Queue[Batch | BaseException | None] = Queue(batches_ahead)
         # One slot, not FFCV's batches_ahead + 2: a batch is copied out before the next is decoded.
@@ -115,7 +124,8 @@ class _DecodeThread(Thread):
             self._offer(error)
 
     def results(self) -> Iterator[Batch]:
-        """Batches in order. Raises RuntimeError, from the original exception, when decoding fails."""
+        """Batches in order. Raises RuntimeError, from the original exception, when decoding fails, and ValueError: the
+        file was cut short."""
         while True:
             try:
                 result = self.queue.get(timeout=_POLL_SECONDS)
@@ -125,6 +135,8 @@ class _DecodeThread(Thread):
                 raise RuntimeError(f"{self.ffcv.fname}: the decoding thread died without an exception") from None
             if result is None:
                 return
+            if isinstance(result, CutShort):
+                raise result
             if isinstance(result, BaseException):
                 raise RuntimeError(f"{self.ffcv.fname}: decoding failed: {result!r}") from result
             yield result
@@ -148,6 +160,7 @@ class _DecodeThread(Thread):
         return False
 
     def _decode(self, number: int, indices: np.ndarray, keys: np.ndarray) -> Batch:
+        self.file.check()
         self.control[: len(indices)] = np.stack([keys, np.zeros_like(keys)], axis=1)
         self.context.start_batch(number)
         values = {

@@ -73,6 +73,9 @@ def _check_tensors(module: "ImageClassifier", tensors: dict[str, torch.Tensor]) 
         )
 
 
+_MAY_DIFFER = ("class_ids", "class_names", "class_path", "crop_pct", "eval_image_size", "model_args", "upright")
+
+
 def _differences(prefix: str, saved: Any, ours: Any) -> Any:
     """Lines `setting: checkpoint X, config Y`. Class names and folders, crop and build arguments may differ."""
     is_spec = isinstance(saved, dict) and isinstance(ours, dict) and "class_path" in saved and "class_path" in ours
