@@ -179,7 +179,7 @@ def _routing(model: PixelModel) -> Callable[[Tensor], tuple[Tensor, dict[str, Te
             for visit in visits:
                 reached = visit.plan.assigned()
                 if not bool(reached.all()):
-                    found[f"block{visit.block}"] = reached.reshape(*visit.tokens.shape[:2], -1)
+                    found[f"block{visit.block}"] = reached.reshape(*visit.tokens.shape[:2], -1)[: len(images)]
         return logits, found
 
     return routing

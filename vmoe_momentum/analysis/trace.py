@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import MomentumBlock, PixelModel
+from ..models.groups import images_together
 from ..moe import Plan
 from ..progress import track
 
@@ -80,8 +81,24 @@ def sample(loader: Iterable[tuple[Tensor, Tensor]], images: int, count: int) -> 
 
 @torch.no_grad()
 def walk(model: PixelModel, batches: list[Tensor], what: str) -> Iterator[tuple[Tensor, list[Visit]]]:
-    """Logits and visits, batch by batch, behind a progress bar."""
-    device = model.mean.device
+    """Logits and visits, batch by batch, behind a progress bar.
+
+    Where routers group tokens of several images, whole groups only. Raises ValueError: there is none.
+    """
+    device, together = model.mean.device, images_together(model.net, batches[0].shape[-1])
     with record(model.net) as visits:
-        for images in track(batches, what):
+        for images in track(whole_groups(batches, together), what):
             yield model(images.to(device)), visits
+
+
+def whole_groups(batches: list[Tensor], together: int) -> list[Tensor]:
+    """The same images in batches of a multiple of `together`, without the few that are left in the end."""
+    if all(len(images) % together == 0 for images in batches):
+        return batches
+    images = torch.cat(batches)
+    count, size = len(images) - len(images) % together, max(together, len(batches[0]) // together * together)
+    if not count:
+        raise ValueError(
+            f"--images={len(images)}: the network routes the tokens of {together} images together; use {together} or more"
+        )
+    return list(images[:count].split(size))

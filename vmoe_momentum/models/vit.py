@@ -3,6 +3,7 @@
 B images, N tokens, D width, K classes. One loop, `_run_blocks`, threads the carry; everything goes through it.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from ..moe import Router
 from ..momentum import Carry, MomentumRule
 from ..ranges import COUNT_OR_NONE, MOMENTUM, SIDE, Range, in_range
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
+from .groups import fill_group
 from .initialization import init_head, init_vmoe
 from .placement import moe_indices, momentum_steps
 from .positions import SinCos2d, stream_of_autocast
@@ -117,6 +119,8 @@ class MomentumVisionTransformer(VisionTransformer):
     ) -> tuple[Tensor, Carry, list[Tensor]]:
         """images: [B, 3, H, W] -> tokens before the final norm [B, N, D], the carry, tokens after the blocks `take`."""
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        if not self.training and (together := self.images_together(x.shape[1])) > 1:
+            x = fill_group(x, together)
         if self.moe_layers:
             x = stream_of_autocast(x)
         carry, taken = Carry(self.rule.init(x), x.new_zeros(())), []
@@ -126,8 +130,13 @@ class MomentumVisionTransformer(VisionTransformer):
             run = recomputed if self.grad_checkpointing and torch.is_grad_enabled() else block
             x, carry = run(x, carry, **attention)
             if index in take:
-                taken.append(x)
-        return x, carry, taken
+                taken.append(x[: len(images)])
+        return x[: len(images)], carry, taken
+
+    def images_together(self, num_tokens: int) -> int:
+        """In this mode, the fewest images of `num_tokens` tokens each that make whole routing groups."""
+        layers = [self.blocks[index].mlp for index in self.moe_layers]
+        return math.lcm(*(mlp.router.images_together(num_tokens, mlp.experts.fc1.weight.shape[0]) for mlp in layers))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, N, D] (or [B, h, w, D]) -> tokens with positions, class token first."""

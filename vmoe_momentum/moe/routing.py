@@ -8,6 +8,7 @@ its own.
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol
@@ -67,6 +68,10 @@ class Router(nn.Module, ABC):
     def takes_tokens_alone(self, num_tokens: int, num_experts: int) -> bool:
         """In this mode, does what happens to a token depend on that token only? num_tokens: N of an image."""
         return False
+
+    def images_together(self, num_tokens: int, num_experts: int) -> int:
+        """In this mode, the fewest images of `num_tokens` tokens each that make whole groups."""
+        return 1 if self.group_size == "image" else self.group_size // math.gcd(self.group_size, num_tokens)
 
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that weight decay must spare."""

@@ -72,10 +72,14 @@ class TokenChoice(LinearGate):
     def takes_tokens_alone(self, num_tokens: int, num_experts: int) -> bool:
         return self.slots(self._tokens_together(num_tokens), num_experts) is None
 
+    def images_together(self, num_tokens: int, num_experts: int) -> int:
+        # In evaluation without dropping each image is a group of its own: then any batch size will do.
+        alone = not self.training and self.takes_tokens_alone(num_tokens, num_experts)
+        return 1 if alone else super().images_together(num_tokens, num_experts)
+
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[TopKPlan, RouterLosses]:
         logits = self.logits(x)
         slots = self.slots(self._tokens_together(x.shape[1]), logits.shape[-1])
-        # In evaluation without dropping each image is a group of its own: then any batch size will do.
         if self.group_size != "image" and (self.training or slots is not None):
             logits = self.grouped(logits)
         return self.route(logits, None if noise is None else noise.reshape(*logits.shape[:2], noise.shape[-1]), slots)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 
+from ..models.groups import images_together
 from ..models.settings import describe
 from .identity import describe_network
 from .instruments import RouterWatch, watch_routers
@@ -110,15 +111,15 @@ def _duration(hours: float) -> str:
 
 
 def seconds_per_batch(module: Any, images: int) -> float:
-    """Forward and backward on at most 32 black images, scaled to `images`; gradients and generators are put back.
+    """Forward and backward on about 32 black images, scaled to `images`; gradients and generators are put back.
 
     Without data loading and the optimizer's step.
     """
-    model, few = module.model, min(images, 32)
+    model, was_training = module.model, module.model.training
+    together = images_together(model.train().net, module.image_size)
+    few = min(images, max(together, 32 - 32 % together))
     pixels = torch.zeros(few, 3, module.image_size, module.image_size, dtype=torch.uint8, device=module.device)
     devices = [module.device] if module.device.type == "cuda" else []
-    was_training = model.training
-    model.train()
     with torch.random.fork_rng(devices=devices), module.trainer.precision_plugin.forward_context():
         fastest = float("inf")
         for _ in range(4):  # the first warms up; the fastest is the least disturbed

@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..models import PixelModel
+from ..models.groups import images_together
 from ..models.loading import fit_to_data, pixels_per_patch
 from ..models.saved import KEY
 from ..ranges import COUNT, MOMENTUM, NOT_NEGATIVE, SHARE, SIDE, in_range
@@ -98,8 +99,7 @@ class ImageClassifier(pl.LightningModule):
             self.check_sizes(data.sizes())
         if data is not None and stage == "fit":
             self.check_batch_size(data.batch_size)
-            if data.progressive is not None:
-                self.check_groups(sorted(data.train_sizes()), data.batch_size)
+            self.check_groups(sorted(data.train_sizes()), data.batch_size)
 
     def check_sizes(self, sizes: list[int]) -> None:
         """Raises ValueError: the network takes one size of images only, or not in whole patches."""
@@ -139,16 +139,19 @@ class ImageClassifier(pl.LightningModule):
 
     def check_groups(self, sizes: list[int], batch_size: int) -> None:
         """Raises ValueError: routers group so many tokens as do not divide those of a training batch of some size."""
-        for router in self.model.net.modules():
-            group = getattr(router, "group_size", "image")
-            for size in sizes if isinstance(group, int) else ():
-                net = self.model.net
+        net, was_training = self.model.net, self.model.training
+        try:
+            together = {size: images_together(self.model.train().net, size) for size in sizes}
+        finally:
+            self.model.train(was_training)
+        for size, count in together.items():
+            if batch_size % count:
+                group = next(r.group_size for r in net.modules() if getattr(r, "group_size", "image") != "image")
                 tokens = batch_size * ((size // pixels_per_patch(net)[0]) ** 2 + net.num_prefix_tokens)
-                if tokens % group:
-                    raise ValueError(
-                        f"data.progressive: router.group_size={group} does not divide the {tokens} tokens of a batch of"
-                        f" {size} pixels; use group_size=image"
-                    )
+                raise ValueError(
+                    f"data.batch_size={batch_size}: router.group_size={group} does not divide the {tokens} tokens of a "
+                    f"batch of {size} pixels; use a multiple of {count} images, or group_size=image"
+                )
 
     def forward(self, images: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] -> logits [B, K]."""

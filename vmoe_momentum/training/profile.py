@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models import PixelModel
+from ..models.groups import images_together
 from ..moe import SparseMlp
 
 
@@ -22,7 +23,7 @@ def _grouped_mm_flops(rows: Any, weight: Any, *args: Any, out_shape: Any = None,
 
 
 def measure_cost(model: PixelModel, image_size: int) -> Cost:
-    """Runs one black image through the network in evaluation mode, on its own device."""
+    """Runs a black image, or as many as are routed together, in evaluation mode, on the network's own device."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in model.modules():
@@ -33,9 +34,10 @@ def measure_cost(model: PixelModel, image_size: int) -> Cost:
             idle += round(experts * (1 - layer.router.experts_per_token(num_experts, tokens) / num_experts))
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
+    count = images_together(model.net, image_size)
+    images = torch.zeros(count, 3, image_size, image_size, dtype=torch.uint8, device=device)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
     with torch.no_grad(), counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        model(image)
+        model(images)
     model.train(was_training)
-    return Cost(total, total - idle, counter.get_total_flops() / 1e9)
+    return Cost(total, total - idle, counter.get_total_flops() / 1e9 / count)

@@ -1,0 +1,24 @@
+"""Images that are routed together, where a group of tokens reaches over several. B images, N tokens, D width."""
+
+import torch
+from torch import Tensor, nn
+
+from .loading import pixels_per_patch
+
+
+def images_together(net: nn.Module, side: int) -> int:
+    """The fewest images of `side` pixels that make whole routing groups, in the mode that `net` is in; 1 for most."""
+    if not hasattr(net, "images_together"):
+        return 1
+    height, width = pixels_per_patch(net)
+    return net.images_together((side // height) * (side // width) + net.num_prefix_tokens)
+
+
+def fill_group(x: Tensor, together: int) -> Tensor:
+    """[B, N, D] -> B rounded up to whole groups, in evaluation: the batch's images again, from the first.
+
+    They take part in the routing like any batch mate, as the black images do with which the reference fills its last
+    batch (google-research/vmoe, input pipeline). Training batches are refused instead, by the router.
+    """
+    missing = -len(x) % together
+    return x[torch.arange(len(x) + missing, device=x.device) % len(x)] if missing and len(x) else x
