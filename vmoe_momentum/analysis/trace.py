@@ -99,6 +99,6 @@ def whole_groups(batches: list[Tensor], together: int) -> list[Tensor]:
     count, size = len(images) - len(images) % together, max(together, len(batches[0]) // together * together)
     if not count:
         raise ValueError(
-            f"--images={len(images)}: the network routes the tokens of {together} images together; use {together} or more"
+            f"--images={len(images)}: the network routes the tokens of {together} images together; use as many"
         )
     return list(images[:count].split(size))
