@@ -14,12 +14,16 @@ from mutations import CONFIGS, FOLDER, Mutation
 
 from vmoe_momentum import cli
 
-FREE = r"(name|filename|save_dir|version|monitor)$"
+FREE = r"(name|filename|save_dir|version)$"
 HARMLESS = {  # kind and key of structural mutations that may be accepted, and why
     ("drop", r"^(?!.*class_path)"): "every setting that may be left out has a default, and the others are refused",
-    ("word|list for scalar", FREE): "any text is a name; of a metric nobody logs `fit` says so at its end",
+    ("word|list for scalar", FREE): "any text is a name",
     ("empty", FREE): "no name: Lightning's own",
-    ("null", r""): "the signature has null, or it is refused",
+    ("null", r"(name|filename|save_dir|monitor|version|pretrained|image_size|num_experts|moe_layers|router|rule)$"):
+        "null is the default of these",
+    ("null", r"(crop|betas|randaugment|max_steps|max_epochs|gradient_clip_val|devices|log_every_n_steps|logger)$"):
+        "Lightning's and the data modules' null: their default",
+    ("null", r"(every_n_train_steps|every_n_epochs|callbacks\+?|init_args|progressive)$"): "as above",
     ("path that is not there", r"save_dir$"): "a folder for logs is made",
     ("wrong class", r"rule(.init_args)?(.class_path)?$"): "a rule may be another rule",
 }  # fmt: skip
@@ -79,14 +83,7 @@ def nonsense(mutation: Mutation) -> bool:
     value, key = mutation.value, mutation.key.rpartition(".")[2]
     if value != value or abs(value) > 1e9:
         return True
-    return value == -1 and key not in (
-        "max_steps",
-        "max_epochs",
-        "save_top_k",
-        "num_workers",
-        "num_sanity_val_steps",
-        "devices",
-    )
+    return value == -1 and key not in ("max_steps", "max_epochs", "save_top_k", "num_workers", "num_sanity_val_steps")
 
 
 def sweep(path: Path, counts: dict[str, int], data: Path, folder: Path, capsys, monkeypatch, steps: int) -> None:

@@ -7,18 +7,22 @@ first word.
 
 import inspect
 import logging
+import math
+import signal
 import sys
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
 from .configs import as_configs
@@ -27,17 +31,27 @@ from .mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
 from .parsers import WholeFirst
 from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, Range, check_all
+from .resources import Exhausted, explain
 from .staging import check_writable
+from .stopping import Stopped, stoppable
 from .training import (
     AtomicCheckpointIO,
     EpochSeconds,
+    FiniteTraining,
     ImageClassifier,
+    JobCheckpoints,
+    MonitorCheck,
+    NotFinite,
     OptimizerSettings,
+    PartialEpoch,
     PredictionWriter,
     RouterStats,
     RunSummary,
+    SaveOnStop,
     ScheduleSettings,
     SeededSteps,
+    StopSignals,
+    check_callbacks,
 )
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
@@ -64,7 +78,7 @@ configuration; any setting can follow on the command line, e.g. --model.net.init
 """
 
 # What a user's mistake or machine can cause; anything else is a bug.
-EXPECTED = (ArgumentError, MisconfigurationException, OSError, RuntimeError, ValueError)
+EXPECTED = (ArgumentError, MisconfigurationException, NotFinite, OSError, RuntimeError, ValueError)
 TRAINER = {  # numbers of Lightning's that it does not check, or in other words
     "gradient_clip_val": NOT_NEGATIVE.or_(None), "accumulate_grad_batches": COUNT, "num_nodes": COUNT,
     **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), Range(-1, 10**9, whole=True).or_(None)),
@@ -78,6 +92,7 @@ SINGLE = {  # types of the keys at the top of a config that are no sections
     "weights_only": bool | None, "print_config": Any, "verbose": bool, "return_predictions": bool | None,
 }  # fmt: skip
 CLASSES = {"model": ImageClassifier, "trainer": Trainer}
+AGAIN = {"analyze": "what is done is kept by ablate; ", "robustness": "what is done is kept; "}  # when stopped
 CKPT_KEYWORDS = ("best", "last", "hpc")
 
 
@@ -93,7 +108,8 @@ class VMoECLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        configs = as_configs(list(args or ()))
+        self.argv = list(args or ())
+        configs = as_configs(self.argv)
         try:
             super().parse_arguments(parser, args)
         except Exception as error:  # whatever the parser raises for what it did not foresee
@@ -131,11 +147,29 @@ class VMoECLI(LightningCLI):
         for name, folder in (*folders, ("default_root_dir", trainer.default_root_dir)):
             if folder is not None and "://" not in str(folder):
                 check_writable(folder, f"trainer.{name}")
-        trainer.callbacks[:0] = [RouterStats(), EpochSeconds(), RunSummary(), PredictionWriter(), SeededSteps()]
+        check_callbacks(trainer.callbacks)
+        finite = [c for c in trainer.callbacks if isinstance(c, FiniteTraining)] or [FiniteTraining()]
+        others = [callback for callback in trainer.callbacks if callback not in finite]
+        ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
+        trainer.callbacks = [*finite, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
+        trainer._signal_connector, trainer._checkpoint_connector = StopSignals(trainer), JobCheckpoints(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # sharded ones are directories of their own
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         _share_folder(trainer.loggers)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            data = self.datamodule
+            size = f"data.batch_size={data.batch_size}" if subcommand == "fit" else ""
+            size = f"{size or f'data.eval_batch_size={data.eval_batch_size}'} at data.image_size={data.image_size}"
+            more = ", raise trainer.accumulate_grad_batches to match" if subcommand == "fit" else ""
+            told = explain(error, f"{size} is too much; lower it{more}, or take a smaller image_size or network")
+            if told is None:
+                raise
+            raise Exhausted(told) from error
 
 
 def _share_folder(loggers: list[Any]) -> None:
@@ -160,6 +194,8 @@ def _sections() -> dict[str, list[str]]:
 
 def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
     """fit, validate, test or predict; without `start` only what `fit` would use is built (argv without the command)."""
+    # defaults such as Timer's interval have no form in YAML, and config.yaml is saved with them
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
     quiet = {"exit_on_error": False, "allow_abbrev": False}  # errors are ours to print; a cut-off name is a mistake
     kinds = {name: dict(quiet) for name in LightningCLI.subcommands()} if start else {}
     return VMoECLI(
@@ -214,8 +250,9 @@ def run_analyze(argv: list[str]) -> None:
     def fit(options: list[str]) -> dict[str, float]:
         try:
             trainer = run_lightning(["fit", *options]).trainer
-        except SystemExit as stopped:  # how Lightning ends on Ctrl-C
-            raise KeyboardInterrupt from stopped
+        except NotFinite as error:  # a result, too: the run diverged
+            print(error, file=sys.stderr)
+            return {"epochs": math.nan, "val/top1": math.nan, "val/loss": math.nan}
         return {"epochs": trainer.current_epoch, **{k: float(v) for k, v in trainer.callback_metrics.items()}}
 
     def check(options: list[str]) -> None:
@@ -276,16 +313,19 @@ def main(argv: list[str] | None = None) -> None:
     argv = [word for word in argv if word != "--debug"]
     quieten()
     try:
-        run(argv)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except SIGTERMException:  # Lightning's would end with 0, as if all were done
-        raise SystemExit(143) from None
+        with stoppable():
+            run(argv)
+    except Stopped as stopped:
+        told = stopped.way_out if argv[0] not in COMMANDS else f"{AGAIN.get(argv[0], '')}run the same command again"
+        told = told or "nothing was done yet; run the same command again"
+        print(f"\nvmoe-momentum: stopped by {signal.Signals(stopped.signum).name}: {told}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stopped.signum) from None
     except Exception as error:
         if debug:
             raise
-        line = one_line(error, {} if argv[0] in COMMANDS else _sections())
-        expected = isinstance(error, EXPECTED)
+        full = explain(error, "lower --batch_size or --limit where the command has them, or free memory")
+        line = full or one_line(error, {} if argv[0] in COMMANDS else _sections())
+        expected = bool(full) or isinstance(error, EXPECTED)
         if not expected:  # ours to mend, not the user's
             line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"
         sys.stdout.flush()

@@ -28,9 +28,6 @@ WANTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing.Literal\[([^\]]+
 def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
     """The message for people. sections: the valid keys of each part of a config, `{"": [...], "model": [...]}`."""
     message = " ".join(str(error).split()) or type(error).__name__
-    if "Found more than one stateful callback" in message:
-        kind = message.partition("`")[2].partition("`")[0]
-        return f"trainer.callbacks: two {kind} with the same init_args; give them different ones, or leave one out"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}; choose another place, or mend this one"
     if "Original Traceback (most recent call last)" in message:  # out of a worker process, with its stack

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from ..progress import track
+from ..stopping import Stopped
 from .output import Files, grid, show
 
 Fit = Callable[[list[str]], dict[str, float]]
@@ -78,7 +79,7 @@ def ablate(
         start = time.perf_counter()
         try:
             scores = fit(_command(options, x, y, [y_value, x_value], seed, files.out))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Stopped):
             Console().print(f"stopped in run {number + 1}; the same command goes on with it")
             raise
         if SCORES["top1"] not in scores:

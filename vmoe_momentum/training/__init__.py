@@ -1,21 +1,33 @@
 """Lightning: the module, optimisation, callbacks, and what a checkpoint says of its network."""
 
+from .accepted import MonitorCheck, check_callbacks
 from .callbacks import EpochSeconds, RouterStats, RunSummary
+from .finite import FiniteTraining, NotFinite
 from .module import ImageClassifier
 from .optimization import OptimizerSettings, ScheduleSettings
+from .partial import PartialEpoch
 from .predictions import PredictionWriter
 from .resuming import AtomicCheckpointIO, SeededSteps
 from .robustness import RobustnessCheck
+from .stopping import JobCheckpoints, SaveOnStop, StopSignals
 
 __all__ = [
+    "MonitorCheck",
     "AtomicCheckpointIO",
     "EpochSeconds",
+    "FiniteTraining",
     "ImageClassifier",
+    "JobCheckpoints",
+    "NotFinite",
     "OptimizerSettings",
+    "PartialEpoch",
     "PredictionWriter",
     "RobustnessCheck",
     "RouterStats",
     "RunSummary",
+    "SaveOnStop",
     "ScheduleSettings",
     "SeededSteps",
+    "StopSignals",
+    "check_callbacks",
 ]

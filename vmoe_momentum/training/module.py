@@ -20,6 +20,7 @@ from ..models.groups import images_together
 from ..models.loading import fit_to_data, pixels_per_patch
 from ..models.saved import KEY
 from ..ranges import COUNT, MOMENTUM, NOT_NEGATIVE, SHARE, SIDE, in_range
+from .finite import refuse_to_save
 from .identity import check_checkpoint, describe_network
 from .optimization import OptimizerSettings, ScheduleSettings
 
@@ -158,6 +159,14 @@ class ImageClassifier(pl.LightningModule):
         return self.model(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, main_loss, aux_loss = self.training_losses(batch)
+        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+        self.log("train/main_loss", main_loss)
+        self.log("train/aux_loss", aux_loss)
+        return loss
+
+    def training_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss and its parts: cross-entropy and the routers' auxiliary loss, which has its weight to come."""
         images, labels = batch
         images = self.model.normalize(images)  # a tensor of our own: what follows works in place
         if self.random_erasing:
@@ -168,11 +177,7 @@ class ImageClassifier(pl.LightningModule):
             images, targets = self.mixup(images, labels)
         logits, aux_loss = self.forward_in_training(self.model, images)
         main_loss = self.main_loss(logits, targets)
-        loss = main_loss + self.aux_loss_weight * aux_loss
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
-        self.log("train/main_loss", main_loss)
-        self.log("train/aux_loss", aux_loss)
-        return loss
+        return main_loss + self.aux_loss_weight * aux_loss, main_loss, aux_loss
 
     def main_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits, targets (rows sum to 1): [B, K] -> []."""
@@ -181,19 +186,20 @@ class ImageClassifier(pl.LightningModule):
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=-1).mean()
         return F.cross_entropy(logits, targets)
 
-    def _evaluate(self, batch: Batch, accuracy: MetricCollection, stage: str) -> None:
+    def _evaluate(self, batch: Batch, accuracy: MetricCollection, stage: str) -> Tensor:
         images, labels = batch
         logits = self._logits(images, flip=stage == "test" and self.test_time_flip)
         accuracy.update(logits, labels)
         loss = self.main_loss(logits, mixup_target(labels, self.num_classes))
         self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=True)
         self.log_dict(accuracy, prog_bar=True, batch_size=len(labels))
+        return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.val_accuracy, "val")
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate(batch, self.val_accuracy, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, self.test_accuracy, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._evaluate(batch, self.test_accuracy, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> tuple[Tensor, Tensor]:
         """Class probabilities [B, K] and labels [B]. Sigmoid networks are ranked by softmax too: the order is equal."""
@@ -219,6 +225,7 @@ class ImageClassifier(pl.LightningModule):
         scheduler.step_update(self.global_step)  # timm's: the rate of the step to come
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_to_save(self, checkpoint)
         checkpoint[KEY] = describe_network(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ B images, K classes, T of them shown.
 """
 
 import csv
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
+
+from ..resources import room_for
+from ..staging import draft_of
 
 
 class Predictions(NamedTuple):
@@ -55,14 +59,17 @@ def merge(parts: list[Predictions]) -> Predictions:
 
 
 def write(path: Path, found: Predictions, names: list[str]) -> None:
-    """One CSV row an image; names: of the classes, in label order."""
+    """One CSV row an image, whole or not at all; names: of the classes, in label order."""
     ranks = range(1, found.classes.shape[1] + 1)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "label", *[f"{what}_{r}" for r in ranks for what in ("class", "probability")]])
-        for image, label, indices, values in zip(*(column.tolist() for column in found), strict=True):
-            pairs = [(names[i], f"{v:.6f}") for i, v in zip(indices, values, strict=True)]
-            writer.writerow([image, names[label], *[cell for pair in pairs for cell in pair]])
+    text = StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["image", "label", *[f"{what}_{r}" for r in ranks for what in ("class", "probability")]])
+    for image, label, indices, values in zip(*(column.tolist() for column in found), strict=True):
+        pairs = [(names[i], f"{v:.6f}") for i, v in zip(indices, values, strict=True)]
+        writer.writerow([image, names[label], *[cell for pair in pairs for cell in pair]])
+    content = text.getvalue().encode()
+    with room_for(path, len(content)), draft_of(path) as file:
+        file.write(content)
 
 
 def _images(trainer: pl.Trainer, count: int) -> Tensor:

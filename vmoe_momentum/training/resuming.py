@@ -11,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from ..checksums import sealed, verify_archive
+from ..resources import room_for
 from ..staging import draft_of
 
 
@@ -55,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         target = Path(path)
-        with draft_of(target) as file, sealed(file) as archive:
+        with room_for(target, _size(checkpoint)), draft_of(target) as file, sealed(file) as archive:
             torch.save(checkpoint, archive)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -63,3 +64,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if Path(path).is_file():
             verify_archive(Path(path), "ckpt_path=")
         return super().load_checkpoint(path, *args, **kwargs)
+
+
+def _size(value: Any) -> int:
+    """Bytes of all tensors, those that share their storage counted once."""
+    found: dict[int, int] = {}
+
+    def add(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict | list | tuple):
+            for part in item.values() if isinstance(item, dict) else item:
+                add(part)
+
+    add(value)
+    return sum(found.values())
