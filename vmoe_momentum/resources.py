@@ -64,8 +64,8 @@ def _words(path: Path | None, full: OSError, needed: int | None) -> str:
     if path is not None:
         folder = next((above for above in path.absolute().parents if above.is_dir()), Path("/"))
         free = f"{shutil.disk_usage(folder).free:,} bytes free"
-    why = "no room left" if full.errno == errno.ENOSPC else full.strerror.lower()
-    return f"{path or 'a file'}: {why} ({asked}{free}); what was complete is kept: make room, or write to another disk"
+    room = f"{full.strerror} ({asked}{free})"
+    return f"{path or 'a file'}: {room}; what was complete is kept: make room, or write to another disk"
 
 
 def _being_written(error: OSError) -> str | None:
