@@ -76,6 +76,10 @@ def _open(label: str, source: str, pretrained: bool) -> Model:
         net = create_model(source, pretrained=pretrained)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--model={source}: its weights could not be had ({str(error).splitlines()[0]})") from error
+    if not getattr(net, "num_classes", 0):
+        raise ValueError(
+            f"--model={source}: has no classifier (its features only); use a name that was trained on classes"
+        )
     facts = {"weights": "timm" if pretrained else "random"}
     return _from_net(label or source, source, PixelModel(net), _classes_of(net), facts)
 
