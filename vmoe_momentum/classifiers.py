@@ -164,14 +164,21 @@ def _from_net(label: str, source: str, model: PixelModel, saved: dict[str, Any],
 def view_of(net: nn.Module, saved: dict[str, Any]) -> View:
     """How a network wants its pictures: as it was evaluated in training, else by timm's record of it.
 
-    saved: what its checkpoint says (image_size, crop_pct, upright), empty for none.
+    saved: what its checkpoint says (image_size, crop_pct, upright), empty for none. Raises ValueError: not as a square.
     """
     config, upright = resolve_model_data_config(net), bool(saved.get("upright", False))
     if saved.get("crop_pct") is not None:  # our data modules' evaluation
         return View(saved.get("eval_image_size") or saved["image_size"], float(saved["crop_pct"]), "bilinear", upright)
+    height, width = config["input_size"][-2:]
+    if height != width or config["crop_mode"] not in ("center", "squash"):
+        raise ValueError(
+            f"--model={type(net).__name__}: it takes {height} x {width} pixels, crop_mode {config['crop_mode']}; "
+            "models here take squares, cut from the centre or squashed"
+        )
     name = config["interpolation"]
     interpolation = name if name in ("bilinear", "bicubic") else "bilinear"
-    return View(saved.get("image_size") or config["input_size"][-1], float(config["crop_pct"]), interpolation, upright)
+    squash = config["crop_mode"] == "squash"
+    return View(saved.get("image_size") or width, float(config["crop_pct"]), interpolation, upright, squash)
 
 
 def _routing(model: PixelModel) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:

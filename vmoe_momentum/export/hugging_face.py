@@ -21,7 +21,7 @@ def write(model: PixelModel, folder: Path, request: Request, metadata: Metadata)
         "input_size": (3, side, side), "mean": metadata["mean"], "std": metadata["std"],
         "crop_pct": metadata["crop_pct"], "interpolation": metadata["interpolation"],
     }  # fmt: skip
-    told = {"pretrained_cfg": config}
+    told = {"pretrained_cfg": config, "upright": metadata["upright"]}
     if metadata["class_ids"] is not None:
         told["class_ids"] = metadata["class_ids"]  # timm has no place for names of folders beside names for people
     timm.models.save_for_hf(net, str(folder), told, as_json(net), safe_serialization=True, data_config=shown)

@@ -30,14 +30,18 @@ def save(net: nn.Module, out: Path, overwrite: bool = False) -> None:
         seal_folder(work)
 
 
-def read_classes(folder: Path, num_classes: int) -> dict[str, list[str] | None]:
-    """class_names and class_ids (names of folders) of a directory that export wrote; None where it does not say."""
+def read_facts(folder: Path, num_classes: int) -> dict[str, Any]:
+    """class_names, class_ids (names of folders) and upright (see ../pictures.py) of a directory that export wrote.
+
+    None for names where it does not say.
+    """
     config = json.loads((folder / MARK).read_text())
     told = {
         "class_names": (config.get("pretrained_cfg") or {}).get("label_names") or config.get("label_names"),
         "class_ids": config.get("class_ids"),
     }
-    return {key: list(v) if isinstance(v, list) and len(v) == num_classes else None for key, v in told.items()}
+    found = {key: list(v) if isinstance(v, list) and len(v) == num_classes else None for key, v in told.items()}
+    return {**found, "upright": bool(config.get("upright", False))}
 
 
 def as_json(net: nn.Module) -> dict[str, Any]:

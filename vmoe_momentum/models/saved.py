@@ -13,7 +13,7 @@ from torch import nn
 from ..checksums import verify_archive
 from ..moe import Router
 from ..momentum import MomentumRule
-from .directory import as_json, read_classes
+from .directory import as_json, read_facts
 from .factory import create_model
 from .loading import fit_to_data
 from .pixels import PixelModel
@@ -64,7 +64,7 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
         facts = {
             "architecture": (net.pretrained_cfg or {}).get("architecture") or type(net).__name__, "settings": settings,
             "model_args": build_arguments(net), "num_classes": net.num_classes, "image_size": size,
-            **read_classes(Path(source.partition(":")[2]), net.num_classes),
+            **read_facts(Path(source.partition(":")[2]), net.num_classes),
         }  # fmt: skip
         return SavedNetwork(source, facts, None, None)
     path = Path(source)

@@ -18,6 +18,7 @@ class View(NamedTuple):
     crop_pct: float  # side of the centre crop over the shorter side, for whole photographs
     interpolation: str  # bilinear or bicubic
     upright: bool = False  # turned as EXIF says
+    squash: bool = False  # both sides to size / crop_pct, whatever the shape, before the centre is cut (timm crop_mode)
 
 
 class Model(NamedTuple):

@@ -106,9 +106,12 @@ def show(picture: Image.Image, view: View) -> Image.Image:
 
 
 def crop(picture: Image.Image, view: View) -> Image.Image:
-    """timm's evaluation: the shorter side to size / crop_pct, then the middle."""
+    """timm's evaluation: the shorter side (or both, for squash) to size / crop_pct, then the middle."""
     side = int(view.size / view.crop_pct)
-    return TF.center_crop(TF.resize(picture, side, InterpolationMode(view.interpolation)), [view.size, view.size])
+    return TF.center_crop(
+        TF.resize(picture, [side, side] if view.squash else side, InterpolationMode(view.interpolation)),
+        [view.size, view.size],
+    )
 
 
 def fit(picture: Image.Image, view: View) -> Image.Image:
