@@ -20,5 +20,6 @@ def fill_group(x: Tensor, together: int) -> Tensor:
     They take part in the routing like any batch mate, as the black images do with which the reference fills its last
     batch (google-research/vmoe, input pipeline). Training batches are refused instead, by the router.
     """
-    missing = -len(x) % together
-    return x[torch.arange(len(x) + missing, device=x.device) % len(x)] if missing and len(x) else x
+    images = x.shape[0]
+    missing = -images % together
+    return x[torch.arange(images + missing, device=x.device) % images] if missing and images else x

@@ -130,8 +130,10 @@ class MomentumVisionTransformer(VisionTransformer):
             run = recomputed if self.grad_checkpointing and torch.is_grad_enabled() else block
             x, carry = run(x, carry, **attention)
             if index in take:
-                taken.append(x[: len(images)])
-        return x[: len(images)], carry, taken
+                taken.append(x)
+        if x.shape[0] == images.shape[0]:
+            return x, carry, taken
+        return x[: images.shape[0]], carry, [y[: images.shape[0]] for y in taken]
 
     def images_together(self, num_tokens: int) -> int:
         """In this mode, the fewest images of `num_tokens` tokens each that make whole routing groups."""
