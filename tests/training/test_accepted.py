@@ -74,3 +74,11 @@ def test_a_metric_that_is_never_logged_is_no_success(
         capsys,
     )
     assert metric in line and kind in line and words in line
+
+
+@pytest.mark.parametrize("metric", ["epoch", "step"])
+def test_a_checkpoint_may_watch_its_own_counts(metric, digits, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    watching = [*adding("ModelCheckpoint"), f"--trainer.callbacks.monitor={metric}", "--trainer.callbacks.mode=max"]
+    cli.run(arguments(digits, "--trainer.callbacks=null", *watching))
+    assert list(tmp_path.rglob("*.ckpt"))

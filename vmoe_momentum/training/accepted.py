@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from ..models.settings import did_you_mean
 
@@ -60,15 +60,19 @@ def _package() -> str:
 
 
 def _watched(trainer: pl.Trainer) -> list[tuple[str, str]]:
-    """[trainer.callbacks: Class.monitor, metric]."""
-    found = [(type(c).__name__, getattr(c, "monitor", None)) for c in trainer.callbacks]
+    """[trainer.callbacks: Class.monitor, metric], but for the counts that a ModelCheckpoint has by itself."""
+    found = [
+        (type(c).__name__, getattr(c, "monitor", None))
+        for c in trainer.callbacks
+        if not (isinstance(c, ModelCheckpoint) and c.monitor in ("epoch", "step"))
+    ]
     return [(f"trainer.callbacks: {name}.monitor", metric) for name, metric in found if isinstance(metric, str)]
 
 
 def _logged(module: Any) -> list[str]:
     """By the module and by our callbacks in every run, but for the routers'."""
     train = ["loss", "loss_step", "loss_epoch", "main_loss", "aux_loss", "epoch_seconds"]
-    return [*(f"train/{name}" for name in train), "val/loss", *module.val_accuracy.keys(), "epoch", "step"]
+    return [*(f"train/{name}" for name in train), "val/loss", *module.val_accuracy.keys()]
 
 
 def _never_validates(trainer: pl.Trainer) -> str | None:
