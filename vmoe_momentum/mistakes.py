@@ -96,6 +96,9 @@ def _top(values: dict, single: dict[str, Any], classes: dict[str, Callable[..., 
             yield from _mapping(value, _hints(classes[key]), key)
         elif not _is_file(value):
             yield f"{key}={short(value)}: use {{NAME: VALUE, ...}} of its settings"
+    for key in classes:  # nothing else is wrong
+        if _is_file(values.get(key)):
+            yield f"{key}={values[key]}: what that file holds does not fit; give a file of settings of {key} alone"
 
 
 def _mapping(values: dict, hints: dict[str, Any], where: str) -> Iterator[str]:
@@ -165,7 +168,7 @@ def _spec(value: Any, base: type, where: str) -> Iterator[str]:
     hints = _hints(target)
     for key in given or {}:
         if key not in hints:
-            yield f"{where}.init_args.{key}: {target.__name__} takes no {key!r}{did_you_mean(str(key), hints)}"
+            yield f"{where}.init_args.{key}: {name} takes no {key!r}{did_you_mean(str(key), hints)}"
     yield from _mapping({k: v for k, v in (given or {}).items() if k in hints}, hints, f"{where}.init_args")
     there = {**spec.get(BEFORE, {}), **(given or {})}
     required = [
