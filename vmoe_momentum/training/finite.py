@@ -32,7 +32,7 @@ class FiniteTraining(Callback):
     whatever the setting.
 
     Args:
-        skip_steps: Steps that a run may leave out, in all, before it ends; 0 ends it at the first. In [0, 1e9].
+        skip_steps: Steps that a run may leave out, in all, before it ends, 0 to 1e9; 0 ends it at the first.
     """
 
     def __init__(self, skip_steps: int = 0) -> None:
