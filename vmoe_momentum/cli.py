@@ -51,6 +51,7 @@ from .training import (
     ScheduleSettings,
     SeededSteps,
     StopSignals,
+    add_keepers,
     check_callbacks,
 )
 
@@ -141,6 +142,28 @@ class VMoECLI(LightningCLI):
             raise FileNotFoundError(f"ckpt_path={path}: no such file; give a .ckpt that fit wrote, or leave it out")
         read_checkpoint(Path(path), "ckpt_path=")
 
+    def _check_keyword(self, trainer: Trainer) -> None:
+        """Raises FileNotFoundError: Lightning would train from scratch where last and hpc find nothing."""
+        command = self.config.get("subcommand")
+        word = self.config[command].get("ckpt_path") if command else None
+        if word not in ("last", "hpc"):
+            return
+        if word == "hpc":
+            folders, pattern, found = (
+                [trainer.default_root_dir],
+                "slurm_JOB.ckpt",
+                trainer._checkpoint_connector._hpc_resume_path,
+            )
+        else:
+            folders = [saver.dirpath for saver in trainer.checkpoint_callbacks if getattr(saver, "dirpath", None)]
+            pattern = "last*.ckpt"
+            found = any(list(Path(folder).glob(pattern)) for folder in folders)
+        if not found:
+            where = ", ".join(map(str, folders)) or "this run's own new folder"
+            raise FileNotFoundError(
+                f"ckpt_path={word}: no {pattern} in {where}; give the file, as runs/.../checkpoints/last.ckpt"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
@@ -153,6 +176,8 @@ class VMoECLI(LightningCLI):
         ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
         trainer.callbacks = [*finite, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
         trainer._signal_connector, trainer._checkpoint_connector = StopSignals(trainer), JobCheckpoints(trainer)
+        add_keepers(trainer.callbacks)
+        self._check_keyword(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # sharded ones are directories of their own
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         _share_folder(trainer.loggers)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_helpers import fails
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from vmoe_momentum import cli
@@ -91,6 +92,13 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     process.wait()
     saved = torch.load(path, weights_only=True)
     assert saved["step"] >= 0 and bool((saved["tensor"] == saved["step"]).all())
+
+
+@pytest.mark.parametrize("word", ["last", "hpc"])
+def test_words_for_checkpoints_that_find_none_are_refused(word: str, digits: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["fit", "--config", str(TESTS.parent / "configs/digits.yaml"), f"--data.root={digits}"]
+    assert f"ckpt_path={word}: no " in fails([*argv, f"--ckpt_path={word}"], capsys)
 
 
 def test_fit_uses_both(digits: Path) -> None:

@@ -42,7 +42,7 @@ class SavedNetwork(NamedTuple):
             return PixelModel(create_model(self.source)).eval()
         model = rebuild(self.source, self.facts)
         checkpoint = read_checkpoint(Path(self.source), trust_pickle=self.trust_pickle)
-        tensors = checkpoint[RAW if raw and self.averaged else "state_dict"]
+        tensors = checkpoint[RAW if RAW in checkpoint and (raw or not self.averaged) else "state_dict"]
         try:  # a compiled network of another program may have put its prefix in
             model.load_state_dict(
                 {name.removeprefix("model.").replace("_orig_mod.", ""): value for name, value in tensors.items()}
@@ -71,7 +71,7 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
     if not path.is_file():
         raise FileNotFoundError(f"{source}: no such file; give a .ckpt that fit wrote, or local-dir:PATH")
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
-    told = (checkpoint["epoch"] + 1, checkpoint["global_step"], RAW in checkpoint, trust_pickle)
+    told = (checkpoint["epoch"] + 1, checkpoint["global_step"], _is_averaged(checkpoint), trust_pickle)
     facts = {**checkpoint[KEY], "settings": completed_settings(checkpoint[KEY]["settings"])}
     return SavedNetwork(source, facts, *told)
 
@@ -111,6 +111,11 @@ def _is_whole(checkpoint: dict[str, Any]) -> bool:
         isinstance(place.get(name), kind) for place, wanted in ((facts, kinds), (checkpoint, parts))
         for name, kind in wanted.items()
     )  # fmt: skip
+
+
+def _is_averaged(checkpoint: dict[str, Any]) -> bool:
+    """False also where averaging had not begun yet."""
+    return RAW in checkpoint and int(checkpoint.get("averaging_state", {}).get("n_averaged", 1)) > 0
 
 
 def build_arguments(net: nn.Module) -> dict[str, Any] | None:

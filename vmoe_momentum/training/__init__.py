@@ -3,6 +3,7 @@
 from .accepted import MonitorCheck, check_callbacks
 from .callbacks import EpochSeconds, RouterStats, RunSummary
 from .finite import FiniteTraining, NotFinite
+from .keeping import add_keepers
 from .module import ImageClassifier
 from .optimization import OptimizerSettings, ScheduleSettings
 from .partial import PartialEpoch
@@ -29,5 +30,6 @@ __all__ = [
     "ScheduleSettings",
     "SeededSteps",
     "StopSignals",
+    "add_keepers",
     "check_callbacks",
 ]
