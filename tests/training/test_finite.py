@@ -46,6 +46,7 @@ class Fault(Callback):
         elif self.where == "weights":
             net.blocks[2].norm1.weight.data[3] = self.value
         elif self.where == "activation":
+            torch.compiler.reset()  # code compiled before does not look for hooks
             self.handle = net.blocks[4].attn.register_forward_hook(lambda m, i, out: self.spoil(out))
         elif self.where == "momentum":
             rule = net.blocks[3].rule
