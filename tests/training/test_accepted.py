@@ -51,7 +51,7 @@ def test_all_others_work(name, digits, tmp_path, monkeypatch, capsys) -> None:
     assert "bug" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["ModelCheckpoint", "EarlyStopping"])
+@pytest.mark.parametrize("kind", ["ModelCheckpoint", pytest.param("EarlyStopping", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("metric", "extra", "words"),
     [

@@ -128,9 +128,9 @@ def test_wherever_it_begins_the_run_ends_and_keeps_its_last_good_checkpoint(wher
     "settings",
     [
         {"accumulate_grad_batches": 2},
-        {"precision": "bf16-mixed"},
-        {"precision": "bf16-true"},
-        {"gradient_clip_val": 1.0},
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.long),
+        pytest.param({"precision": "bf16-true"}, marks=pytest.mark.long),
+        pytest.param({"gradient_clip_val": 1.0}, marks=pytest.mark.long),
         pytest.param({"compile": True}, marks=pytest.mark.long),
     ],
     ids=str,

@@ -93,7 +93,7 @@ MEMORY = {
 
 
 @pytest.mark.parametrize("kind", MEMORY)
-@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize("command", ["fit", pytest.param("validate", marks=pytest.mark.long)])
 def test_out_of_memory_names_what_to_lower(kind, command, digits, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
 

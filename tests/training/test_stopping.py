@@ -116,7 +116,7 @@ def whole(pictures, tmp_path_factory) -> tuple[dict, list]:
     ("place", "name"),
     [
         *[pytest.param(place, "SIGTERM", marks=[pytest.mark.long] * (place in LONG)) for place in PLACES],
-        ("second epoch", "SIGINT"),
+        pytest.param("second epoch", "SIGINT", marks=pytest.mark.long),
         pytest.param("second epoch", "SIGHUP", marks=pytest.mark.long),
     ],
 )
@@ -167,6 +167,7 @@ def in_slurm(monkeypatch, job: str) -> None:
         monkeypatch.setenv(name, "0")
 
 
+@pytest.mark.long
 def test_slurms_warning_amid_a_step_saves_what_its_own_job_resumes_exactly(
     pictures, whole, send, tmp_path, monkeypatch, caplog
 ) -> None:
