@@ -45,6 +45,7 @@ from .training import (
     OptimizerSettings,
     PartialEpoch,
     PredictionWriter,
+    ResumedSettings,
     RouterStats,
     RunSummary,
     SaveOnStop,
@@ -174,6 +175,7 @@ class VMoECLI(LightningCLI):
         finite = [c for c in trainer.callbacks if isinstance(c, FiniteTraining)] or [FiniteTraining()]
         others = [callback for callback in trainer.callbacks if callback not in finite]
         ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
+        ours.append(ResumedSettings())
         trainer.callbacks = [*finite, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
         trainer._signal_connector, trainer._checkpoint_connector = StopSignals(trainer), JobCheckpoints(trainer)
         add_keepers(trainer.callbacks)

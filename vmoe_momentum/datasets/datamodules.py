@@ -200,6 +200,7 @@ class FolderDataModule(ImageDataModule):
         )
         if upright is not None:
             self.upright = upright
+        self.randaugment = randaugment
         self.policy = None if randaugment is None else rand_augment(randaugment, image_size)
         self._files: dict[str, list] = {}
 

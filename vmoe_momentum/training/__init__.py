@@ -2,6 +2,7 @@
 
 from .accepted import MonitorCheck, check_callbacks
 from .callbacks import EpochSeconds, RouterStats, RunSummary
+from .continuing import ResumedSettings
 from .finite import FiniteTraining, NotFinite
 from .keeping import add_keepers
 from .module import ImageClassifier
@@ -23,6 +24,7 @@ __all__ = [
     "OptimizerSettings",
     "PartialEpoch",
     "PredictionWriter",
+    "ResumedSettings",
     "RobustnessCheck",
     "RouterStats",
     "RunSummary",

@@ -80,6 +80,10 @@ class ImageClassifier(pl.LightningModule):
         self.num_classes, self.image_size, self.class_names = num_classes, image_size, class_names
         self.loss, self.label_smoothing, self.aux_loss_weight = loss, label_smoothing, aux_loss_weight
         self.optimizer_settings, self.schedule_settings = optimizer, schedule
+        self.training_settings = {
+            "loss": loss, "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix,
+            "random_erasing": random_erasing, "aux_loss_weight": aux_loss_weight,
+        }  # fmt: skip
         self.override_model, self.random_erasing, self.test_time_flip = override_model, random_erasing, test_time_flip
         self.mixup: Mixup | None = None
         if mixup > 0 or cutmix > 0:
