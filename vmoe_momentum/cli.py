@@ -350,7 +350,10 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        full = explain(error, "lower --batch_size or --limit where the command has them, or free memory")
+        ours = isinstance(error, ValueError)  # in words already, whatever lies behind it
+        full = (
+            None if ours else explain(error, "lower --batch_size or --limit where the command has them, or free memory")
+        )
         line = full or one_line(error, {} if argv[0] in COMMANDS else _sections())
         expected = bool(full) or isinstance(error, EXPECTED)
         if not expected:  # ours to mend, not the user's

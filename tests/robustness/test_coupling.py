@@ -114,18 +114,36 @@ def test_halves_round_but_do_not_couple(dtype: torch.dtype) -> None:
     assert coupled(Typed(Mixes(HOWS["the mirror place"])), batch_size=12)
 
 
+PICKY = """
+import torch
+
+class Picky(torch.nn.Module):
+    image_size = 16
+
+    def forward(self, images):
+        if len(images) not in (1, 2, 4, 8):
+            raise ValueError("powers of two")
+        return images.flatten(1)[:, :10] * 9
+"""
+
+
 def test_sizes_that_a_model_does_not_take_are_said_first(digits, tmp_path, monkeypatch, capsys) -> None:
-    """Groups of four images: last batches, and attacks that ask about parts; what is left is coupled and warned of."""
+    """Last batches, and attacks that ask about parts, of a network of others; ours fill up their groups, are coupled
+    and warned of."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "picky.py").write_text(PICKY)
     write_checkpoint(tiny(router=ExpertChoiceRouter(group_size=4 * TOKENS)), tmp_path / "a.ckpt")
-    argv = ["robustness", "--model=a.ckpt", f"--data={digits}", "--corruptions=[none]", "--eps=[2/255]", "--out=o"]
-    line = fails([*argv, "--attacks=[]", "--limit=10", "--batch_size=8"], capsys)
-    assert "--model=Residual: takes no batch of 2 images, which will come" in line
-    line = fails([*argv, "--attacks=[square]", "--limit=8", "--batch_size=8"], capsys)
+    others = ["robustness", f"--data={digits}", "--corruptions=[none]", "--out=o"]
+    argv = [*others, "--model=a.ckpt"]
+    others += ["--model=picky:Picky"]
+    line = fails([*others, "--attacks=[]", "--limit=11", "--batch_size=8"], capsys)
+    assert "--model=Picky: takes no batch of 3 images, which will come" in line
+    line = fails([*others, "--attacks=[square]", "--eps=[2/255]", "--limit=8", "--batch_size=8"], capsys)
     assert "square, apgd, apgd-dlr and autoattack ask about parts" in line
     assert not (tmp_path / "o").exists()
     for size in (4, 8):
-        cli.run([*argv, "--attacks=[fgsm]", "--limit=8", f"--batch_size={size}"])
+        cli.run([*argv, "--attacks=[fgsm]", "--eps=[2/255]", "--limit=8", f"--batch_size={size}"])
         assert "depend on what else is in the batch" in (tmp_path / "o" / "report.md").read_text()
     cells = list((tmp_path / "o" / "cells").glob("*.npz"))
     assert len(cells) == 2 * 3 and rows(tmp_path / "o" / "rows.csv")  # none is shared by the two sizes

@@ -13,8 +13,6 @@ import signal
 from functools import cache
 from pathlib import Path
 
-from numba import cfunc, types
-
 
 class CutShort(ValueError):
     """A file that is smaller than when it was opened."""
@@ -46,6 +44,8 @@ def _message(path: Path, found: str) -> str:
 @cache  # which also keeps handler and message for as long as the process may be signalled
 def speak_before_sigbus(folder: Path) -> object:
     """From now on this process ends with a line that names `folder`, and 1, where a mapped file is gone under it."""
+    from numba import cfunc, types  # as heavy as ffcv, which brings it
+
     text = os.fsencode(f"vmoe-momentum: {_message(folder, 'SIGBUS')}\n")
     buffer, libc = ctypes.create_string_buffer(text), ctypes.CDLL(None)
     write, leave, address, size = libc.write, libc._exit, ctypes.addressof(buffer), len(text)

@@ -1,7 +1,7 @@
 """Fixed position embeddings, and the type in which tokens enter the blocks."""
 
 import torch
-from timm.models import register_notrace_function, register_notrace_module
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ..moe.routing import autocast_dtype
@@ -33,10 +33,12 @@ def sincos2d(rows: int, columns: int, width: int, device: torch.device, dtype: t
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).to(dtype)
 
 
-@register_notrace_function
-def stream_of_autocast(x: Tensor) -> Tensor:
+@register_notrace_module
+class AutocastStream(nn.Module):
     """Tokens [B, N, D] in float32 under autocast, as learned positions and class tokens make them.
 
     Without either, patches would enter the blocks as halves, and so would the residual stream and the carry be.
     """
-    return x if autocast_dtype(x.device) is None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if autocast_dtype(x.device) is None else x.to(torch.promote_types(x.dtype, torch.float32))

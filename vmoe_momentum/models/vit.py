@@ -23,7 +23,7 @@ from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .groups import fill_group
 from .initialization import init_head, init_vmoe
 from .placement import moe_indices, momentum_steps
-from .positions import SinCos2d, stream_of_autocast
+from .positions import AutocastStream, SinCos2d
 from .settings import from_spec, to_spec
 
 BLOCKS, WIDTH = Range(0, 10_000, whole=True), Range(0, 2**16, whole=True)
@@ -80,7 +80,7 @@ class MomentumVisionTransformer(VisionTransformer):
         table = "learn" if pos_embed == "learn" else "none"
         super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
         self.positions: str = pos_embed
-        self.sincos = SinCos2d()
+        self.sincos, self.stream = SinCos2d(), AutocastStream()
         self._keep_settings(rule, router, share_expert_init)
         if self.attn_pool is not None and timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm"):
             pool = self.attn_pool  # timm's would go without
@@ -119,10 +119,9 @@ class MomentumVisionTransformer(VisionTransformer):
     ) -> tuple[Tensor, Carry, list[Tensor]]:
         """images: [B, 3, H, W] -> tokens before the final norm [B, N, D], the carry, tokens after the blocks `take`."""
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-        if not self.training and (together := self.images_together(x.shape[1])) > 1:
-            x = fill_group(x, together)
-        if self.moe_layers:
-            x = stream_of_autocast(x)
+        together = 1 if self.training else self.images_together(x.shape[1])
+        x = fill_group(x, together) if together > 1 else x
+        x = self.stream(x) if self.moe_layers else x
         carry, taken = Carry(self.rule.init(x), x.new_zeros(())), []
         for index, block in enumerate(self.blocks[:num_blocks]):
             # timm may be set to the reentrant kind, which does not see the tensors in the carry: wrong gradients
@@ -131,9 +130,9 @@ class MomentumVisionTransformer(VisionTransformer):
             x, carry = run(x, carry, **attention)
             if index in take:
                 taken.append(x)
-        if x.shape[0] == images.shape[0]:
-            return x, carry, taken
-        return x[: images.shape[0]], carry, [y[: images.shape[0]] for y in taken]
+        if together > 1:
+            x, taken = x[: images.shape[0]], [y[: images.shape[0]] for y in taken]
+        return x, carry, taken
 
     def images_together(self, num_tokens: int) -> int:
         """In this mode, the fewest images of `num_tokens` tokens each that make whole routing groups."""

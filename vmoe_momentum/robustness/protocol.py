@@ -12,7 +12,7 @@ def count_pictures(cell: Cell) -> int:
 
 def cost(cell: Cell) -> int:
     """Forward passes a picture, about: the answer, and what the attack needs."""
-    return 1 if cell.attack is None else 1 + passes(cell.attack, cell.budget)
+    return 1 if cell.attack is None else 1 + passes(cell.attack, cell.budget, cell.router_aware)
 
 
 def passes(name: str, budget: Budget, router: bool = False) -> int:
