@@ -80,7 +80,7 @@ class MomentumVisionTransformer(VisionTransformer):
         table = "learn" if pos_embed == "learn" else "none"
         super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
         self.positions: str = pos_embed
-        self.sincos, self.stream = SinCos2d(), AutocastStream()
+        self.sincos = SinCos2d()
         self._keep_settings(rule, router, share_expert_init)
         if self.attn_pool is not None and timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm"):
             pool = self.attn_pool  # timm's would go without
@@ -95,6 +95,7 @@ class MomentumVisionTransformer(VisionTransformer):
     def _keep_settings(self, rule: MomentumRule, router: Router, share_expert_init: bool = True) -> None:
         self.rule, self.router_spec, self.share_expert_init = rule, to_spec(router), share_expert_init
         self.pre_logits: nn.Module = nn.Identity()
+        self.stream = AutocastStream()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
