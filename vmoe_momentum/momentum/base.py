@@ -54,7 +54,7 @@ class MomentumRule(ABC):
         In halves a rule goes wrong without a word: an eps of 1e-8 is 0 in float16, squares of small updates vanish.
         """
         kind, wide = x.dtype, at_least_float32(x.dtype)
-        if kind == wide:
+        if not isinstance(kind, torch.dtype) or kind == wide:  # while timm's fx tools trace, types are not known
             return self.step(x, u, buffers, t, coefficients)
         buffers = tuple(buffer.to(wide) for buffer in buffers)
         moved, buffers = self.step(x.to(wide), lambda y: u(y.to(kind)).to(wide), buffers, t, coefficients)
