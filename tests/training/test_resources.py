@@ -37,7 +37,7 @@ def growing_disk() -> Iterator[Callable[[int], None]]:
 
 
 WRITERS = {  # the file, the class whose writing meets the full disk first, bytes until then
-    "checkpoint": ("best.ckpt", 300_000, []),
+    "checkpoint": ("last.ckpt", 300_000, []),
     "metrics": ("metrics.csv", 0, ["lightning.fabric.loggers.csv_logs", "_ExperimentWriter", "log_metrics"]),
     "config": ("config.yaml", 0, ["lightning.pytorch.cli", "SaveConfigCallback", "setup"]),
 }
