@@ -45,13 +45,7 @@ OTHER = {
     "seed_everything": (7, False),
 }  # fmt: skip
 TOLD = {"trainer.max_epochs": "steps of the whole run", "seed_everything": "seed_everything"}
-DEFAULT = [
-    "model.optimizer.lr",
-    "model.schedule.decay",
-    "trainer.max_epochs",
-    "model.label_smoothing",
-    "data.batch_size",
-]
+DEFAULT = ["model.optimizer.lr", "trainer.max_epochs"]
 
 
 def fit(root: Path, *more: str) -> cli.VMoECLI:

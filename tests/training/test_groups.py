@@ -59,14 +59,8 @@ def test_the_cost_of_an_image_is_that_of_one(name: str) -> None:
     assert grouped == pytest.approx(measure_cost(PixelModel(alone), 16).gflops, rel=0.35)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ExpertChoiceRouter",
-        pytest.param("SoftRouter", marks=pytest.mark.long),
-        pytest.param("TopKRouter", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ExpertChoiceRouter", "SoftRouter", "TopKRouter"])
 def test_they_go_through_every_command(name: str, digits: Path, tmp_path, monkeypatch, capsys) -> None:
     """Evaluation batches of 33 images, the last of 30."""
     monkeypatch.chdir(tmp_path)
