@@ -83,15 +83,7 @@ def _differences(prefix: str, saved: Any, ours: Any) -> Any:
         yield f"{prefix}: checkpoint {describe(saved)}, config {describe(ours)}"
     elif isinstance(saved, dict) and isinstance(ours, dict):
         for key in {**saved, **ours}:
-            if key in (
-                "class_ids",
-                "class_names",
-                "class_path",
-                "crop_pct",
-                "eval_image_size",
-                "model_args",
-                "upright",
-            ):
+            if key in _MAY_DIFFER:
                 continue
             name = prefix if key in ("settings", "init_args") else f"{prefix}.{key}".lstrip(".")
             yield from _differences(name, saved.get(key), ours.get(key))
