@@ -90,7 +90,10 @@ def structural(config: dict, count: int, seed: int) -> Iterator[Mutation]:
             yield Mutation(kind, "config", value, text)
             continue
         fitting = [path for path in places if _fits(kind, config, path)]
-        path = rng.choice(fitting or places)
+        if not fitting:  # an overlay without a list, say
+            kind = "drop"
+            fitting = [path for path in places if _fits(kind, config, path)]
+        path = rng.choice(fitting)
         key, value, changed = ON_A_PLACE[kind](config, path, at(config, path), rng)
         yield Mutation(kind, dotted(key), value, yaml.safe_dump(changed, sort_keys=False).encode())
 

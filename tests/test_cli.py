@@ -95,6 +95,15 @@ def test_mistakes_are_one_line(extra: list[str], message: str, digits: Path, her
         ("optimiser: 3", "optimiser: no such setting"),
         ("model: {schedule: 3}", "model.schedule=3: use {decay: ..., warmup_steps: ..., min_lr: ...}"),
         ("model: {optimizer: {name: null}}", "model.optimizer.name=null: expected str; leave it out for the default"),
+        (
+            "model: {net: {init_args: {rule: {class_path: HeavyBall, init_args: {learn: null}}}}}",
+            "model.net.init_args.rule.init_args.learn=null: expected bool",
+        ),
+        ("data: {init_args: {root: null}}", "data.init_args.root=null: expected str"),
+        (
+            "trainer: {callbacks: [ModelCheckpoint, ModelCheckpoint]}",
+            "trainer.callbacks[0] and trainer.callbacks[1]: two of ModelCheckpoint",
+        ),
         ("trainer: {callbacks: [3]}", "trainer.callbacks[0]=3: use the name of a Callback, or {class_path: NAME"),
         ("trainer: 3", "trainer=3: use {NAME: VALUE, ...} of its settings"),
         ("trainer: {max_epochs: 1}\ntrainer: {max_epochs: 2}", "not valid YAML: the key trainer is there twice"),

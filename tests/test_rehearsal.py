@@ -7,7 +7,7 @@ from test_cli import arguments
 
 from vmoe_momentum import cli
 
-BASE = ["--data.batch_size=128", "--trainer.limit_val_batches=0", "--trainer.max_epochs=2"]  # 11 batches an epoch
+BASE = ["--data.batch_size=128", "--trainer.limit_val_batches=1", "--trainer.max_epochs=2"]  # 11 batches an epoch
 UNEVEN = ["--trainer.limit_train_batches=4", "--trainer.accumulate_grad_batches=3"]
 MORE = [
     ["--trainer.limit_train_batches=0.5", "--trainer.max_steps=7"],

@@ -53,6 +53,7 @@ from .training import (
     SeededSteps,
     StopSignals,
     add_keepers,
+    check_apart,
     check_callbacks,
 )
 
@@ -166,6 +167,7 @@ class VMoECLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        check_apart(self._get(self.config_init, "trainer.callbacks"))
         trainer = super().instantiate_trainer(**kwargs)
         folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
         for name, folder in (*folders, ("default_root_dir", trainer.default_root_dir)):
@@ -254,6 +256,7 @@ def rehearse(built: VMoECLI) -> None:
     module.check_batch_size(data.batch_size)
     module.check_sizes(data.sizes())
     module.configure_optimizers()
+    MonitorCheck().on_fit_start(trainer, module)
     with torch.no_grad():
         size = module.image_size
         module.model.train().forward_with_aux(torch.zeros(data.batch_size, 3, size, size))

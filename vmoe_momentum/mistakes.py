@@ -39,13 +39,12 @@ def find_unnoticed(
     configs: list[dict[str, Any]], single: dict[str, Any], classes: dict[str, Callable[..., Any]]
 ) -> str | None:
     """What the parser takes without a word: null for anything, a scalar for settings. Arguments: as find_mistake."""
-    for config in configs:
-        for section, value in config.items():
-            found = _nulls(value, classes[section], section) if section in classes else iter(())
-            if section in single:
-                found = _nulls_below(value, single[section], section)
-            if message := next(found, None):
-                return message
+    for section, value in functools.reduce(merge, configs, {}).items():
+        found = _nulls(value, classes[section], section) if section in classes else iter(())
+        if section in single:
+            found = _nulls_below(value, single[section], section)
+        if message := next(found, None):
+            return message
     return None
 
 
@@ -112,6 +111,9 @@ def _mapping(values: dict, hints: dict[str, Any], where: str) -> Iterator[str]:
 
 
 def _value(value: Any, hint: Any, where: str) -> Iterator[str]:
+    if value is None and hint is not Any and type(None) not in _members(hint):
+        yield f"{where}=null: expected {_said(hint)}"
+        return
     bases = [cls for cls in _members(hint) if _is_base(cls)]
     many = [cls for member in _members(hint) for cls in _members(_element(member)) if _is_base(cls)]
     if many and isinstance(value, list):

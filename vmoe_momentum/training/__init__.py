@@ -1,6 +1,6 @@
 """Lightning: the module, optimisation, callbacks, and what a checkpoint says of its network."""
 
-from .accepted import MonitorCheck, check_callbacks
+from .accepted import MonitorCheck, check_apart, check_callbacks
 from .callbacks import EpochSeconds, RouterStats, RunSummary
 from .continuing import ResumedSettings
 from .finite import FiniteTraining, NotFinite
@@ -33,5 +33,6 @@ __all__ = [
     "SeededSteps",
     "StopSignals",
     "add_keepers",
+    "check_apart",
     "check_callbacks",
 ]

@@ -5,7 +5,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from ..configs import short
 from ..models.settings import did_you_mean
 
 _SCHEDULE = "it puts a schedule of its own in the place of model.schedule"
@@ -33,6 +35,21 @@ def check_callbacks(callbacks: list[Callback]) -> None:
                 raise ValueError(f"trainer.callbacks={type(callback).__name__}: cannot be used, as {why}")
 
 
+def check_apart(callbacks: list[Callback] | Callback | None) -> None:
+    """Raises ValueError: two of them would keep their state in checkpoints under one key."""
+    seen: dict[str, int] = {}
+    for number, callback in enumerate(callbacks if isinstance(callbacks, list) else []):
+        if not is_overridden("state_dict", callback, parent=Callback):
+            continue
+        key, name = callback.state_key, type(callback).__name__
+        if key in seen:
+            raise ValueError(
+                f"trainer.callbacks[{seen[key]}] and trainer.callbacks[{number}]: two of {name} with the same settings "
+                "keep their state under one name; leave one out, or make their init_args (monitor, mode, ...) differ"
+            )
+        seen[key] = number
+
+
 class MonitorCheck(Callback):
     """Raises ValueError where a callback watches a metric that the run does not log: before training where that is
     known, else after the first epoch or at the end, in place of a run that saved nothing and ends as if all were well.
@@ -42,17 +59,17 @@ class MonitorCheck(Callback):
         strangers = [c for c in trainer.callbacks if not type(c).__module__.startswith(("lightning.", _package()))]
         for what, metric in _watched(trainer):
             if metric.startswith("val/") and (never := _never_validates(trainer)):
-                raise ValueError(f"{what}={metric}: {never}, so it is never logged; watch train/loss_epoch")
+                raise ValueError(f"{what}={short(metric)}: {never}, so it is never logged; watch train/loss_epoch")
             known = [*_logged(pl_module), *trainer.callback_metrics]
             block = metric.startswith("val/block")
             if not strangers and not block and metric not in known and not metric.startswith("lr-"):
-                raise ValueError(f"{what}={metric}: no such metric is logged{did_you_mean(metric, known)}")
+                raise ValueError(f"{what}={short(metric)}: no such metric is logged{did_you_mean(metric, known)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         for what, metric in _watched(trainer):
             if metric not in trainer.callback_metrics:
                 names = list(trainer.callback_metrics)
-                raise ValueError(f"{what}={metric}: never logged in this run{did_you_mean(metric, names)}")
+                raise ValueError(f"{what}={short(metric)}: never logged in this run{did_you_mean(metric, names)}")
 
 
 def _package() -> str:
