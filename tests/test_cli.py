@@ -101,6 +101,14 @@ def test_mistakes_are_one_line(extra: list[str], message: str, digits: Path, her
         ),
         ("data: {init_args: {root: null}}", "data.init_args.root=null: expected str"),
         (
+            "model: {net: {init_args: {rule: {class_path: Robust, init_args: {L: 3, m: 0.25, r: 0.6}}}}}",
+            "Robust.r=0.6: use a number in [1 - 1/sqrt(k), 1 - 1/k] = [0.711325, 0.916667], where k = L/m = 3.0/0.25",
+        ),
+        (
+            "model: {net: {init_args: {rule: {class_path: Robust, init_args: {L: 3, m: 0.25, r: null}}}}}",
+            "Robust: L=3.0, m=0.25, r=null; give L, m and r, or gamma, mu and alpha",
+        ),
+        (
             "trainer: {callbacks: [ModelCheckpoint, ModelCheckpoint]}",
             "trainer.callbacks[0] and trainer.callbacks[1]: two of ModelCheckpoint",
         ),

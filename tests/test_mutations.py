@@ -17,10 +17,12 @@ from vmoe_momentum import cli
 FREE = r"(name|filename|save_dir|version)$"
 HARMLESS = {  # kind and key of structural mutations that may be accepted, and why
     ("drop", r"^(?!.*class_path)"): "every setting that may be left out has a default, and the others are refused",
+    ("drop", r"rule\.class_path$"): "in an overlay: the rule below stays, with the settings that are left",
     ("word|list for scalar", FREE): "any text is a name",
     ("empty", FREE): "no name: Lightning's own",
     ("null", r"(name|filename|save_dir|monitor|version|pretrained|image_size|num_experts|moe_layers|router|rule)$"):
         "null is the default of these",
+    ("null", r"adam_layers$"): "null is all of them",
     ("null", r"(crop|betas|randaugment|max_steps|max_epochs|gradient_clip_val|devices|log_every_n_steps|logger)$"):
         "Lightning's and the data modules' null: their default",
     ("null", r"(every_n_train_steps|every_n_epochs|callbacks\+?|init_args|progressive)$"): "as above",

@@ -64,3 +64,15 @@ def test_warm_up_is_refused_by_the_steps_there_are(digits: Path, tmp_path: Path,
     cli.rehearse(cli.run_lightning([*words, "--model.schedule.warmup_steps=3"], start=False))
     with pytest.raises(ValueError, match="warmup_steps=4: this run has 4 steps in all"):
         cli.rehearse(cli.run_lightning([*words, "--model.schedule.warmup_steps=4"], start=False))
+
+
+def test_a_length_that_is_not_said(digits: Path, tmp_path: Path, monkeypatch) -> None:
+    """Lightning's 1000 epochs, or the steps alone; a time alone gives the schedule no end."""
+    monkeypatch.chdir(tmp_path)
+    words = [*arguments(digits), *BASE, "--trainer.limit_train_batches=4", "--trainer.max_epochs=null"]
+    for extra, steps in (([], 4000), (["--trainer.max_steps=5"], 5)):
+        built = cli.run_lightning([*words, *extra], start=False)
+        cli.rehearse(built)
+        assert built.trainer.estimated_stepping_batches == steps
+    with pytest.raises(ValueError, match="the schedule decays to the last step"):
+        cli.rehearse(cli.run_lightning([*words, "--trainer.max_time=00:00:01:00"], start=False))

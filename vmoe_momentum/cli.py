@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loops.utilities import _parse_loop_limits
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -249,6 +250,9 @@ def rehearse(built: VMoECLI) -> None:
     Model and data meet the trainer as in `fit`, so that steps are counted by Lightning, once for both.
     """
     trainer, module, data = built.trainer, built.model, built.datamodule
+    fit = trainer.fit_loop
+    limits = (trainer.min_steps, trainer.max_steps, trainer.min_epochs, trainer.max_epochs)
+    fit.min_epochs, fit.max_epochs = _parse_loop_limits(*limits, trainer)
     trainer.strategy.connect(module)
     trainer._data_connector.attach_data(module, datamodule=data)
     data.setup("fit")

@@ -32,7 +32,9 @@ def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
         return f"{error.filename}: {error.strerror.lower()}; choose another place, or mend this one"
     if "Original Traceback (most recent call last)" in message:  # out of a worker process, with its stack
         message = re.split(r"\b\w+(?:Error|Exception|Picture): ", message)[-1]
-    for translate in (_incomplete, _wrapped, _option, _class, _nested, _key):
+    if translated := _incomplete(message, sections) or _wrapped(str(error)):
+        return translated
+    for translate in (_option, _class, _nested, _key):
         if translated := translate(message, sections):
             return translated
     if "Subtypes:" in message or "Got value:" in message:
@@ -60,12 +62,10 @@ def _incomplete(message: str, sections: dict[str, Iterable[str]]) -> str | None:
     return None
 
 
-def _wrapped(message: str, _: Any) -> str | None:
-    """An error of a constructor, reported among the types that did not match."""
-    if "Errors:" not in message:
-        return None
-    for part in message.partition("Errors:")[2].partition("Given value type:")[0].split(" - "):
-        part = part.strip(" -")
+def _wrapped(message: str) -> str | None:
+    """An error of a constructor, reported among the types that did not match: a list, an item a line."""
+    for part in re.split(r"\n\s*- ", message.partition("Errors:")[2].partition("Given value type:")[0]):
+        part = " ".join(part.split())
         if part and not part.startswith(("Expected a", "Problem with given class_path", "Does not validate")):
             return part
     return None

@@ -49,8 +49,8 @@ class Robust(MomentumRule):
             curvature = {"L": 1.0, "m": 0.25, "r": 0.6}
         given = [names for names in (curvature, direct) if any(value is not None for value in names.values())]
         if len(given) != 1 or any(value is None for value in given[0].values()):
-            told = {name: value for name, value in {**curvature, **direct}.items() if value is not None}
-            raise ValueError(f"Robust: {told} given; give L, m and r, or gamma, mu and alpha")
+            given = [f"{name}={'null' if value is None else value}" for names in given for name, value in names.items()]
+            raise ValueError(f"Robust: {', '.join(given)}; give L, m and r, or gamma, mu and alpha")
         self.L, self.m, self.r = curvature["L"], curvature["m"], curvature["r"]
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
         if given[0] is curvature:
@@ -63,7 +63,8 @@ class Robust(MomentumRule):
         low, high = 1.0 - math.sqrt(m / L), 1.0 - m / L
         if not low - SLACK <= r <= high + SLACK:
             raise ValueError(
-                f"Robust.r={r} is outside [1 - 1/sqrt(k), 1 - 1/k] = [{low:.6g}, {high:.6g}] for k = L/m = {L / m:.6g}"
+                f"Robust.r={r}: use a number in [1 - 1/sqrt(k), 1 - 1/k] = [{low:.6g}, {high:.6g}], where k = L/m = "
+                f"{L}/{m}"
             )
 
     def coefficients(self) -> dict[str, float]:
