@@ -12,7 +12,7 @@ import pytest
 import yaml
 from mutations import CONFIGS, FOLDER, Mutation
 
-from vmoe_momentum import cli
+from vmoe_momentum import cli, lightning_cli
 
 FREE = r"(name|filename|save_dir|version)$"
 HARMLESS = {  # kind and key of structural mutations that may be accepted, and why
@@ -91,8 +91,10 @@ def nonsense(mutation: Mutation) -> bool:
 def sweep(path: Path, counts: dict[str, int], data: Path, folder: Path, capsys, monkeypatch, steps: int) -> None:
     """Of the accepted ones the first `steps` are trained for one step."""
     monkeypatch.chdir(folder)
-    fit = cli.VMoECLI._run_subcommand
-    monkeypatch.setattr(cli.VMoECLI, "_run_subcommand", lambda built, subcommand: cli.rehearse(built))
+    fit = lightning_cli.VMoECLI._run_subcommand
+    monkeypatch.setattr(
+        lightning_cli.VMoECLI, "_run_subcommand", lambda built, subcommand: lightning_cli.rehearse(built)
+    )
     config, file, wrong = mutations.small(path, data), folder / "mutated.yaml", []
     file.write_text(yaml.safe_dump(config))
     assert not outcome(words(path, config, file, data), capsys)
@@ -109,7 +111,7 @@ def sweep(path: Path, counts: dict[str, int], data: Path, folder: Path, capsys, 
             if not line and steps > 0:
                 steps -= 1
                 with monkeypatch.context() as real:
-                    real.setattr(cli.VMoECLI, "_run_subcommand", fit)
+                    real.setattr(lightning_cli.VMoECLI, "_run_subcommand", fit)
                     short = ["--trainer.fast_dev_run=true", "--model.schedule.warmup_steps=0"]
                     assert not outcome([*argv, *short], capsys), "accepted, but its first step fails"
         except AssertionError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_cli import arguments
 
-from vmoe_momentum import cli
+from vmoe_momentum import lightning_cli
 
 BASE = ["--data.batch_size=128", "--trainer.limit_val_batches=1", "--trainer.max_epochs=2"]  # 11 batches an epoch
 UNEVEN = ["--trainer.limit_train_batches=4", "--trainer.accumulate_grad_batches=3"]
@@ -20,7 +20,7 @@ MORE = [
 ]
 
 
-def steps_of(built: cli.VMoECLI) -> int:
+def steps_of(built: lightning_cli.VMoECLI) -> int:
     """As its schedule ends: the first step after which the rate no longer changes."""
     scheduler = built.model.configure_optimizers()["lr_scheduler"]["scheduler"]
     rate = lambda step: scheduler._get_values(step, on_epoch=False)[0]  # noqa: E731
@@ -29,10 +29,12 @@ def steps_of(built: cli.VMoECLI) -> int:
 
 def check(extra: list[str], digits: Path) -> None:
     words = [*arguments(digits), *BASE, "--model.schedule.warmup_steps=0", "--trainer.logger=false", *extra]
-    built = cli.run_lightning(words, start=False)
-    cli.rehearse(built)
+    built = lightning_cli.run_lightning(words, start=False)
+    lightning_cli.rehearse(built)
     rehearsed, counted = int(built.trainer.estimated_stepping_batches), steps_of(built)
-    taken = cli.run_lightning(["fit", *words, "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"])
+    taken = lightning_cli.run_lightning(
+        ["fit", *words, "--trainer.enable_checkpointing=false", "--trainer.callbacks=null"]
+    )
     assert rehearsed == counted == taken.trainer.global_step
 
 
@@ -52,8 +54,8 @@ def test_several_devices_share_the_batches(digits: Path, tmp_path: Path, monkeyp
     """1437 images, 128 on each of 2 devices: 5 steps an epoch, and each adds the same step."""
     monkeypatch.chdir(tmp_path)
     words = [*arguments(digits), *BASE, "--trainer.limit_train_batches=1.0", "--trainer.devices=2"]
-    built = cli.run_lightning([*words, "--trainer.strategy=ddp"], start=False)
-    cli.rehearse(built)
+    built = lightning_cli.run_lightning([*words, "--trainer.strategy=ddp"], start=False)
+    lightning_cli.rehearse(built)
     assert built.trainer.estimated_stepping_batches == 10
 
 
@@ -61,9 +63,9 @@ def test_warm_up_is_refused_by_the_steps_there_are(digits: Path, tmp_path: Path,
     """4 batches by 3 at a time are 2 steps an epoch, not 1."""
     monkeypatch.chdir(tmp_path)
     words = [*arguments(digits), *BASE, *UNEVEN]
-    cli.rehearse(cli.run_lightning([*words, "--model.schedule.warmup_steps=3"], start=False))
+    lightning_cli.rehearse(lightning_cli.run_lightning([*words, "--model.schedule.warmup_steps=3"], start=False))
     with pytest.raises(ValueError, match="warmup_steps=4: this run has 4 steps in all"):
-        cli.rehearse(cli.run_lightning([*words, "--model.schedule.warmup_steps=4"], start=False))
+        lightning_cli.rehearse(lightning_cli.run_lightning([*words, "--model.schedule.warmup_steps=4"], start=False))
 
 
 def test_a_length_that_is_not_said(digits: Path, tmp_path: Path, monkeypatch) -> None:
@@ -71,8 +73,8 @@ def test_a_length_that_is_not_said(digits: Path, tmp_path: Path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     words = [*arguments(digits), *BASE, "--trainer.limit_train_batches=4", "--trainer.max_epochs=null"]
     for extra, steps in (([], 4000), (["--trainer.max_steps=5"], 5)):
-        built = cli.run_lightning([*words, *extra], start=False)
-        cli.rehearse(built)
+        built = lightning_cli.run_lightning([*words, *extra], start=False)
+        lightning_cli.rehearse(built)
         assert built.trainer.estimated_stepping_batches == steps
     with pytest.raises(ValueError, match="the schedule decays to the last step"):
-        cli.rehearse(cli.run_lightning([*words, "--trainer.max_time=00:00:01:00"], start=False))
+        lightning_cli.rehearse(lightning_cli.run_lightning([*words, "--trainer.max_time=00:00:01:00"], start=False))

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from plain_trainer import parse
 from test_cli import arguments
 
-from vmoe_momentum import cli
+from vmoe_momentum import lightning_cli
 from vmoe_momentum.parsers import new_parser, whole_first
 
 VALUES = ["0", "1", "2", "1.0", "0.5", "1e3", "-1", "true", "null", "auto", "word", "'1'", "[0, 1]", "{hours: 1}"]
@@ -28,7 +28,7 @@ def same_as_lightning(wanted: list[list[str]], folder: Path) -> None:
     script = str(Path(__file__).parent / "plain_trainer.py")
     words = [sys.executable, script, str(folder)]
     plain = subprocess.run(words, input=json.dumps(wanted), capture_output=True, text=True, check=True)
-    theirs, ours = json.loads(plain.stdout), parse(cli.FitParser, wanted, folder)
+    theirs, ours = json.loads(plain.stdout), parse(lightning_cli.FitParser, wanted, folder)
     different = [(*what, a, b) for what, a, b in zip(wanted, theirs, ours, strict=True) if a != b]
     assert not different
     assert sum(answer != ["refused", "refused"] for answer in theirs) > len(wanted) / 5
@@ -37,7 +37,7 @@ def same_as_lightning(wanted: list[list[str]], folder: Path) -> None:
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
     """The part of the comparison below that went wrong, without the other process."""
     assert {"limit_train_batches", "overfit_batches", "val_check_interval", "gradient_clip_val"} <= set(NUMBERS)
-    found = parse(cli.FitParser, [[option, text] for option in NUMBERS for text in ("1", "0.5")], tmp_path)
+    found = parse(lightning_cli.FitParser, [[option, text] for option in NUMBERS for text in ("1", "0.5")], tmp_path)
     assert found == [["int 1"] * 2, ["float 0.5"] * 2] * len(NUMBERS)
 
 
@@ -51,7 +51,7 @@ def test_one_batch_is_one_batch(way: str, digits: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.yaml").write_text("trainer: {limit_train_batches: 1}")
     words = ["--trainer.limit_train_batches=1"] if way == "flag" else ["--config=one.yaml"]
-    trainer = cli.run_lightning([*arguments(digits), *words], start=False).trainer
+    trainer = lightning_cli.run_lightning([*arguments(digits), *words], start=False).trainer
     assert type(trainer.limit_train_batches) is int
     assert trainer.limit_train_batches == 1
 

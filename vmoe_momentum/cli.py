@@ -5,58 +5,22 @@ The first four are Lightning's (configs, merging, `--print_config`); the others 
 first word.
 """
 
-import inspect
 import logging
 import math
 import signal
 import sys
 import warnings
-from enum import Enum
-from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from jsonargparse import ArgumentError
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loops.utilities import _parse_loop_limits
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
-from .configs import as_configs
+from . import datasets
 from .errors import one_line
-from .mistakes import find_mistake, find_unnoticed
-from .models.saved import read_checkpoint
-from .parsers import WholeFirst
-from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, Range, check_all
-from .resources import Exhausted, explain
-from .staging import check_writable
+from .lightning_cli import rehearse, run_lightning, sections
+from .resources import explain
 from .stopping import Stopped, stoppable
-from .training import (
-    AtomicCheckpointIO,
-    EpochSeconds,
-    FiniteTraining,
-    ImageClassifier,
-    JobCheckpoints,
-    MonitorCheck,
-    NotFinite,
-    OptimizerSettings,
-    PartialEpoch,
-    PredictionWriter,
-    ResumedSettings,
-    RouterStats,
-    RunSummary,
-    SaveOnStop,
-    ScheduleSettings,
-    SeededSteps,
-    StopSignals,
-    add_keepers,
-    check_apart,
-    check_callbacks,
-)
+from .training import NotFinite
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
 
@@ -83,187 +47,7 @@ configuration; any setting can follow on the command line, e.g. --model.net.init
 
 # What a user's mistake or machine can cause; anything else is a bug.
 EXPECTED = (ArgumentError, MisconfigurationException, NotFinite, OSError, RuntimeError, ValueError)
-TRAINER = {  # numbers of Lightning's that it does not check, or in other words
-    "gradient_clip_val": NOT_NEGATIVE.or_(None), "accumulate_grad_batches": COUNT, "num_nodes": COUNT,
-    **dict.fromkeys(("max_epochs", "max_steps", "num_sanity_val_steps"), Range(-1, 10**9, whole=True).or_(None)),
-    **dict.fromkeys(("min_epochs", "min_steps", "log_every_n_steps"), COUNT_OR_NONE.or_(None)),
-    **{f"limit_{stage}_batches": Range(0, 10**9).or_(None) for stage in ("train", "val", "test", "predict")},
-    "overfit_batches": Range(0, 10**9), "check_val_every_n_epoch": COUNT.or_(None),
-    "reload_dataloaders_every_n_epochs": COUNT_OR_NONE,
-}  # fmt: skip
-SINGLE = {  # types of the keys at the top of a config that are no sections
-    "seed_everything": bool | int, "data": datasets.ImageDataModule, "ckpt_path": str | None,
-    "weights_only": bool | None, "print_config": Any, "verbose": bool, "return_predictions": bool | None,
-}  # fmt: skip
-CLASSES = {"model": ImageClassifier, "trainer": Trainer}
 AGAIN = {"analyze": "what is done is kept by ablate; ", "robustness": "what is done is kept; "}  # when stopped
-CKPT_KEYWORDS = ("best", "last", "hpc")
-
-
-class FitParser(WholeFirst, LightningArgumentParser):
-    """Of fit, validate, test and predict."""
-
-
-class VMoECLI(LightningCLI):
-    """LightningCLI with the data's class count, class names and image size linked to the model."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in ("num_classes", "image_size", "class_names"):
-            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.argv = list(args or ())
-        configs = as_configs(self.argv)
-        try:
-            super().parse_arguments(parser, args)
-        except Exception as error:  # whatever the parser raises for what it did not foresee
-            if mistake := find_mistake(configs, SINGLE, CLASSES):
-                raise ValueError(mistake) from error
-            raise
-        if mistake := find_unnoticed(configs, SINGLE, CLASSES):
-            raise ValueError(mistake)
-        config = self.config.get(self.config.get("subcommand")) or self.config
-        check_all("", config, {"seed_everything": SEED.or_(True, False)})
-        check_all("trainer.", config.trainer, TRAINER)
-
-    def _parse_ckpt_path(self) -> None:
-        """A first look at the checkpoint, before anything is built.
-
-        In place of Lightning's, which would let hyperparameters of the checkpoint override the config (issue 21455).
-        """
-        command = self.config.get("subcommand")
-        if command is None:  # only instantiated
-            return
-        path = self.config[command].get("ckpt_path")
-        if path is None and command != "fit":
-            rank_zero_only(print)(f"{command}: no --ckpt_path, so the network is used as built", file=sys.stderr)
-        if path is None or path in CKPT_KEYWORDS:
-            return
-        if "://" in str(path):
-            raise ValueError(f"ckpt_path={path}: checkpoints load from local files only; download it first")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"ckpt_path={path}: no such file; give a .ckpt that fit wrote, or leave it out")
-        read_checkpoint(Path(path), "ckpt_path=")
-
-    def _check_keyword(self, trainer: Trainer) -> None:
-        """Raises FileNotFoundError: Lightning would train from scratch where last and hpc find nothing."""
-        command = self.config.get("subcommand")
-        word = self.config[command].get("ckpt_path") if command else None
-        if word not in ("last", "hpc"):
-            return
-        if word == "hpc":
-            folders, pattern, found = (
-                [trainer.default_root_dir],
-                "slurm_JOB.ckpt",
-                trainer._checkpoint_connector._hpc_resume_path,
-            )
-        else:
-            folders = [saver.dirpath for saver in trainer.checkpoint_callbacks if getattr(saver, "dirpath", None)]
-            pattern = "last*.ckpt"
-            found = any(list(Path(folder).glob(pattern)) for folder in folders)
-        if not found:
-            where = ", ".join(map(str, folders)) or "this run's own new folder"
-            raise FileNotFoundError(
-                f"ckpt_path={word}: no {pattern} in {where}; give the file, as runs/.../checkpoints/last.ckpt"
-            )
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        check_apart(self._get(self.config_init, "trainer.callbacks"))
-        trainer = super().instantiate_trainer(**kwargs)
-        folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
-        for name, folder in (*folders, ("default_root_dir", trainer.default_root_dir)):
-            if folder is not None and "://" not in str(folder):
-                check_writable(folder, f"trainer.{name}")
-        check_callbacks(trainer.callbacks)
-        finite = [c for c in trainer.callbacks if isinstance(c, FiniteTraining)] or [FiniteTraining()]
-        others = [callback for callback in trainer.callbacks if callback not in finite]
-        ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
-        ours.append(ResumedSettings())
-        trainer.callbacks = [*finite, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
-        trainer._signal_connector, trainer._checkpoint_connector = StopSignals(trainer), JobCheckpoints(trainer)
-        add_keepers(trainer.callbacks)
-        self._check_keyword(trainer)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # sharded ones are directories of their own
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        _share_folder(trainer.loggers)
-        return trainer
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except Exception as error:
-            data = self.datamodule
-            size = f"data.batch_size={data.batch_size}" if subcommand == "fit" else ""
-            size = f"{size or f'data.eval_batch_size={data.eval_batch_size}'} at data.image_size={data.image_size}"
-            more = ", raise trainer.accumulate_grad_batches to match" if subcommand == "fit" else ""
-            told = explain(error, f"{size} is too much; lower it{more}, or take a smaller image_size or network")
-            if told is None:
-                raise
-            raise Exhausted(told) from error
-
-
-def _share_folder(loggers: list[Any]) -> None:
-    """CSV and TensorBoard logs of one run lie in one version_N, though each counts for itself."""
-    for logger in loggers[1:]:
-        if getattr(logger, "_version", 0) is None and logger.name == loggers[0].name:
-            logger._version = loggers[0].version
-
-
-def _sections() -> dict[str, list[str]]:
-    """The valid keys of each part of a config, for messages."""
-    keys = {
-        "model": list(inspect.signature(ImageClassifier).parameters),
-        "trainer": list(inspect.signature(Trainer).parameters),
-        "model.net": ["class_path", "init_args"],
-        "data": ["class_path", "init_args"],
-        "model.optimizer": list(inspect.signature(OptimizerSettings).parameters),
-        "model.schedule": list(inspect.signature(ScheduleSettings).parameters),
-    }
-    return {**keys, "": ["config", "seed_everything", "model", "data", "trainer", "ckpt_path"]}
-
-
-def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
-    """fit, validate, test or predict; without `start` only what `fit` would use is built (argv without the command)."""
-    # defaults such as Timer's interval have no form in YAML, and config.yaml is saved with them
-    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
-    quiet = {"exit_on_error": False, "allow_abbrev": False}  # errors are ours to print; a cut-off name is a mistake
-    kinds = {name: dict(quiet) for name in LightningCLI.subcommands()} if start else {}
-    return VMoECLI(
-        ImageClassifier,
-        datasets.ImageDataModule,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        # the loaders split the data over ranks themselves; RunSummary says more than Lightning's table
-        trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
-        parser_class=FitParser,
-        parser_kwargs={"prog": "vmoe-momentum", **quiet, **kinds},
-        args=argv,
-        run=start,
-    )
-
-
-def rehearse(built: VMoECLI) -> None:
-    """What fit would refuse only once it has started: data, batch sizes, the schedule, groups of tokens.
-
-    Model and data meet the trainer as in `fit`, so that steps are counted by Lightning, once for both.
-    """
-    trainer, module, data = built.trainer, built.model, built.datamodule
-    fit = trainer.fit_loop
-    limits = (trainer.min_steps, trainer.max_steps, trainer.min_epochs, trainer.max_epochs)
-    fit.min_epochs, fit.max_epochs = _parse_loop_limits(*limits, trainer)
-    trainer.strategy.connect(module)
-    trainer._data_connector.attach_data(module, datamodule=data)
-    data.setup("fit")
-    data.val_dataloader()
-    module.check_batch_size(data.batch_size)
-    module.check_sizes(data.sizes())
-    module.configure_optimizers()
-    MonitorCheck().on_fit_start(trainer, module)
-    with torch.no_grad():
-        size = module.image_size
-        module.model.train().forward_with_aux(torch.zeros(data.batch_size, 3, size, size))
 
 
 def run_data(argv: list[str]) -> None:
@@ -361,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         full = (
             None if ours else explain(error, "lower --batch_size or --limit where the command has them, or free memory")
         )
-        line = full or one_line(error, {} if argv[0] in COMMANDS else _sections())
+        line = full or one_line(error, {} if argv[0] in COMMANDS else sections())
         expected = bool(full) or isinstance(error, EXPECTED)
         if not expected:  # ours to mend, not the user's
             line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_helpers import fails
 
-from vmoe_momentum import cli
+from vmoe_momentum import cli, lightning_cli
 from vmoe_momentum.training import ImageClassifier, OptimizerSettings, ScheduleSettings
 from vmoe_momentum.training.continuing import is_training_setting
 
@@ -48,12 +48,12 @@ TOLD = {"trainer.max_epochs": "steps of the whole run", "seed_everything": "seed
 DEFAULT = ["model.optimizer.lr", "trainer.max_epochs"]
 
 
-def fit(root: Path, *more: str) -> cli.VMoECLI:
+def fit(root: Path, *more: str) -> lightning_cli.VMoECLI:
     argv = [f"--config={CONFIG}", "--data=FolderDataModule", f"--data.root={root}", "--data.num_workers=0"]
     short = ["--trainer.max_epochs=2", "--model.schedule.warmup_steps=0", "--trainer.limit_val_batches=1"]
     short += [f"--trainer.limit_train_batches={EPOCH}", "--trainer.enable_progress_bar=false"]
     short += ["--trainer.num_sanity_val_steps=0", "--model.net.init_args.dynamic_img_size=true"]
-    return cli.run_lightning(["fit", *argv, *short, *more])
+    return lightning_cli.run_lightning(["fit", *argv, *short, *more])
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_another_value_is_applied_and_said_or_refused(
     trainer = fit(digits, *argv).trainer
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed"))
     assert f"from step {EPOCH} on" in said and f"{name}: checkpoint " in said
-    fresh = cli.run_lightning(_argv(digits, given), start=False)
+    fresh = lightning_cli.run_lightning(_argv(digits, given), start=False)
     optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
     settings = fresh.model.optimizer_settings
     assert {group["initial_lr"] for group in optimizer.param_groups} == {settings.lr}

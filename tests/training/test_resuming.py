@@ -13,7 +13,7 @@ import torch
 from cli_helpers import fails
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from vmoe_momentum import cli
+from vmoe_momentum import lightning_cli
 from vmoe_momentum.staging import draft_of
 from vmoe_momentum.training import AtomicCheckpointIO, SeededSteps
 
@@ -103,6 +103,6 @@ def test_words_for_checkpoints_that_find_none_are_refused(word: str, digits: Pat
 
 def test_fit_uses_both(digits: Path) -> None:
     argv = ["--config", str(TESTS.parent / "configs/digits.yaml"), f"--data.root={digits}", "--data.num_workers=1"]
-    trainer = cli.run_lightning([*argv, "--trainer.logger=false"], start=False).trainer
+    trainer = lightning_cli.run_lightning([*argv, "--trainer.logger=false"], start=False).trainer
     assert type(trainer.strategy.checkpoint_io) is AtomicCheckpointIO is not TorchCheckpointIO
     assert sum(isinstance(callback, SeededSteps) for callback in trainer.callbacks) == 1

@@ -13,7 +13,7 @@ import torch
 from cli_helpers import rows
 from lightning.pytorch.callbacks import Callback
 
-from vmoe_momentum import cli
+from vmoe_momentum import cli, lightning_cli
 from vmoe_momentum.stopping import SIGNALS
 from vmoe_momentum.training import stopping
 from vmoe_momentum.training.stopping import resume_command
@@ -76,7 +76,7 @@ def send(monkeypatch):
     """Puts SignalAt among the callbacks of the runs to come."""
 
     def put(*given: object) -> None:
-        build = cli.VMoECLI.instantiate_trainer
+        build = lightning_cli.VMoECLI.instantiate_trainer
         callback = SignalAt(*given)
 
         def instantiate(self, **kwargs):
@@ -84,7 +84,7 @@ def send(monkeypatch):
             trainer.callbacks.insert(0, callback)
             return trainer
 
-        monkeypatch.setattr(cli.VMoECLI, "instantiate_trainer", instantiate)
+        monkeypatch.setattr(lightning_cli.VMoECLI, "instantiate_trainer", instantiate)
 
     return put
 
