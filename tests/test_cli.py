@@ -110,7 +110,7 @@ def test_mistakes_are_one_line(extra: list[str], message: str, digits: Path, her
         ),
         (
             "trainer: {callbacks: [ModelCheckpoint, ModelCheckpoint]}",
-            "trainer.callbacks[0] and trainer.callbacks[1]: two of ModelCheckpoint",
+            "trainer.callbacks[0] and trainer.callbacks[1] keep their state in checkpoints under one name, Mod",
         ),
         ("trainer: {callbacks: [3]}", "trainer.callbacks[0]=3: use the name of a Callback, or {class_path: NAME"),
         ("trainer: 3", "trainer=3: use {NAME: VALUE, ...} of its settings"),

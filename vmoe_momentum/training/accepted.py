@@ -41,11 +41,11 @@ def check_apart(callbacks: list[Callback] | Callback | None) -> None:
     for number, callback in enumerate(callbacks if isinstance(callbacks, list) else []):
         if not is_overridden("state_dict", callback, parent=Callback):
             continue
-        key, name = callback.state_key, type(callback).__name__
+        key = callback.state_key
         if key in seen:
             raise ValueError(
-                f"trainer.callbacks[{seen[key]}] and trainer.callbacks[{number}]: two of {name} with the same settings "
-                "keep their state under one name; leave one out, or make their init_args (monitor, mode, ...) differ"
+                f"trainer.callbacks[{seen[key]}] and trainer.callbacks[{number}] keep their state in checkpoints under "
+                f"one name, {key.replace('None', 'null')}; leave one out, or make these settings of theirs differ"
             )
         seen[key] = number
 
