@@ -198,8 +198,8 @@ def test_sam_stands_still_where_the_update_is_zero_and_its_gradient_is_finite() 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Robust(L=1.0, m=0.25, r=0.8), r"Robust.r=0.8 is outside .*= \[0.5, 0.75\] for k = L/m = 4"),
-        (lambda: Robust(L=1.0, m=0.25, r=0.4), r"Robust.r=0.4 is outside"),
+        (lambda: Robust(L=1.0, m=0.25, r=0.8), r"Robust.r=0.8: use a number in .*= \[0.5, 0.75\], where k"),
+        (lambda: Robust(L=1.0, m=0.25, r=0.4), r"Robust.r=0.4: use a number in"),
         (lambda: Robust(L=1.0, m=2.0, r=0.4), "Robust.L=1.0: use a number above Robust.m=2.0"),
         (lambda: Robust(L=1.0, m=0.0, r=0.4), "Robust.m=0.0"),
         (lambda: Robust(L=1.0), "give L, m and r, or gamma, mu and alpha"),
