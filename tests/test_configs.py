@@ -17,7 +17,15 @@ OVERLAYS = sorted((FOLDER / "rules").glob("*.yaml"))
 CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if "data" in yaml.safe_load(path.read_text()))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+# half a minute each, and networks that smaller recipes have, too
+LARGE = ("vmoe_base_patch16", "finetune_384")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.long) if path.stem in LARGE else path for path in CONFIGS],
+    ids=lambda p: p.stem,
+)
 def test_config_takes_a_step(path: Path, digits: Path, pictures: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     settings = yaml.safe_load(path.read_text())
@@ -55,7 +63,15 @@ def test_config_is_a_lab_note(path: Path) -> None:
         assert fact in header, fact
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda p: p.stem)
+# one of each class trains; the others of it only in `make test-all`
+TRAINED = ("adam", "complex", "heavy_ball_learned", "nesterov", "robust", "residual", "sam")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem in TRAINED else pytest.param(path, marks=pytest.mark.long) for path in OVERLAYS],
+    ids=lambda p: p.stem,
+)
 def test_rule_overlays_go_over_a_config_and_train_roughly(path: Path, digits: Path, tmp_path, monkeypatch) -> None:
     """Three steps with drop path 0.5 and capacity factor 0.5: finite, and the rule is the one the file names."""
     monkeypatch.chdir(tmp_path)
@@ -76,7 +92,14 @@ def test_rule_overlays_go_over_a_config_and_train_roughly(path: Path, digits: Pa
     assert saved["class_path"] == told["class_path"]
     assert told.get("init_args", {}).items() <= saved["init_args"].items()
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
-    assert "--config configs/rules/" + path.name in path.read_text()
+
+
+def test_every_overlay_says_how_to_use_it_and_builds() -> None:
+    for path in OVERLAYS:
+        assert "--config configs/rules/" + path.name in path.read_text()
+        settings = yaml.safe_load(path.read_text())["model"]["net"]["init_args"]
+        net = create_model("vmoe_tiny_patch4_16", **settings)
+        assert net.function_settings()["rule"]["class_path"] == settings["rule"]["class_path"]
 
 
 def test_every_rule_has_an_overlay() -> None:

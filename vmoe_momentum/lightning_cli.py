@@ -65,7 +65,15 @@ class FitParser(WholeFirst, LightningArgumentParser):
 
 
 class VMoECLI(LightningCLI):
-    """LightningCLI with the data's class count, class names and image size linked to the model."""
+    """LightningCLI with the data's class count, class names and image size linked to the model.
+
+    command: the one of Lightning's commands to build a parser for; "" for none of them.
+    """
+
+    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+        known = LightningCLI.subcommands()
+        self.subcommands = lambda: {command: known[command]} if command else {}
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("num_classes", "image_size", "class_names"):
@@ -187,7 +195,7 @@ def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
     # defaults such as Timer's interval have no form in YAML, and config.yaml is saved with them
     yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
     quiet = {"exit_on_error": False, "allow_abbrev": False}  # errors are ours to print; a cut-off name is a mistake
-    kinds = {name: dict(quiet) for name in LightningCLI.subcommands()} if start else {}
+    kinds = {argv[0]: dict(quiet)} if start else {}
     return VMoECLI(
         ImageClassifier,
         datasets.ImageDataModule,
@@ -201,6 +209,7 @@ def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
         parser_kwargs={"prog": "vmoe-momentum", **quiet, **kinds},
         args=argv,
         run=start,
+        command=argv[0] if start else "",
     )
 
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,7 @@ def test_a_beton_cut_short_between_batches_ends_with_a_line(pictures, tmp_path):
     data = module(FFCVDataModule, root, batch_size=2, num_workers=1, batches_ahead=1)
     batches = iter(data.train_dataloader())
     next(batches)
+    time.sleep(3)  # until the batch ahead is read: cut in the middle of one, the process ends (the test below)
     os.truncate(root / "train.beton", 10_000)
     with pytest.raises(ValueError, match=r"train\.beton: cut short while it was read .*--ckpt_path"):
         list(batches)

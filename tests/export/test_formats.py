@@ -34,6 +34,8 @@ SETTINGS = {
     "renormalised": ("TopKRouter", {"renormalize": True}),
 }
 
+MILDER = ("capacity", "top-1")  # than "batch priority" and "renormalised", which do the same and more
+
 
 def shallow(rule: str = "HeavyBall", router: str = "TopKRouter", **settings) -> PixelModel:
     """Two blocks, both sparse."""
@@ -69,7 +71,9 @@ def test_every_rule(rule: str, kind: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", SWEPT)
-@pytest.mark.parametrize("case", [*ROUTERS, *SETTINGS])
+@pytest.mark.parametrize(
+    "case", [*ROUTERS, *(pytest.param(c, marks=pytest.mark.long) if c in MILDER else c for c in SETTINGS)]
+)
 def test_every_router(case: str, kind: str, tmp_path) -> None:
     router, settings = SETTINGS.get(case, (case, {}))
     found = differences(shallow(router=router, **settings), kind, tmp_path)

@@ -47,8 +47,15 @@ def validate(model_name: str, root: Path, dtype: torch.dtype, **arguments) -> tu
     return top1.avg, top5.avg
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["vmoe_tiny_patch4_16", "soft_moe_small_patch16_224"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("vmoe_tiny_patch4_16", torch.float32),
+        ("vmoe_tiny_patch4_16", torch.bfloat16),
+        ("soft_moe_small_patch16_224", torch.float32),
+        pytest.param("soft_moe_small_patch16_224", torch.bfloat16, marks=pytest.mark.long),
+    ],
+)
 def test_it_scores_what_our_own_pixels_score(name: str, dtype: torch.dtype, digits: Path, tmp_path: Path) -> None:
     size = {"image_size": 16} if name.startswith("vmoe") else {"image_size": 32, "num_experts": 4}
     net = ours(name, num_classes=10, **size)

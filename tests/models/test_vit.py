@@ -161,9 +161,9 @@ def test_logits_do_not_depend_on_batch_mates() -> None:
         torch.testing.assert_close(net(x[:size]), together[:size], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_compiles_whole_and_exports_with_a_dynamic_batch(name: str) -> None:
-    net, x = shallow(RULES[name]).eval(), images(3)
+def test_a_learned_rule_compiles_whole_and_exports_with_a_dynamic_batch() -> None:
+    """The others: test_zoo.py."""
+    net, x = shallow(HeavyBall(learn=True)).eval(), images(3)
     compiled = torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), net(x), atol=1e-6, rtol=1e-6)
     program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False)

@@ -55,8 +55,14 @@ def test_groups_of_several_images_are_found(kind: str, images: int | str) -> Non
     assert coupled(Regrouped(kind, images))
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", ["dropless", "expert choice", "soft", "capacity"])
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        pytest.param(kind, rule, marks=() if "HeavyBall" == rule or kind == "dropless" else pytest.mark.long)
+        for kind in ("dropless", "expert choice", "soft", "capacity")
+        for rule in RULES
+    ],
+)
 def test_groups_of_one_image_are_not(kind: str, rule: str) -> None:
     router = TopKRouter() if kind == "dropless" else ROUTERS[kind]("image")
     assert not coupled(PixelModel(tiny(rule=rule, router=router)), batch_size=12)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dataset_helpers import requires_ffcv
+from dataset_helpers import HAS_FFCV, requires_ffcv
 from recording import read
 
 from vmoe_momentum import cli
@@ -17,9 +17,9 @@ from vmoe_momentum.datasets.batches import BatchPlan
 from vmoe_momentum.datasets.layout import list_images, read_classes
 
 TESTS = Path(__file__).parent.parent
-BACKENDS = [
+FFCV_FIRST = [  # the other one in `make test-all`, or where there is no FFCV
     pytest.param("FFCVDataModule", marks=requires_ffcv, id="ffcv"),
-    pytest.param("FolderDataModule", id="folder"),
+    pytest.param("FolderDataModule", marks=pytest.mark.long if HAS_FFCV else (), id="folder"),
 ]
 EPOCHS, BATCH = 2, 4
 
@@ -62,7 +62,7 @@ def checkpoint(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FFCV_FIRST)
 def test_killed_and_resumed_is_never_stopped(backend, pictures, tmp_path, monkeypatch) -> None:
     """Every batch, pixel for pixel, and every weight, bit for bit."""
     monkeypatch.syspath_prepend(TESTS)
@@ -89,9 +89,7 @@ def test_killed_and_resumed_is_never_stopped(backend, pictures, tmp_path, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "backend", [BACKENDS[0], pytest.param("FolderDataModule", marks=pytest.mark.long, id="folder")]
-)
+@pytest.mark.parametrize("backend", FFCV_FIRST)
 def test_two_ranks_killed_and_resumed(backend, pictures, tmp_path) -> None:
     """Started by torchrun over gloo. Validation counts each image once, and both ranks end with the same weights."""
     spread = {"trainer.strategy": "ddp", "trainer.devices": 2}

@@ -23,6 +23,17 @@ CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 EPOCHS, BATCHES = 2, 5
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals as a terminal leaves them: what runs in the background or under nohup starts without some."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 class SignalAt(Callback):
     """Sends this process a signal in a hook, the so many-th time."""
 
