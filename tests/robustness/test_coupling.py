@@ -58,7 +58,7 @@ def test_groups_of_several_images_are_found(kind: str, images: int | str) -> Non
 @pytest.mark.parametrize(
     ("kind", "rule"),
     [
-        pytest.param(kind, rule, marks=() if "HeavyBall" == rule or kind == "dropless" else pytest.mark.long)
+        pytest.param(kind, rule, marks=() if rule == "HeavyBall" or kind == "dropless" else pytest.mark.long)
         for kind in ("dropless", "expert choice", "soft", "capacity")
         for rule in RULES
     ],
