@@ -35,17 +35,50 @@ def qk_norms(head_dim: int, like: Tensor) -> tuple[nn.Module, nn.Module]:
 
 
 class DenseBlock(Block):
-    """timm's block; the carry passes through unchanged."""
+    """timm's block; the carry passes through unchanged, and the rule may look at it (`MomentumRule.dense_step`)."""
+
+    def __init__(self, *, rule: MomentumRule, step: int, post_norm: bool, **block: Any) -> None:
+        """The other arguments are timm's Block's. step: t of the MoE block to come. post_norm: behind the MLP's
+        residual."""
+        super().__init__(**block)
+        self._thread(rule, step, post_norm)
+
+    def _thread(self, rule: MomentumRule, step: int, post_norm: bool) -> None:
+        self.rule, self.step = rule, step
+        self.norm3 = norm_like(self.norm2) if post_norm else nn.Identity()
 
     @classmethod
-    def adopt(cls, block: Block) -> "DenseBlock":
+    def adopt(cls, block: Block, *, rule: MomentumRule, step: int, post_norm: bool) -> "DenseBlock":
         """The same parts in a block that threads the carry."""
-        return _adopt(cls, dict(block.named_children()))
+        new = _adopt(cls, dict(block.named_children()))
+        new._thread(rule, step, post_norm)
+        return new
 
     def forward(
         self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Carry]:
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal), carry
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+
+        def u(y: Tensor, shift: Tensor | None = None) -> Tensor:
+            return self.drop_path2(self.ls2(self.mlp(shifted(self.norm2(y), shift))))
+
+        x = self.rule.dense_step(x, u, carry.momentum, self.step, self.rule.coefficients())
+        return self.norm3(x), carry
+
+
+def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    """In the type of x; without a shift x itself."""
+    return x if shift is None else x + shift.to(x.dtype)
+
+
+def norm_like(norm: nn.Module) -> nn.Module:
+    """A fresh one of the same kind."""
+    new = copy.deepcopy(norm)
+    if not hasattr(new, "reset_parameters"):
+        raise ValueError(f"post_norm: a {type(norm).__name__} cannot be made anew; use a backbone with nn.LayerNorm")
+    if next(new.parameters(), torch.empty(0)).device.type != "meta":
+        new.reset_parameters()
+    return new
 
 
 class MomentumBlock(Block):
@@ -58,6 +91,7 @@ class MomentumBlock(Block):
         router: Router,
         rule: MomentumRule,
         step: int,
+        post_norm: bool,
         expert_drop: float | None,
         mlp_ratio: float,
         act_layer: type[nn.Module],
@@ -65,14 +99,14 @@ class MomentumBlock(Block):
     ) -> None:
         """The other arguments are timm's Block's.
 
-        step: t of the rule, 1 where momentum starts, 0 for a plain residual block. expert_drop: None for the proj_drop
-        of dense MLPs.
+        step: t of the rule, 1 where momentum starts, 0 for a plain residual block. post_norm: a norm behind the rule's
+        step. expert_drop: None for the proj_drop of dense MLPs.
         """
         super().__init__(mlp_ratio=mlp_ratio, act_layer=act_layer, **{**block, "mlp_layer": _NoMlp})
         width, drop = block["dim"], block.get("proj_drop", 0.0) if expert_drop is None else expert_drop
         self._become_sparse(
             lambda: SparseMlp(width, int(width * mlp_ratio), num_experts, router, act_layer, drop),
-            rule, step, block.get("device"), block.get("dtype"),
+            rule, step, post_norm, block.get("device"), block.get("dtype"),
         )  # fmt: skip
 
     def _become_sparse(
@@ -80,6 +114,7 @@ class MomentumBlock(Block):
         build: Callable[[], SparseMlp],
         rule: MomentumRule,
         step: int,
+        post_norm: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -88,6 +123,7 @@ class MomentumBlock(Block):
         with nullcontext() if device is None else torch.device(device):
             self.mlp, self.momentum = build().to(dtype), Coefficients(self.rule).to(dtype)
         self.noise = _DrawNoise(self.mlp)
+        self.norm3 = norm_like(self.norm2) if post_norm else nn.Identity()
 
     @classmethod
     def adopt(
@@ -98,6 +134,7 @@ class MomentumBlock(Block):
         router: Router,
         rule: MomentumRule,
         step: int,
+        post_norm: bool,
         expert_drop: float | None,
     ) -> "MomentumBlock":
         """The parts of a dense block, its MLP copied into every expert (sparse upcycling, arXiv:2212.05055)."""
@@ -107,7 +144,7 @@ class MomentumBlock(Block):
         new = _adopt(cls, {name: part for name, part in block.named_children() if name != "mlp"})
         new._become_sparse(
             lambda: SparseMlp(width, hidden, num_experts, router, lambda: copy.deepcopy(dense.act), drop),
-            rule, step, like.device, like.dtype,
+            rule, step, post_norm, like.device, like.dtype,
         )  # fmt: skip
         with torch.no_grad():
             for layer, source in ((new.mlp.experts.fc1, dense.fc1), (new.mlp.experts.fc2, dense.fc2)):
@@ -123,8 +160,8 @@ class MomentumBlock(Block):
         noise, drop_mask = self.noise(x), self._drop_path_mask(x)
         aux_losses = []
 
-        def u(y: Tensor) -> Tensor:
-            update, aux_loss = self.mlp(self.norm2(y), noise)
+        def u(y: Tensor, shift: Tensor | None = None) -> Tensor:
+            update, aux_loss = self.mlp(shifted(self.norm2(y), shift), noise)
             aux_losses.append(aux_loss)
             update = self.ls2(update)
             return update if drop_mask is None else update * drop_mask
@@ -134,7 +171,7 @@ class MomentumBlock(Block):
         else:
             buffers = self.rule.init(x) if self.step == 1 else carry.momentum
             x, buffers = self.rule(x, u, buffers, self.step, self.momentum())
-        return x, Carry(buffers, carry.aux_loss + aux_losses[-1])
+        return self.norm3(x), Carry(buffers, carry.aux_loss + aux_losses[-1])
 
     def _drop_path_mask(self, x: Tensor) -> Tensor | None:
         """[B, 1, 1]: 0 where this image skips u, 1 / (1 - rate) elsewhere. It drops u, not the momentum gathered."""

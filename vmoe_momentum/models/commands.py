@@ -1,6 +1,7 @@
 """The command line `vmoe-momentum import ...`: weights from elsewhere into a directory that timm loads."""
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -12,13 +13,15 @@ from ..parsers import new_parser
 from ..ranges import in_range
 from . import directory
 from .flax_checkpoint import read_flax
-from .flax_import import READ, describe_import, from_flax
+from .flax_import import READ, ExpertOutput, describe_import, from_flax, warn_of_momentum
 from .upcycling import UpcycledViT, differences
 from .vit import NUMBERS, MomentumVisionTransformer
 
 _EXAMPLES = """examples:
   vmoe-momentum import flax --source vmoe_s32_last2 --out weights/vmoe_s32 --router TopKRouter --router.top_k 2
   vmoe-momentum import flax --source params.npz --out weights/v --router TopKRouter --image_size 384 --num_classes 10
+  vmoe-momentum import flax --source fork --out weights/f --router TopKRouter --expert_output subtracted \
+    --rule HeavyBall --rule.mu 0.9
   vmoe-momentum import timm --source vit_small_patch16_224 --out weights/up --moe_layers last2 --num_experts 8
   vmoe-momentum import timm --source local-dir:weights/dense --out weights/up --rule HeavyBall --rule.mu 0.5
 
@@ -38,9 +41,10 @@ def import_flax(
     num_heads: int | None = None,
     pos_embed: Literal["sincos2d", "none"] | None = None,
     native_size: tuple[int, int] | None = None,
+    expert_output: ExpertOutput | None = None,
     overwrite: bool = False,
 ) -> MomentumVisionTransformer:
-    """A V-MoE or Soft MoE checkpoint of google-research/vmoe, without jax.
+    """A V-MoE or Soft MoE checkpoint of google-research/vmoe, or of the fork of MomentumSMoE's authors, without jax.
 
     Depth, width, experts, sparse blocks, positions and head are read off the tensors. What lies in no tensor (how many
     experts a token takes, capacity, groups) is said with --router. Every tensor must be there, known and of its shape.
@@ -55,11 +59,14 @@ def import_flax(
         num_heads: Attention heads, 1 to 65536, where the tensors do not say it.
         pos_embed: Kind of positions, where the checkpoint has no learned ones.
         native_size: [height, width], 1 to 16384 px, that the learned positions are for, where they are not square.
+        expert_output: Whether sparse blocks added or subtracted what their experts say; needed for momentum networks of
+            github.com/rachtsy/vmoe, which subtract.
         overwrite: Replace such a directory written earlier.
     """
     target = Path(out)
     directory.check_target(target, overwrite)
-    net = from_flax(read_flax(source), router, rule, image_size, num_classes, num_heads, pos_embed, native_size)
+    sizes = (image_size, num_classes, num_heads, pos_embed, native_size)
+    net = from_flax(read_flax(source), router, rule, *sizes, expert_output)
     directory.save(net, target, overwrite)
     return net
 
@@ -113,6 +120,8 @@ def run(argv: list[str]) -> None:
         net = import_flax(**settings)
         for name, fact in describe_import(net).items():
             print(f"{name:8} {fact}")
+        if warning := warn_of_momentum(net):
+            print(f"warning: {warning}", file=sys.stderr)
     else:
         net = import_timm(**settings)
         reasons = differences(net)

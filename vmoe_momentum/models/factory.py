@@ -13,6 +13,7 @@ from ..checksums import verify_folder
 from ..moe import Router
 from ..momentum import MomentumRule
 from ..ranges import in_range
+from .placement import PostNorm
 from .settings import did_you_mean, from_spec, to_spec
 from .vit import NUMBERS, WIDTH
 
@@ -32,6 +33,7 @@ def create_model(
     share_expert_init: bool | None = None,
     momentum_last: int | None = None,
     momentum_restart: int | None = None,
+    post_norm: PostNorm | None = None,
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     global_pool: Literal["token", "avg", "map"] | None = None,
@@ -60,6 +62,8 @@ def create_model(
         share_expert_init: Start all experts of a layer equal, as the published recipes do.
         momentum_last: Momentum over the last so many sparse blocks only, 1 to 10000; before them plain residual ones.
         momentum_restart: Momentum begins anew every so many sparse blocks, 1 to 10000.
+        post_norm: Blocks with a norm behind their MLP's residual (norm3): none, the dense, the sparse, or all. The
+            authors' vision code has it in all blocks of its momentum networks, and not in its baseline.
         drop_rate: Dropout before the head, in [0, 1).
         drop_path_rate: Stochastic depth at the last block, in [0, 1), growing linearly from 0.
         global_pool: What the head reads: the class token, the mean over patches, or attention pooling. Only the first
@@ -86,6 +90,7 @@ def create_model(
         "rule": rule, "router": router, "moe_layers": moe_layers, "num_experts": num_experts,
         "representation_size": representation_size, "pos_embed": pos_embed, "expert_drop_rate": expert_drop_rate,
         "share_expert_init": share_expert_init, "momentum_last": momentum_last, "momentum_restart": momentum_restart,
+        "post_norm": post_norm,
     }  # fmt: skip
     given = {key: value for key, value in sparse.items() if value is not None}
     for key in ("representation_size", "pos_embed", "share_expert_init"):

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import timm
@@ -15,9 +15,11 @@ from ..momentum import MomentumRule, Residual
 from ..ranges import SIDE, in_range
 from .flax_layout import Shape, layout
 from .flax_shards import some
+from .placement import PostNorm, has_post_norm
 from .settings import to_spec
 from .vit import NUMBERS, WIDTH, MomentumVisionTransformer
 
+ExpertOutput = Literal["added", "subtracted"]
 BLOCK = re.compile(r"Encoder/encoderblock_(\d+)/")
 
 
@@ -37,6 +39,7 @@ def from_flax(
     num_heads: int | None = None,
     pos_embed: Literal["sincos2d", "none"] | None = None,
     native_size: tuple[int, int] | None = None,
+    expert_output: ExpertOutput | None = None,
 ) -> MomentumVisionTransformer:
     """The network that these parameters (see read_flax) belong to, its settings as JSON with it.
 
@@ -51,10 +54,13 @@ def from_flax(
         num_heads: 1 to 65536; needed only where attention kernels are (D, D).
         pos_embed: Needed only where the file has no learned positions.
         native_size: Height and width, 1 to 16384 px, that the learned positions are for; needed where not square.
+        expert_output: Whether sparse blocks added or subtracted what their experts say; needed where they have a norm
+            behind it (LayerNorm_2), as in the momentum networks of github.com/rachtsy/vmoe, which subtract.
 
     Raises ValueError: tensors that are missing, unknown or misshapen, by name; a setting that has to be given.
     """
     shape = read_shape(arrays, num_heads)
+    shape = shape._replace(subtracted=_is_subtracted(shape, expert_output, rule))
     router = _router(shape, router)
     native, wanted = _image_sizes(shape, image_size, native_size, pos_embed)
     sources = layout(shape)
@@ -75,6 +81,7 @@ def from_flax(
         moe_layers=list(shape.moe_layers),
         num_experts=max(shape.num_experts, 1),
         representation_size=shape.representation,
+        post_norm=shape.post_norm,
         qk_norm=shape.qk_norm,
         pos_embed=pos_embed or "learn",
         class_token=shape.class_token,
@@ -132,7 +139,39 @@ def read_shape(arrays: dict[str, np.ndarray], num_heads: int | None) -> Shape:
         qk_norm=any(name.endswith("/SelfAttention/query_ln/scale") for name in arrays),
         representation=size("pre_logits/kernel", 2)[1] if "pre_logits/kernel" in arrays else 0,
         num_classes=size("head/kernel", 2)[1] if "head/kernel" in arrays else 0,
+        post_norm=_post_norm(arrays, len(blocks), tuple(moe)),
     )
+
+
+def _post_norm(arrays: dict[str, np.ndarray], depth: int, moe: tuple[int, ...]) -> PostNorm:
+    """Raises ValueError: LayerNorm_2 stands in some blocks of a kind only."""
+    normed = [i for i in range(depth) if any(n.startswith(f"Encoder/encoderblock_{i}/LayerNorm_2/") for n in arrays)]
+    for place in get_args(PostNorm)[::-1]:  # all before sparse, where all blocks are sparse
+        if normed == [i for i in range(depth) if has_post_norm(i, moe, place)]:
+            return place
+    raise ValueError(
+        f"LayerNorm_2 stands in blocks {normed} of {depth}, whose sparse ones are {list(moe)}: it belongs into all, "
+        "all sparse, all dense blocks or none; the file is damaged, or of another network"
+    )
+
+
+def _is_subtracted(shape: Shape, told: ExpertOutput | None, rule: MomentumRule | None) -> bool:
+    """Raises ValueError: a sign that has to be said, or that the norms contradict."""
+    if shape.moe_layers and shape.post_norm in ("sparse", "all"):
+        if told is None or rule is None:
+            raise ValueError(
+                f"{'expert_output' if told is None else 'rule'}: sparse blocks have LayerNorm_2, so the network was "
+                "trained with momentum by github.com/rachtsy/vmoe, and the rule and the sign lie in no tensor; say, "
+                "for example, --expert_output subtracted and --rule HeavyBall --rule.mu 0.9 (its commit 3696965), or "
+                "--rule Robust --rule.L 1 --rule.m 0.8 --rule.r 0.2 --rule.look_ahead after_norm (adb1a70)"
+            )
+    elif told == "subtracted":
+        where = f"LayerNorm_2 stands in {shape.post_norm} blocks" if shape.post_norm != "none" else "no LayerNorm_2"
+        raise ValueError(
+            f"expert_output={told}: networks that subtract have LayerNorm_2 in their sparse blocks, and this file has "
+            f"not ({where}): it was trained without momentum; leave expert_output out"
+        )
+    return told == "subtracted"
 
 
 def _heads(arrays: dict[str, np.ndarray], num_heads: int | None, width: int) -> tuple[int, bool]:
@@ -240,4 +279,16 @@ def describe_import(net: MomentumVisionTransformer) -> dict[str, Any]:
         "experts": f"{sparse[0].experts.fc1.weight.shape[0]} in blocks {list(net.moe_layers)}" if sparse else "none",
         "image": f"{embed.img_size[0]} x {embed.img_size[1]} pixels, patches {embed.patch_size}",
         "head": f"{net.num_classes} classes from {net.global_pool}" if net.num_classes else "none",
+        "norm3": f"behind the MLP's residual of {net.post_norm} blocks" if net.post_norm != "none" else "none",
     }
+
+
+def warn_of_momentum(net: MomentumVisionTransformer) -> str | None:
+    """What to know before momentum is trained into weights that were trained without."""
+    if isinstance(net.rule, Residual) or net.post_norm in ("sparse", "all") or not net.moe_layers:
+        return None
+    return (
+        f"rule={type(net.rule).__name__}: these weights were trained without momentum, so the network is another one "
+        "until it is fine-tuned. The experts' output is added here and no norm comes in; the authors' fork "
+        "(github.com/rachtsy/vmoe) subtracts it and puts a fresh norm behind every block when it fine-tunes so"
+    )

@@ -2,12 +2,17 @@
 
 D width, F hidden, E experts, P slots, H heads of width Dh, K classes. Flax kernels are (in, out), ours [out, in]; its
 query, key and value are separate, (D, H, Dh); its patch kernel is (height, width, channel, D).
+
+The fork of the authors of MomentumSMoE (github.com/rachtsy/vmoe) has a LayerNorm_2 in some blocks, our norm3, and in
+sparse blocks subtracts what the experts say: their last layer is negated here, which is the same function.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+from .placement import PostNorm, has_post_norm
 
 
 class Shape(NamedTuple):
@@ -29,6 +34,8 @@ class Shape(NamedTuple):
     qk_norm: bool
     representation: int  # 0 for none
     num_classes: int  # 0 for no head
+    post_norm: PostNorm = "none"
+    subtracted: bool = False  # experts' output; in no tensor
 
 
 class Source(NamedTuple):
@@ -63,6 +70,10 @@ def _same(name: str, *size: int) -> Source:
     return Source({name: size}, lambda array: array)
 
 
+def _negated(source: Source) -> Source:
+    return Source(source.arrays, lambda array: -source.build(array))
+
+
 def _norm(ours: str, theirs: str, width: int) -> dict[str, Source]:
     return {f"{ours}.weight": _same(f"{theirs}/scale", width), f"{ours}.bias": _same(f"{theirs}/bias", width)}
 
@@ -77,6 +88,8 @@ def _block(shape: Shape, index: int) -> dict[str, Source]:
     ours, theirs = f"blocks.{index}", f"Encoder/encoderblock_{index}"
     found = _norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0", shape.width)
     found |= _norm(f"{ours}.norm2", f"{theirs}/LayerNorm_1", shape.width)
+    if has_post_norm(index, shape.moe_layers, shape.post_norm):
+        found |= _norm(f"{ours}.norm3", f"{theirs}/LayerNorm_2", shape.width)
     attention = f"{theirs}/SelfAttention"
     found |= _heads(shape, f"{ours}.attn.qkv", attention, "query", "key", "value")
     found |= _output(shape, f"{ours}.attn.proj", attention)
@@ -86,7 +99,8 @@ def _block(shape: Shape, index: int) -> dict[str, Source]:
         return found | _dense(f"{ours}.mlp.fc2", f"{theirs}/Mlp/Dense_1", shape.hidden, shape.width)
     experts, router = shape.num_experts, f"{theirs}/Moe/Router"
     found |= _dense(f"{ours}.mlp.experts.fc1", f"{theirs}/Moe/Mlp/Dense_0", shape.width, shape.hidden, experts)
-    found |= _dense(f"{ours}.mlp.experts.fc2", f"{theirs}/Moe/Mlp/Dense_1", shape.hidden, shape.width, experts)
+    last = _dense(f"{ours}.mlp.experts.fc2", f"{theirs}/Moe/Mlp/Dense_1", shape.hidden, shape.width, experts)
+    found |= {key: _negated(source) for key, source in last.items()} if shape.subtracted else last
     if not shape.slots:
         gate = Source({f"{router}/dense/kernel": (shape.width, experts)}, lambda array: array.T)
         return found | {f"{ours}.mlp.router.weight": gate}

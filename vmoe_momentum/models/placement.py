@@ -1,6 +1,9 @@
-"""Which blocks are sparse, and where momentum runs over them."""
+"""Which blocks are sparse, where momentum runs over them, and which have a norm behind their MLP's residual."""
 
 import re
+from typing import Any, Literal, get_args
+
+PostNorm = Literal["none", "dense", "sparse", "all"]
 
 
 def moe_indices(moe_layers: str | list[int], depth: int) -> tuple[int, ...]:
@@ -40,3 +43,24 @@ def momentum_steps(num_blocks: int, last: int | None, restart: int | None) -> tu
             raise ValueError(f"{name}={value}: the network has {num_blocks} MoE blocks; use 1..{num_blocks}")
     first = 0 if last is None else num_blocks - last
     return tuple(0 if i < first else (i - first) % (restart or num_blocks) + 1 for i in range(num_blocks))
+
+
+def check_post_norm(post_norm: str) -> None:
+    """Raises ValueError: no such place."""
+    if post_norm not in get_args(PostNorm):
+        raise ValueError(f"post_norm={post_norm}: use {', '.join(get_args(PostNorm))} (the blocks that have the norm)")
+
+
+def block_settings(index: int, indices: tuple[int, ...], steps: tuple[int, ...], post_norm: PostNorm) -> dict[str, Any]:
+    """step and post_norm of one block. indices, steps: of the MoE blocks.
+
+    A dense block has the t of the MoE block to come, behind the last one the t that would come.
+    """
+    coming = [step for place, step in zip(indices, steps, strict=True) if place >= index]
+    step = coming[0] if coming else (steps[-1] + 1 if steps else 1)
+    return {"step": step, "post_norm": has_post_norm(index, indices, post_norm)}
+
+
+def has_post_norm(index: int, indices: tuple[int, ...], post_norm: PostNorm) -> bool:
+    """indices: of the MoE blocks."""
+    return post_norm in ("sparse" if index in indices else "dense", "all")

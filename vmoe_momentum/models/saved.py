@@ -100,7 +100,8 @@ def read_checkpoint(path: Path, setting: str = "", trust_pickle: bool = False) -
 def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """What function_settings wrote, with the defaults of settings that have come since."""
     bases = {"rule": MomentumRule, "router": Router}
-    return {name: completed(v, bases[name]) if name in bases else v for name, v in settings.items()}
+    later = {"post_norm": "none"} if "moe_layers" in settings else {}
+    return {**later, **{name: completed(v, bases[name]) if name in bases else v for name, v in settings.items()}}
 
 
 def _is_whole(checkpoint: dict[str, Any]) -> bool:

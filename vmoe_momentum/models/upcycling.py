@@ -18,7 +18,7 @@ from ..momentum import MomentumRule, Residual
 from ..ranges import in_range
 from .blocks import DenseBlock, MomentumBlock
 from .loading import pixels_per_patch
-from .placement import moe_indices, momentum_steps
+from .placement import PostNorm, block_settings, check_post_norm, moe_indices, momentum_steps
 from .settings import describe, did_you_mean, from_spec, to_spec
 from .vit import NUMBERS, MomentumVisionTransformer, check_patches
 
@@ -50,6 +50,8 @@ class UpcycledViT(MomentumVisionTransformer):
         drop_path_rate: Stochastic depth at the last block, in [0, 1), growing linearly from 0.
         momentum_last: Momentum over the last so many sparse blocks only, 1 to 10000; before them plain residual ones.
         momentum_restart: Momentum begins anew every so many sparse blocks, 1 to 10000.
+        post_norm: Blocks with a fresh norm behind their MLP's residual. The backbone has been trained without it:
+            its features change at once, and it has to be trained again.
         grad_checkpointing: Recompute blocks in the backward pass: less memory, about a third more time.
         backbone_args: Further arguments of the backbone.
 
@@ -71,9 +73,11 @@ class UpcycledViT(MomentumVisionTransformer):
         drop_path_rate: float | None = None,
         momentum_last: int | None = None,
         momentum_restart: int | None = None,
+        post_norm: PostNorm = "none",
         grad_checkpointing: bool = False,
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
+        check_post_norm(post_norm)
         rule = from_spec(rule or Residual(), MomentumRule, "rule")
         router = from_spec(router or TopKRouter(renormalize=True), Router, "router")
         given = {"num_classes": num_classes, "img_size": image_size, "drop_rate": drop_rate}
@@ -83,21 +87,23 @@ class UpcycledViT(MomentumVisionTransformer):
         if image_size is not None and not dense.dynamic_img_size:
             check_patches(image_size, pixels_per_patch(dense))
         indices = moe_indices(moe_layers, len(dense.blocks))
-        steps = dict(zip(indices, momentum_steps(len(indices), momentum_last, momentum_restart), strict=True))
+        steps = momentum_steps(len(indices), momentum_last, momentum_restart)
         for index in indices:
             _check_block(dense.blocks[index], backbone)
 
         nn.Module.__init__(self)  # not the ViT's: every part and setting is the dense network's
         self.__dict__.update({key: value for key, value in vars(dense).items() if key != "training"})
         self.positions = "learn" if self.pos_embed is not None else "none"
-        self._keep_settings(rule, router)
-        sparse = {"num_experts": num_experts, "router": router, "rule": rule, "expert_drop": expert_drop_rate}
-        self.blocks = nn.Sequential(
-            *(
-                MomentumBlock.adopt(block, **sparse, step=steps[index]) if index in indices else DenseBlock.adopt(block)
-                for index, block in enumerate(dense.blocks)
+        self._keep_settings(rule, router, post_norm)
+        sparse = {"num_experts": num_experts, "router": router, "expert_drop": expert_drop_rate}
+        blocks = []
+        for index, block in enumerate(dense.blocks):
+            shared = {"rule": rule, **block_settings(index, indices, steps, post_norm)}
+            sparsely = index in indices
+            blocks.append(
+                MomentumBlock.adopt(block, **sparse, **shared) if sparsely else DenseBlock.adopt(block, **shared)
             )
-        )
+        self.blocks = nn.Sequential(*blocks)
         self.set_grad_checkpointing(grad_checkpointing)
         self.backbone_cfg = {**dense.pretrained_cfg, "architecture": ARCHITECTURE}
         self.pretrained_cfg = self.default_cfg = self.backbone_cfg
@@ -110,6 +116,7 @@ class UpcycledViT(MomentumVisionTransformer):
             "router": to_spec(router),
             "momentum_last": momentum_last,
             "momentum_restart": momentum_restart,
+            "post_norm": post_norm,
         }
 
     @classmethod
@@ -185,6 +192,8 @@ def differences(net: UpcycledViT) -> list[str]:
     num_experts = net.blocks[net.moe_layers[0]].mlp.experts.fc1.weight.shape[0]
     tokens = net.patch_embed.num_patches + net.num_prefix_tokens
     group_size = tokens if router.group_size == "image" else router.group_size
+    if net.post_norm != "none":
+        found.append(f"post_norm={net.post_norm} normalises the residual stream")
     if rule != to_spec(Residual()):
         found.append(f"rule={describe(rule)} moves the residual stream otherwise than x + u(x)")
     if not isinstance(router, TopKRouter | GShardRouter):

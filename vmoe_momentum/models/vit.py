@@ -22,7 +22,7 @@ from ..ranges import COUNT_OR_NONE, MOMENTUM, SIDE, Range, in_range
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .groups import fill_group
 from .initialization import init_head, init_vmoe
-from .placement import moe_indices, momentum_steps
+from .placement import PostNorm, block_settings, check_post_norm, moe_indices, momentum_steps
 from .positions import AutocastStream, SinCos2d
 from .settings import from_spec, to_spec
 
@@ -57,6 +57,7 @@ class MomentumVisionTransformer(VisionTransformer):
         share_expert_init: bool = True,
         momentum_last: int | None = None,
         momentum_restart: int | None = None,
+        post_norm: PostNorm = "none",
         pos_embed: Literal["learn", "sincos2d", "none"] = "learn",
         depth: int = 12,
         **timm_args: Any,
@@ -66,22 +67,24 @@ class MomentumVisionTransformer(VisionTransformer):
             raise ValueError(f"pos_embed={pos_embed}: use learn, sincos2d or none")
         _check_unsupported(moe_layers, timm_args)
         check_patches(timm_args.get("img_size", 224), timm_args.get("patch_size", 16))
+        check_post_norm(post_norm)
         rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
-        steps = dict(zip(indices, momentum_steps(len(indices), momentum_last, momentum_restart), strict=True))
+        steps = momentum_steps(len(indices), momentum_last, momentum_restart)
 
         def block_fn(**block: Any) -> nn.Module:
             index = block["depth"]
+            shared = {"rule": rule, **block_settings(index, indices, steps, post_norm)}
             if index not in indices:
-                return DenseBlock(**block)
-            sparse = {"num_experts": num_experts, "router": router, "rule": rule}
-            return MomentumBlock(**block, **sparse, step=steps[index], expert_drop=expert_drop_rate)
+                return DenseBlock(**block, **shared)
+            sparse = {"num_experts": num_experts, "router": router}
+            return MomentumBlock(**block, **sparse, **shared, expert_drop=expert_drop_rate)
 
         table = "learn" if pos_embed == "learn" else "none"
         super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
         self.positions: str = pos_embed
         self.sincos = SinCos2d()
-        self._keep_settings(rule, router, share_expert_init)
+        self._keep_settings(rule, router, post_norm, share_expert_init)
         if self.attn_pool is not None and timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm"):
             pool = self.attn_pool  # timm's would go without
             pool.q_norm, pool.k_norm = qk_norms(pool.head_dim, pool.q.weight)
@@ -92,8 +95,11 @@ class MomentumVisionTransformer(VisionTransformer):
             self.reset_classifier(self.num_classes)
         init_vmoe(self)
 
-    def _keep_settings(self, rule: MomentumRule, router: Router, share_expert_init: bool = True) -> None:
+    def _keep_settings(
+        self, rule: MomentumRule, router: Router, post_norm: PostNorm, share_expert_init: bool = True
+    ) -> None:
         self.rule, self.router_spec, self.share_expert_init = rule, to_spec(router), share_expert_init
+        self.post_norm: str = post_norm
         self.pre_logits: nn.Module = nn.Identity()
         self.stream = AutocastStream()
 
@@ -109,6 +115,7 @@ class MomentumVisionTransformer(VisionTransformer):
             "router": self.router_spec,
             "moe_layers": list(self.moe_layers),
             "momentum_steps": [self.blocks[index].step for index in self.moe_layers],
+            "post_norm": self.post_norm,
             "num_heads": self.blocks[0].attn.num_heads if len(self.blocks) else 0,
             "global_pool": self.global_pool,
             "pos_embed": self.positions,

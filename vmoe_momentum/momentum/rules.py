@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..ranges import MOMENTUM, POSITIVE, Range, in_range
-from .base import Buffers, MomentumRule, Scalars, Update, zeros
+from .base import Buffers, LookAhead, LooksAhead, MomentumRule, Scalars, Update, zeros
 
 
 @in_range("Residual.", gamma=POSITIVE)
@@ -67,7 +67,7 @@ class HeavyBall(MomentumRule):
 
 
 @in_range("Nesterov.", mu=MOMENTUM, gamma=POSITIVE)
-class Nesterov(MomentumRule):
+class Nesterov(LooksAhead):
     """Looks ahead along its momentum: y = x + mu gamma p; p' = mu p + u(y); x' = x + gamma p'.
 
     One evaluation, one buffer. mu = 0 equals Residual. With schedule "time_varying" mu is (t - 1) / (t + 2) at the t-th
@@ -78,14 +78,21 @@ class Nesterov(MomentumRule):
         mu: Momentum, in [0, 1); not used by the time-varying schedule.
         gamma: Step size, in (0, 1e6].
         schedule: Constant mu, or (t - 1) / (t + 2).
+        look_ahead: y in the stream, before the block's norm; or added behind that norm, and behind those of dense
+            blocks, too.
     """
 
     def __init__(
-        self, mu: float = 0.7, gamma: float = 1.0, schedule: Literal["constant", "time_varying"] = "constant"
+        self,
+        mu: float = 0.7,
+        gamma: float = 1.0,
+        schedule: Literal["constant", "time_varying"] = "constant",
+        look_ahead: LookAhead = "before_norm",
     ) -> None:
         if schedule not in ("constant", "time_varying"):
             raise ValueError(f"Nesterov.schedule={schedule}: use constant or time_varying")
         self.mu, self.gamma, self.schedule = mu, gamma, schedule
+        self._keep_look_ahead(look_ahead)
 
     def coefficients(self) -> dict[str, float]:
         return {"mu": self.mu, "gamma": self.gamma}
@@ -94,10 +101,14 @@ class Nesterov(MomentumRule):
         return (zeros(x),)
 
     def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
-        gamma = coefficients["gamma"]
-        mu = coefficients["mu"] if self.schedule == "constant" else (t - 1) / (t + 2)
-        p = mu * buffers[0] + u(x + mu * gamma * buffers[0])
-        return x + gamma * p, (p,)
+        p = self._mu(t, coefficients) * buffers[0] + self.ahead(x, u, buffers, t, coefficients)
+        return x + coefficients["gamma"] * p, (p,)
+
+    def distance(self, t: int, coefficients: Scalars) -> float | Tensor:
+        return self._mu(t, coefficients) * coefficients["gamma"]
+
+    def _mu(self, t: int, coefficients: Scalars) -> float | Tensor:
+        return coefficients["mu"] if self.schedule == "constant" else (t - 1) / (t + 2)
 
 
 @in_range("Complex.", mu=MOMENTUM, phi=Range(-math.pi, math.pi).because("it is in radians"), gamma=POSITIVE)
