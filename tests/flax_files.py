@@ -17,6 +17,7 @@ def random_params(
     heads: int = 2,
     hidden: int = 20,
     moe: tuple[int, ...] = (1,),
+    normed: tuple[int, ...] = (),  # blocks with the fork's LayerNorm_2
     experts: int = 4,
     slots: int = 0,
     classifier: str = "token",
@@ -61,6 +62,8 @@ def random_params(
         block = f"Encoder/encoderblock_{index}"
         norm(f"{block}/LayerNorm_0")
         norm(f"{block}/LayerNorm_1")
+        if index in normed:
+            norm(f"{block}/LayerNorm_2")
         attend(f"{block}/SelfAttention")
         stack = (experts,) if index in moe else ()
         mlp = f"{block}/Moe/Mlp" if index in moe else f"{block}/Mlp"

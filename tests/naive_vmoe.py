@@ -5,6 +5,7 @@ Nothing is shared with the package. Images are NHWC; names are those of a flax c
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import softmax
@@ -105,8 +106,24 @@ def sincos2d(rows: int, columns: int, width: int) -> Array:
     return table
 
 
-def forward(params: Params, images: Array, route: Route, group_size: int | None = None, sincos: bool = False) -> Array:
-    """images: [B, H, W, C] -> logits [B, K]. group_size None: each image is a group."""
+class Step(NamedTuple):
+    """p' = mu p + u(ahead of x by `ahead` p); x' = x + gamma p'. after_norm: behind the norm, in dense blocks too."""
+
+    mu: float = 0.0
+    gamma: float = 1.0
+    ahead: float = 0.0
+    after_norm: bool = False
+
+
+def forward(
+    params: Params,
+    images: Array,
+    route: Route,
+    group_size: int | None = None,
+    sincos: bool = False,
+    step: Step = Step(),  # noqa: B008  (immutable)
+) -> Array:
+    """images: [B, H, W, C] -> logits [B, K]. group_size None: each image is a group. LayerNorm_2 where it stands."""
     params = {name: value.astype(np.float64) for name, value in params.items()}
     kernel, images = params["embedding/kernel"], images.astype(np.float64)
     height, width = kernel.shape[:2]
@@ -124,17 +141,25 @@ def forward(params: Params, images: Array, route: Route, group_size: int | None 
     if "Encoder/posembed_input/pos_embedding" in params:
         x = x + params["Encoder/posembed_input/pos_embedding"]
     depth = len({name.split("/")[1] for name in params if name.startswith("Encoder/encoderblock_")})
+    momentum = np.zeros_like(x)
     for index in range(depth):
         name = f"Encoder/encoderblock_{index}"
         p = below(params, name)
         y = layer_norm(x, p["LayerNorm_0/scale"], p["LayerNorm_0/bias"])
         x = x + np.stack([attention(image, image, below(p, "SelfAttention")) for image in y])
-        y = layer_norm(x, p["LayerNorm_1/scale"], p["LayerNorm_1/bias"])
-        if "Mlp/Dense_0/kernel" in p:
-            x = x + mlp(y, below(p, "Mlp"))
-        else:
+        shift, sparse = step.ahead * momentum, "Mlp/Dense_0/kernel" not in p
+        before = shift if sparse and not step.after_norm else 0.0
+        y = layer_norm(x + before, p["LayerNorm_1/scale"], p["LayerNorm_1/bias"])
+        y = y + shift if step.after_norm else y
+        if sparse:
             groups = y.reshape(-1, group_size or y.shape[1], y.shape[2])
-            x = x + np.stack([route(params, f"{name}/Moe", group) for group in groups]).reshape(x.shape)
+            told = np.stack([route(params, f"{name}/Moe", group) for group in groups]).reshape(x.shape)
+            momentum = step.mu * momentum + told
+            x = x + step.gamma * momentum
+        else:
+            x = x + mlp(y, below(p, "Mlp"))
+        if "LayerNorm_2/scale" in p:
+            x = layer_norm(x, p["LayerNorm_2/scale"], p["LayerNorm_2/bias"])
     x = layer_norm(x, params["Encoder/encoder_norm/scale"], params["Encoder/encoder_norm/bias"])
     x = _pool(params, x)
     if "pre_logits/kernel" in params:

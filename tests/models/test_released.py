@@ -1,17 +1,23 @@
 """The authors' own vision networks (github.com/rachtsy/vmoe), to the digit: tests/oracles/released_momentum.npz.
 
-m is their momentum, y what their experts say. Their sparse blocks subtract y, ours add that of negated experts: HeavyBall
-has p = -m / gamma (gamma is 1 here), Robust p = m.
+m is their momentum, y what their experts say. Their sparse blocks subtract y, ours add that of negated experts:
+HeavyBall has p = -m / gamma (gamma is 1 here), Robust p = m.
 """
 
+from functools import partial
+from pathlib import Path
+
+import naive_vmoe
 import numpy as np
 import pytest
+import timm
 import torch
+from flax_files import random_params, truncated, write_official
 from oracle_files import Oracle, assert_gradient
 from test_flax_import import nchw, router_of
 from torch.nn import functional as F  # noqa: N812
 
-from vmoe_momentum import HeavyBall, Residual, Robust, TopKRouter, from_flax
+from vmoe_momentum import ExpertChoiceRouter, HeavyBall, Nesterov, Residual, Robust, TopKRouter, cli, from_flax
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
 from vmoe_momentum.models.flax_import import read_shape
 from vmoe_momentum.models.flax_layout import layout
@@ -127,3 +133,152 @@ def test_every_case_is_there() -> None:
     assert len(CASES) == 8 and {facts_of(case)["rule"] for case in CASES} == {"none", "heavy_ball", "robust"}
     assert {from_flax(params_of(c), router_of(facts_of(c)["model"]), rule_of(c), expert_output=sign_of(c)).post_norm
             for c in CASES} == {"none", "all"}  # fmt: skip
+
+
+# ---- where there are no vectors: norm places x rules x look-ahead x routers x heads, against float64 loops
+
+STEPS = {
+    "residual": (Residual(gamma=0.7), naive_vmoe.Step(gamma=0.7)),
+    "heavy ball": (HeavyBall(mu=0.9, gamma=0.5), naive_vmoe.Step(0.9, 0.5)),
+    **{
+        f"{name}, {place}": (build(look_ahead=place), step._replace(after_norm=place == "after_norm"))
+        for place in ("before_norm", "after_norm")
+        for name, build, step in (
+            ("nesterov", partial(Nesterov, mu=0.8, gamma=0.6), naive_vmoe.Step(0.8, 0.6, 0.48)),
+            ("robust", partial(Robust, gamma=0.9, mu=0.5, alpha=0.4), naive_vmoe.Step(0.5, 0.9, 0.36)),
+        )
+    },
+}
+PLACES = {"none": (), "dense": (0, 2, 4), "sparse": (1, 3), "all": (0, 1, 2, 3, 4)}
+ROUTES = {
+    "token": ({}, TopKRouter(2), naive_vmoe.top_k(2, None), {}),
+    "map head, capacity": (
+        {"classifier": "map", "seed": 1},
+        TopKRouter(2, eval_capacity_factor=0.6, capacity_multiple_of=1, group_size=9),
+        naive_vmoe.top_k(2, 3),
+        {"group_size": 9},
+    ),
+    "gap, expert choice": (
+        {"classifier": "gap", "seed": 2, "representation": 7},
+        ExpertChoiceRouter(2.0, capacity_multiple_of=1, capacity_rounding="round"),
+        naive_vmoe.expert_choice(4),
+        {},
+    ),
+    "soft": ({"slots": 2, "classifier": "gap", "seed": 3}, None, naive_vmoe.soft, {}),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("step", STEPS)
+def test_variations_against_float64_loops(step: str, place: str, route: str) -> None:
+    (rule, naive), (shape, router, naive_route, options) = STEPS[step], ROUTES[route]
+    params = random_params(depth=5, moe=(1, 3), normed=PLACES[place], **shape)
+    images = np.random.default_rng(7).uniform(-1, 1, (2, 12, 12, 3))
+    sign = "subtracted" if place in ("sparse", "all") else None
+    net = from_flax(params, router, rule, expert_output=sign).double().eval()
+    assert net.post_norm == place
+    for name in list(params):
+        if sign and "/Moe/Mlp/Dense_1/" in name:
+            params[name] = -params[name]
+    expected = naive_vmoe.forward(params, images, naive_route, step=naive, **options)
+    torch.testing.assert_close(net(nchw(images)), torch.from_numpy(expected), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "time_varying"])
+def test_dense_blocks_look_ahead_by_the_momentum_of_the_block_to_come(schedule: str) -> None:
+    """Three sparse blocks, then a dense one: t is 1, 2, 3 there and 4 behind them."""
+    rule = Nesterov(mu=0.8, schedule=schedule, look_ahead="after_norm")
+    net = timm.create_model(
+        "vmoe_custom", img_size=12, patch_size=4, embed_dim=16, depth=7, num_heads=2, moe_layers=[1, 3, 5],
+        num_experts=2, num_classes=3, rule=to_spec(rule), share_expert_init=False,
+    ).eval()  # fmt: skip
+    assert [block.step for block in net.blocks] == [1, 1, 2, 2, 3, 3, 4]
+    given = {}
+    for index, block in enumerate(net.blocks):
+        block.norm2.register_forward_hook(lambda m, i, o, k=index: given.__setitem__(("norm", k), o))
+        block.mlp.register_forward_hook(lambda m, i, o, k=index: given.__setitem__(("mlp", k), i[0]))
+        block.register_forward_hook(lambda m, i, o, k=index: given.__setitem__(("p", k), i[1].momentum[0]))
+    net(torch.randn(2, 3, 12, 12))
+    for index, block in enumerate(net.blocks):
+        mu = 0.8 if schedule == "constant" else (block.step - 1) / (block.step + 2)
+        torch.testing.assert_close(given["mlp", index] - given["norm", index], mu * given["p", index])
+    assert given["p", 6].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("rule", [Nesterov, Robust])
+def test_a_place_to_look_ahead_that_is_not_there(rule) -> None:
+    with pytest.raises(ValueError, match=f"{rule.__name__}.look_ahead=sideways: use before_norm or after_norm"):
+        rule(look_ahead="sideways")
+
+
+def test_the_released_constants_are_the_end_of_the_range() -> None:
+    """mu is 1 - 1 / gamma, and 1 - 1 / 1.25 rounds below 0.2."""
+    assert 1 - 1 / 1.25 < 0.2
+    found = Robust(L=1.0, m=1 / 1.25, r=0.2)
+    assert found.coefficients() == pytest.approx({"gamma": 0.96, "mu": 0.04, "alpha": 0.041666666666666664})
+    assert found.distance(1, found.coefficients()) == pytest.approx(0.04)
+
+
+# ---- the fork's checkpoints
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_checkpoint_of_the_fork_imports_to_the_bit(half: bool, tmp_path: Path, capsys) -> None:
+    """Cut into random pieces and shards, through the command line and a directory."""
+    params = {name.removeprefix("heavy_ball/params/"): RELEASED.arrays[name] for name in RELEASED.arrays.files
+              if name.startswith("heavy_ball/params/")}  # fmt: skip
+    write_official(tmp_path / "ckpt", params, shards=3, seed=3, bfloat16=half)
+    told = ["--router=TopKRouter", "--rule=HeavyBall", "--rule.mu=0.9", "--expert_output=subtracted"]
+    cli.run(["import", "flax", f"--source={tmp_path}/ckpt", f"--out={tmp_path}/w", *told])
+    assert "behind the MLP's residual of all blocks" in capsys.readouterr().out
+    net = timm.create_model(f"local-dir:{tmp_path}/w", pretrained=True)
+    assert net.rule.mu == 0.9 and net.post_norm == "all"
+    shape = read_shape(params, None)._replace(subtracted=True)
+    ours, params = net.state_dict(), truncated(params) if half else params
+    for key, source in layout(shape).items():
+        expected = torch.from_numpy(np.ascontiguousarray(source.build(*(params[n] for n in source.arrays))))
+        assert torch.equal(ours[key], expected), key
+
+
+HEAVY = {"rule": HeavyBall(mu=0.9), "expert_output": "subtracted"}
+
+
+@pytest.mark.parametrize(
+    ("normed", "settings", "words"),
+    [
+        ((0, 1, 2), {}, ["expert_output: sparse blocks have LayerNorm_2", "--expert_output subtracted"]),
+        ((0, 1, 2), {"expert_output": "subtracted"}, ["rule: sparse blocks have LayerNorm_2", "--rule HeavyBall"]),
+        ((0, 1, 2), {"rule": HeavyBall()}, ["expert_output: sparse blocks have LayerNorm_2"]),
+        ((), HEAVY, ["expert_output=subtracted", "no LayerNorm_2", "leave expert_output out"]),
+        ((0, 2), HEAVY, ["expert_output=subtracted", "LayerNorm_2 stands in dense blocks"]),
+        ((0,), {}, ["LayerNorm_2 stands in blocks [0] of 3, whose sparse ones are [1]"]),
+        ((0, 1), HEAVY, ["LayerNorm_2 stands in blocks [0, 1] of 3"]),
+    ],
+)
+def test_what_the_norms_contradict_is_named(normed: tuple, settings: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError, match="LayerNorm_2") as caught:
+        from_flax(random_params(normed=normed), TopKRouter(2), **settings)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_half_a_norm_is_named() -> None:
+    params = random_params(normed=(0, 1, 2))
+    del params["Encoder/encoderblock_1/LayerNorm_2/bias"]
+    with pytest.raises(ValueError, match="1 missing: Encoder/encoderblock_1/LayerNorm_2/bias"):
+        from_flax(params, TopKRouter(2), **HEAVY)
+
+
+def test_momentum_on_plain_weights_says_what_the_fork_did(tmp_path: Path, capsys) -> None:
+    """They are added, without a norm: with momentum off it is the plain network."""
+    write_official(tmp_path / "ckpt", random_params(), shards=1)
+    words = ["import", "flax", f"--source={tmp_path}/ckpt", "--router=TopKRouter"]
+    cli.run([*words, f"--out={tmp_path}/a", "--rule=HeavyBall", "--rule.mu=0"])
+    told = capsys.readouterr()
+    assert "warning: rule=HeavyBall: these weights were trained without momentum" in told.err
+    assert "subtracts it and puts a fresh norm behind every block" in told.err
+    cli.run([*words, f"--out={tmp_path}/b"])
+    assert "warning" not in capsys.readouterr().err
+    x = torch.randn(2, 3, 12, 12)
+    a, b = (timm.create_model(f"local-dir:{tmp_path}/{name}", pretrained=True).eval() for name in "ab")
+    assert torch.equal(a(x), b(x)) and a.post_norm == "none"
