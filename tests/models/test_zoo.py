@@ -331,10 +331,13 @@ SMALL, BASE, LARGE, HUGE = (512, 8, 2048), (768, 12, 3072), (1024, 24, 4096), (1
 SIZES = {
     "vmoe_small_patch32_224": (*SMALL, 32, (5, 7), 8),
     "vmoe_small_every2_patch32_224": (*SMALL, 32, range(1, 8, 2), 32),
+    "vmoe_small_every2_experts8_patch32_224": (*SMALL, 32, range(1, 8, 2), 8),
     "vmoe_small_patch16_224": (*SMALL, 16, (5, 7), 8),
     "vmoe_base_last2_patch32_224": (*BASE, 32, (9, 11), 32),
     "vmoe_base_every2_patch32_224": (*BASE, 32, range(1, 12, 2), 32),
+    "vmoe_base_every2_experts8_patch32_224": (*BASE, 32, range(1, 12, 2), 8),
     "vmoe_base_patch16_224": (*BASE, 16, range(1, 12, 2), 8),
+    "vmoe_base_patch16_384": (*BASE, 16, range(1, 12, 2), 8),
     "vmoe_base_last2_patch16_224": (*BASE, 16, (9, 11), 32),
     "vmoe_large_last2_patch32_224": (*LARGE, 32, (21, 23), 32),
     "vmoe_large_every2_patch32_224": (*LARGE, 32, range(1, 24, 2), 32),
@@ -367,8 +370,8 @@ def test_true_size(name: str) -> None:
     """Placement, and the number of parameters by hand, on the meta device; the committed table says the same."""
     width, depth, hidden, patch, sparse, experts = SIZES[name]
     soft, tanh = name.startswith("soft"), name.startswith("vmoe") and "tiny" not in name
-    tanh = tanh and name != "vmoe_base_patch16_224"
-    side = 16 if "tiny" in name else 224
+    tanh = tanh and not name.startswith("vmoe_base_patch16_")
+    side = int(name.rpartition("_")[2])
     attention, mlp, norms = 4 * width * width + 4 * width, 2 * width * hidden + hidden + width, 4 * width
     heads = {384: 6, 64: 4}.get(width, 8 if width == 512 else 12 if width == 768 else 16)
     if soft:

@@ -54,12 +54,24 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "vmoe_small_patch32_224": ("V-MoE-S/32, last 2, as released for ImageNet.", _vmoe(S, 32, "last2", 8)),
     "vmoe_small_every2_patch32_224": ("V-MoE-S/32, every 2.", _vmoe(S, 32, "every2", 32)),
+    "vmoe_small_every2_experts8_patch32_224": (
+        "V-MoE-S/32, every 2, of 8 experts: the network of MomentumSMoE's vision code. Its norms: post_norm.",
+        _vmoe(S, 32, "every2", 8),
+    ),
     "vmoe_small_patch16_224": ("S/32's network on patches of 16; ours, not in the paper.", _vmoe(S, 16, "last2", 8)),
     "vmoe_base_last2_patch32_224": ("V-MoE-B/32, last 2.", _vmoe(B, 32, "last2", 32)),
     "vmoe_base_every2_patch32_224": ("V-MoE-B/32, every 2.", _vmoe(B, 32, "every2", 32)),
+    "vmoe_base_every2_experts8_patch32_224": (
+        "V-MoE-B/32, every 2, of 8 experts, as in MomentumSMoE's vision code.",
+        _vmoe(B, 32, "every2", 8),
+    ),
     "vmoe_base_patch16_224": (
         "V-MoE-B/16, every 2, as released (ImageNet-21k): no tanh layer.",
         _vmoe(B, 16, "every2", 8, representation_size=0),
+    ),
+    "vmoe_base_patch16_384": (
+        "The same for 384 pixels, as MomentumSMoE's vision code fine-tunes it.",
+        _vmoe(B, 16, "every2", 8, representation_size=0, img_size=384),
     ),
     "vmoe_base_last2_patch16_224": ("V-MoE-B/16, last 2.", _vmoe(B, 16, "last2", 32)),
     "vmoe_large_last2_patch32_224": ("V-MoE-L/32, last 2.", _vmoe(L, 32, "last2", 32)),
