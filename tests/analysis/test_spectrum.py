@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from analysis_helpers import files, images, subject, tiny
 from torch import Tensor
 
-from vmoe_momentum import ExpertChoiceRouter, HeavyBall, Residual, Robust, SoftRouter, TopKRouter
+from vmoe_momentum import ExpertChoiceRouter, HeavyBall, Nesterov, Residual, Robust, SoftRouter, TopKRouter
 from vmoe_momentum.analysis import record, spectrum
 from vmoe_momentum.analysis.eigenvalues import image_spectrum, token_jacobians, token_spectrum, update_of
 from vmoe_momentum.momentum import SAM, Adam
@@ -33,6 +33,12 @@ def dense_jacobian(net: torch.nn.Module, index: int, points: Tensor) -> Tensor:
     return torch.autograd.functional.jacobian(u, points.flatten())
 
 
+def plain(block: torch.nn.Module):
+    """u of a block without a norm behind its step."""
+    u = update_of(block, 1.0)
+    return lambda x: u(x, torch.zeros_like(x), torch.zeros_like(x))
+
+
 def same_set(a: Tensor, b: Tensor, tolerance: float) -> None:
     """Complex numbers [S] in any order."""
     distance = (a.unsqueeze(1) - b.unsqueeze(0)).abs()
@@ -45,7 +51,7 @@ def test_tokens_agree_with_the_dense_jacobian(router: TopKRouter) -> None:
     net = tiny(rule=HeavyBall(), router=router)
     for index in (1, 7):
         points = points_of(net, index)[0, :3]
-        u = update_of(net.blocks[index])
+        u = plain(net.blocks[index])
         jacobian = token_jacobians(u, points)
         dense = dense_jacobian(net, index, points).reshape(3, 64, 3, 64)
         for token in range(3):
@@ -61,7 +67,7 @@ def test_the_jacobian_is_that_of_finite_differences() -> None:
     net = tiny()
     points = points_of(net, 5)[1, :2]
     net = net.double()
-    jacobian, step = token_jacobians(update_of(net.blocks[5]), points), 1e-5
+    jacobian, step = token_jacobians(plain(net.blocks[5]), points), 1e-5
     block = net.blocks[5]
     for axis in (0, 17, 63):
         shift = torch.zeros(64, dtype=torch.float64)
@@ -121,8 +127,8 @@ def test_small_images_are_not_crowded_by_the_measurement() -> None:
         net(torch.randn(8, 3, 8, 8))
     points = visits[0].point.double().flatten(0, 1)
     assert net.blocks[1].mlp.router.takes_tokens_alone(4, 4)
-    together = token_jacobians(update_of(net.blocks[1]), points[:16])
-    alone = torch.cat([token_jacobians(update_of(net.blocks[1]), point[None]) for point in points[:16]])
+    together = token_jacobians(plain(net.blocks[1]), points[:16])
+    alone = torch.cat([token_jacobians(plain(net.blocks[1]), point[None]) for point in points[:16]])
     torch.testing.assert_close(together, alone, atol=1e-12, rtol=0)
     assert float(together.abs().amax(dim=(1, 2)).min()) > 1e-3
 
@@ -229,3 +235,56 @@ def test_u_is_taken_where_the_rule_evaluates_it() -> None:
     torch.testing.assert_close(first.point, before.point)  # no momentum yet
     assert (second.update - twice.blocks[3].mlp(ahead.blocks[3].norm2(second.point))[0]).abs().max() < 1e-5
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in ahead.modules())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Residual(gamma=0.7),
+        HeavyBall(mu=0.6, gamma=0.8),
+        Robust(gamma=0.9, mu=0.5, alpha=0.6, look_ahead="after_norm"),
+        Nesterov(mu=0.7, look_ahead="after_norm"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("post_norm", ["none", "all"])
+def test_a_norm_behind_the_step_is_part_of_the_map(rule, post_norm: str, tmp_path: Path) -> None:
+    """1 - gamma sigma are the eigenvalues of the block's own step at the momentum it had, its two zeros left out."""
+    net = tiny(rule=rule, post_norm=post_norm)
+    for block in net.blocks:  # scales that differ, as trained ones do
+        if post_norm == "all":
+            torch.nn.init.uniform_(block.norm3.weight, 0.3, 1.5, generator=torch.Generator().manual_seed(1))
+    seen = {}
+    block = net.blocks[7]
+    block.register_forward_pre_hook(lambda m, i: seen.__setitem__("buffers", i[1].momentum))
+    block.norm2.register_forward_hook(lambda m, i, o: seen.__setitem__("x", i[0]))
+    with torch.no_grad():
+        net(torch.cat(images()).float() / 127.5 - 1)
+    x, buffers = seen["x"].double().flatten(0, 1), [b.double().flatten(0, 1) for b in seen["buffers"]]
+    found = subject(net, tmp_path)
+    spectrum([found], images(), files(tmp_path), tokens=102)
+    with (tmp_path / "out" / "x_eigenvalues.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["block"] == "7"]
+    block = net.double().blocks[7]
+    gamma = rule.coefficients()["gamma"]
+    order = torch.randperm(102, generator=torch.Generator().manual_seed(0))
+    for number in (0, 1, 50):
+        token = int(order[number])
+
+        def step(y: Tensor, token: int = token) -> Tensor:
+            def u(z: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+                return block.mlp(block.norm2(z) + (0.0 if shift is None else shift), None)[0]
+
+            kept = tuple(b[token][None, None] for b in buffers)
+            moved = block.rule(y[None, None], u, kept, block.step, block.momentum())[0]
+            return block.norm3(moved)[0, 0]
+
+        expected = torch.linalg.eigvals(torch.autograd.functional.jacobian(step, x[token]))
+        own = [row for row in rows if row["token"] == str(number)]
+        sigma = torch.tensor([complex(float(r["real"]), float(r["imag"])) for r in own], dtype=torch.complex128)
+        same_set(1 - gamma * sigma, expected, 1e-4)
+        zeros = torch.tensor([r["layer_norm_zero"] == "1" for r in own])
+        assert int(zeros.sum()) == 2
+        assert float(((1 - gamma * sigma) if post_norm == "all" else sigma)[zeros].abs().max()) < 1e-3
+    with (tmp_path / "out" / "x.csv").open() as file:
+        assert {row["post_norm"] for row in csv.DictReader(file)} == {str(int(post_norm == "all"))}

@@ -1,6 +1,9 @@
 """Eigenvalues of -du/dx, with the condition number of each. In float64.
 
-T tokens, N tokens of an image, D width, S eigenvalues.
+u is the block's update; where a norm stands behind the step, the one that the plain step would need to lead there:
+(norm(x + gamma u(x) + rest) - x) / gamma, so that 1 - gamma sigma are the eigenvalues of the block's map. rest is what
+momentum added, held fixed.
+    T tokens, N tokens of an image, D width, S eigenvalues.
 """
 
 import copy
@@ -10,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 
 from ..models import MomentumBlock
@@ -23,13 +26,33 @@ class Eigenvalues(NamedTuple):
 
     sigma: Tensor  # [T, S] complex128
     condition: Tensor  # [T, S] 1 / |cosine between left and right eigenvector|; 1 for normal matrices, NaN: unknown
-    zero: Tensor  # [T, S] bool: a direction that LayerNorm removes
+    zero: Tensor  # [T, S] bool: a direction that LayerNorm removes, before the layer or behind the step
 
 
-def update_of(block: MomentumBlock) -> Callable[[Tensor], Tensor]:
-    """u of a block in evaluation, in float64. [1, N, D] -> [1, N, D]."""
+class Points(NamedTuple):
+    """Where a block evaluates u, and how it goes on from there. Each [B, N, D] (or [T, D])."""
+
+    x: Tensor
+    shift: Tensor  # added behind the norm before the layer
+    rest: Tensor  # added to x + gamma u(x)
+
+    def split(self, size: int) -> "list[Points]":
+        return [Points(*parts) for parts in zip(*(part.split(size) for part in self), strict=True)]
+
+
+def has_post_norm(block: MomentumBlock) -> bool:
+    return not isinstance(block.norm3, nn.Identity)
+
+
+def update_of(block: MomentumBlock, gamma: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """u of a block in evaluation, in float64, as a function of x, shift and rest, all [B, N, D]."""
     block = copy.deepcopy(block).double().eval().requires_grad_(False)
-    return lambda y: block.ls2(block.mlp(block.norm2(y), None)[0])
+
+    def u(x: Tensor, shift: Tensor, rest: Tensor) -> Tensor:
+        update = block.ls2(block.mlp(block.norm2(x) + shift, None)[0])
+        return (block.norm3(x + gamma * update + rest) - x) / gamma if has_post_norm(block) else update
+
+    return u
 
 
 def token_jacobians(u: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
@@ -45,13 +68,16 @@ def token_jacobians(u: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     return columns.permute(1, 2, 0)
 
 
-def token_spectrum(u: Callable[[Tensor], Tensor], points: Tensor) -> Eigenvalues:
-    """All D eigenvalues of each token. points: [T, D] float64."""
+def token_spectrum(u: Callable[[Tensor], Tensor], points: Tensor, gamma: float | None = None) -> Eigenvalues:
+    """All D eigenvalues of each token. points: [T, D] float64. gamma: the step's, where a norm stands behind it."""
     jacobian = token_jacobians(u, points)
     sigma, right = torch.linalg.eig(-jacobian)
     left, info = torch.linalg.inv_ex(right)
     condition = left.norm(dim=-1) * right.norm(dim=-2)
     condition = condition.nan_to_num(nan=torch.inf).masked_fill((info != 0).unsqueeze(-1), torch.inf)
+    if gamma is not None:  # what the norm removes, the map takes to 0
+        radius = (1.0 - gamma * sigma).abs()
+        return Eigenvalues(sigma.cpu(), condition.cpu(), (radius <= ZERO * radius.amax(-1, keepdim=True)).cpu())
     # Adding a constant to x, or scaling it about its mean, changes nothing behind LayerNorm (behind RMSNorm: scaling).
     plane = torch.stack([torch.ones_like(points), points], dim=-1)
     shrunk = torch.linalg.svdvals(jacobian @ torch.linalg.qr(plane).Q)

@@ -1,6 +1,7 @@
 """Eigenvalues of -du/dx on real tokens, over the stability regions of Residual and of the trained rule.
 
-x is the residual stream, LayerNorm included, at the point where the rule evaluates u. Computed in float64.
+x is the residual stream, LayerNorm included, at the point where the rule evaluates u. Computed in float64. A norm
+behind the step is part of the map (see eigenvalues.py); the regions are those of the rule alone.
     T tokens, S eigenvalues of each.
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..models import MomentumBlock, PixelModel
 from ..progress import track
-from .eigenvalues import Eigenvalues, image_spectrum, token_spectrum, update_of
+from .eigenvalues import Eigenvalues, Points, has_post_norm, image_spectrum, token_spectrum, update_of
 from .output import Files, grid, group_by, show, whole_numbers
 from .stability import residual_radius, spectral_radius, step_size
 from .subjects import Subject, latest
@@ -40,6 +41,7 @@ class SpectrumRow(NamedTuple):
     share_rule: float | None  # inside the rule's own region; None where its step is not linear
     largest: float  # |s|
     near_defective: float  # share with a condition number above 1e4
+    post_norm: int  # 1: a norm stands behind the step; share_rule leaves out that it acts on the momentum, too
 
 
 class EigenvalueRow(NamedTuple):
@@ -91,6 +93,10 @@ def spectrum(
         ("model", "epoch", "block", "Residual", "rule", "largest |s|", "near-defective"),
         [(r.model, r.epoch, r.block, r.share_residual, r.share_rule, r.largest, r.near_defective) for r in rows],
     )
+    if any(row.post_norm and row.rule != "Residual" for row in rows):
+        print(
+            "post_norm: eigenvalues are of the map with the norm; the rule's region leaves out that it acts on momentum"
+        )
     return rows
 
 
@@ -109,28 +115,38 @@ def _alone(block: MomentumBlock, num_tokens: int) -> bool:
     return block.mlp.router.takes_tokens_alone(num_tokens, block.mlp.experts.fc1.weight.shape[0])
 
 
-def _points(model: PixelModel, batches: list[Tensor], what: str) -> dict[int, Tensor]:
+def _points(model: PixelModel, batches: list[Tensor], what: str) -> dict[int, Points]:
     """Block -> [B, N, D] where it evaluates u."""
-    found: dict[int, list[Tensor]] = {}
+    found: dict[int, list[Points]] = {}
     for _, visits in walk(model, batches, what):
         for visit in visits:
-            found.setdefault(visit.block, []).append(visit.point.double())
-    return {block: torch.cat(points) for block, points in found.items()}
+            x, update = visit.point.double(), visit.update.double()
+            rest = visit.moved.double() - x - _gamma(model.net.blocks[visit.block]) * update
+            found.setdefault(visit.block, []).append(Points(x, visit.shift.double(), rest))
+    return {block: Points(*map(torch.cat, zip(*points, strict=True))) for block, points in found.items()}
 
 
 def _measure(
-    block: MomentumBlock, points: Tensor, tokens: int, images: int, count: int, what: str
+    block: MomentumBlock, points: Points, tokens: int, images: int, count: int, what: str
 ) -> tuple[str, Eigenvalues]:
-    u = update_of(block)
-    if _alone(block, points.shape[1]):
-        flat = points.flatten(0, 1)
-        chosen = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:tokens]
-        pieces = list(flat[chosen.to(flat.device)].split(CHUNK))
-        part, measure = "all", token_spectrum
+    u, gamma = update_of(block, _gamma(block)), _gamma(block)
+    if _alone(block, points.x.shape[1]):
+        flat = Points(*(part.flatten(0, 1) for part in points))
+        chosen = torch.randperm(len(flat.x), generator=torch.Generator().manual_seed(0))[:tokens].to(flat.x.device)
+        pieces = Points(*(part[chosen] for part in flat)).split(CHUNK)
+        part = "all"
+
+        def measure(piece: Points) -> Eigenvalues:
+            shift, rest = piece.shift[:, None], piece.rest[:, None]
+            return token_spectrum(lambda x: u(x, shift, rest), piece.x, gamma if has_post_norm(block) else None)
+
     else:
-        pieces = list(points[:images])
-        part, measure = "largest", lambda u, piece: image_spectrum(u, piece, count)
-    found = [measure(u, piece) for piece in track(pieces, what)]
+        pieces, part = [Points(*(each[i] for each in points)) for i in range(min(images, len(points.x)))], "largest"
+
+        def measure(piece: Points) -> Eigenvalues:
+            return image_spectrum(lambda x: u(x, piece.shift[None], piece.rest[None]), piece.x, count)
+
+    found = [measure(piece) for piece in track(pieces, what)]
     fewest = min(piece.sigma.shape[1] for piece in found)
     return part, Eigenvalues(*(torch.cat([value[:, :fewest] for value in parts]) for parts in zip(*found, strict=True)))
 
@@ -147,7 +163,7 @@ def _rows(
     row = SpectrumRow(
         subject.label, subject.epoch, index, t, rule, part, len(found.sigma), int(counted.sum()), int((~counted).sum()),
         gamma, _share(residual[counted] < 1), None if own is None else _share(own[counted] < 1),
-        float(gamma * flat.abs().max()), _share(condition[~condition.isnan()] > DEFECTIVE),
+        float(gamma * flat.abs().max()), _share(condition[~condition.isnan()] > DEFECTIVE), int(has_post_norm(block)),
     )  # fmt: skip
     token = torch.arange(len(found.sigma)).unsqueeze(1).expand_as(found.sigma).flatten()
     columns = (token, flat.real, flat.imag, found.condition.flatten(), (~counted).int(), residual)
@@ -159,6 +175,10 @@ def _rows(
 def _step(block: MomentumBlock) -> tuple[int, dict[str, float]]:
     """t and the coefficients of the block's rule."""
     return max(1, block.step), {name: float(value) for name, value in block.momentum().items()}
+
+
+def _gamma(block: MomentumBlock) -> float:
+    return step_size(block.rule, *_step(block))
 
 
 def _share(inside: Tensor) -> float:
@@ -183,6 +203,10 @@ def _draw(files: Files, last: list[Subject], rows: list[SpectrumRow], details: l
             if row.rule != "Residual":
                 own = "none (not linear)" if row.share_rule is None else f"{100 * row.share_rule:.0f} %"
                 inside += f", {row.rule} {own}"
+            if row.post_norm:
+                inside += "\nnorm behind the step in the dots" + (
+                    ", not in the curve" if row.rule != "Residual" else ""
+                )
             axis.set_title(f"{subject.label}, block {index}\n{inside}", fontsize=9)
     figure.supxlabel(r"Re $s$, $s = \gamma\sigma$, $\sigma$ eigenvalue of $-\partial u/\partial x$")
     figure.supylabel(r"Im $s$")

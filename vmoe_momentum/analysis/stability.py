@@ -5,6 +5,9 @@ buffers); it contracts there iff the spectral radius of M is below 1 (arXiv:2410
 are not symmetric, so sigma is complex in general). With s = gamma sigma: for Residual that is the disc |1 - s| < 1, for
 HeavyBall the ellipse ((Re s - (1 + mu)) / (1 + mu))^2 + (Im s / (1 - mu))^2 < 1, narrower along the imaginary axis.
 
+Left out, as sigma says nothing of it: a norm behind the step (its part in the momentum's way), and the scale of the norm
+where a rule looks ahead behind it, which is taken for a look-ahead in the stream.
+
 A new rule needs nothing here. Rules that are not linear in (x, buffers), as SAM and Adam's own step, have no region.
     S eigenvalues; a complex number is a pair, on which -sigma acts as a 2x2 matrix.
 """
@@ -20,7 +23,7 @@ def step_size(rule: MomentumRule, t: int, coefficients: Scalars) -> float:
     """gamma: how far x moves, from empty buffers, for a constant update of 1."""
     x = torch.zeros(1, 1, 1, dtype=torch.float64)
     with torch.no_grad():
-        return float(rule(x, torch.ones_like, rule.init(x), t, coefficients)[0])
+        return float(rule(x, lambda y, shift=None: torch.ones_like(y), rule.init(x), t, coefficients)[0])
 
 
 def spectral_radius(rule: MomentumRule, t: int, coefficients: Scalars, sigma: Tensor) -> Tensor | None:
@@ -46,7 +49,8 @@ def _transition(rule: MomentumRule, t: int, coefficients: Scalars, sigma: Tensor
     real, imaginary = sigma.real, sigma.imag
     minus_sigma = torch.stack([-real, imaginary, -imaginary, -real], dim=-1).reshape(-1, 2, 2)
 
-    def u(y: Tensor) -> Tensor:  # [any, S, 2]
+    def u(y: Tensor, shift: Tensor | None = None) -> Tensor:  # [any, S, 2]
+        y = y if shift is None else y + shift
         return torch.einsum("sij,bsj->bsi", minus_sigma, y)
 
     parts = 1 + len(rule.init(torch.zeros(1, 1, 2)))

@@ -22,6 +22,8 @@ class Visit(NamedTuple):
     block: int  # index among all blocks
     x: Tensor  # [B, N, D] residual stream after the sparse step
     point: Tensor  # [B, N, D] where u was evaluated (last, for rules that do it twice)
+    shift: Tensor  # [B, N, D] what was added behind the norm there, for rules that look ahead so
+    moved: Tensor  # [B, N, D] where the step led; x is that, or its norm where the block has one behind it
     update: Tensor  # [B, N, D] u(point)
     momentum: Tensor | None  # [B, N, D] first buffer after the step; None without momentum
     tokens: Tensor  # [B, N, D] what router and experts saw
@@ -56,11 +58,14 @@ def _watch(index: int, block: MomentumBlock, visits: list[Visit]) -> list[Any]:
     def finish(module: nn.Module, inputs: tuple, output: tuple) -> None:
         x, carry = output
         momentum = carry.momentum[0] if module.step and carry.momentum else None
-        visits.append(Visit(index, x, seen["point"], seen["update"], momentum, *seen["routed"]))
+        shift = seen["routed"][0] - seen["normed"]
+        visits.append(Visit(index, x, seen["point"], shift, seen["moved"], seen["update"], momentum, *seen["routed"]))
         seen.clear()
 
     return [
         block.norm2.register_forward_hook(keep("point", lambda inputs, output: inputs[0])),
+        block.norm2.register_forward_hook(keep("normed", lambda inputs, output: output)),
+        block.norm3.register_forward_hook(keep("moved", lambda inputs, output: inputs[0])),
         block.ls2.register_forward_hook(keep("update", lambda inputs, output: output)),
         block.mlp.router.register_forward_hook(keep("routed", lambda inputs, output: (inputs[0], output[0]))),
         block.register_forward_hook(finish),

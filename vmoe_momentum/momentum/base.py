@@ -74,7 +74,7 @@ class MomentumRule(ABC):
         buffers = tuple(buffer.to(wide) for buffer in buffers)
 
         def widened(y: Tensor, shift: Tensor | None = None) -> Tensor:
-            return u(y.to(kind), shift).to(wide)
+            return (u(y.to(kind)) if shift is None else u(y.to(kind), shift)).to(wide)
 
         moved, buffers = self.step(x.to(wide), widened, buffers, t, coefficients)
         return moved.to(kind), buffers
