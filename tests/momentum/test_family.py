@@ -95,7 +95,12 @@ def weights(count: int = 7, width: int = 4) -> list[Tensor]:
 
 
 def layers_of(matrices: list[Tensor]) -> list[Layer]:
-    return [lambda y, w=w: torch.sin(y @ w) for w in matrices]
+    """sin is what the matrix's norm is in a block: a shift comes behind it."""
+
+    def layer(w: Tensor) -> Layer:
+        return lambda y, shift=None: torch.sin(y @ w) if shift is None else torch.sin(y @ w) + torch.sin(shift @ w)
+
+    return [layer(w) for w in matrices]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -229,7 +234,7 @@ def test_robust_takes_its_ends() -> None:
 CHANGES = {
     Residual: {"gamma": 0.5},
     HeavyBall: {"mu": 0.5, "gamma": 0.5, "learn": True},
-    Nesterov: {"mu": 0.5, "gamma": 0.5, "schedule": "time_varying"},
+    Nesterov: {"mu": 0.5, "gamma": 0.5, "schedule": "time_varying", "look_ahead": "after_norm"},
     Complex: {"mu": 0.5, "phi": 0.1, "gamma": 0.5},
     Adam: {
         "beta1": 0.5, "beta2": 0.5, "gamma1": 0.5, "eps": 1e-2, "kappa": 0.5, "mu": 0.5, "gamma2": 0.5,
@@ -259,6 +264,27 @@ def test_every_setting_of_robust_changes_something(name: str) -> None:
     base = {"L": 1.0, "m": 0.25, "r": 0.6} if name in "Lmr" else {"gamma": 0.9, "mu": 0.4, "alpha": 0.3}
     other = {**base, name: base[name] * 1.05}
     assert Robust(**base).coefficients() != Robust(**other).coefficients()
+
+
+@pytest.mark.parametrize("cls", [Nesterov, Robust])
+def test_looking_ahead_behind_the_norm_hands_the_shift_over(cls: type[MomentumRule]) -> None:
+    """The same step with u(x, shift) for u(x + shift), where u is linear in both."""
+    matrix = torch.randn(4, 4, dtype=torch.float64)
+    x, seen = torch.randn(1, 2, 4, dtype=torch.float64), []
+
+    def u(y: Tensor, shift: Tensor | None = None) -> Tensor:
+        seen.append(shift)
+        return (y if shift is None else y + shift) @ matrix
+
+    outcomes = []
+    for place in ("before_norm", "after_norm"):
+        rule = cls(look_ahead=place)
+        buffers, y = rule.init(x), x
+        for t in (1, 2, 3):
+            y, buffers = rule(y, u, buffers, t, rule.coefficients())
+        outcomes.append(y)
+    torch.testing.assert_close(*outcomes)
+    assert [shift is None for shift in seen] == [True] * 3 + [False] * 3
 
 
 # ---- half types

@@ -5,7 +5,7 @@ buffers); it contracts there iff the spectral radius of M is below 1 (arXiv:2410
 are not symmetric, so sigma is complex in general). With s = gamma sigma: for Residual that is the disc |1 - s| < 1, for
 HeavyBall the ellipse ((Re s - (1 + mu)) / (1 + mu))^2 + (Im s / (1 - mu))^2 < 1, narrower along the imaginary axis.
 
-Left out, as sigma says nothing of it: a norm behind the step (its part in the momentum's way), and the scale of the norm
+Left out, as sigma says nothing of it: that a norm behind the step acts on the momentum, too, and the scale of the norm
 where a rule looks ahead behind it, which is taken for a look-ahead in the stream.
 
 A new rule needs nothing here. Rules that are not linear in (x, buffers), as SAM and Adam's own step, have no region.
