@@ -37,14 +37,20 @@ SETTINGS = {
 MILDER = ("capacity", "top-1")  # than "batch priority" and "renormalised", which do the same and more
 
 
-def shallow(rule: str = "HeavyBall", router: str = "TopKRouter", **settings) -> PixelModel:
-    """Two blocks, both sparse."""
+# as in the authors' vision code: norms behind the residual, look-ahead behind the norm, in dense blocks too
+RELEASED = {"class_path": "Robust", "init_args": {"L": 1.0, "m": 0.8, "r": 0.2, "look_ahead": "after_norm"}}
+
+
+def shallow(
+    rule: str | dict = "HeavyBall", router: str = "TopKRouter", post_norm: str = "none", **settings
+) -> PixelModel:
+    """Two blocks, both sparse; with norms behind them a dense one comes between."""
     torch.manual_seed(0)
     spec = {"class_path": router, "init_args": settings}
-    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    net = MomentumVisionTransformer(
-        **shape, rule=rule, router=spec, moe_layers=[0, 1], num_experts=4, share_expert_init=False
-    )
+    depth = 2 if post_norm == "none" else 3
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": depth, "num_heads": 2, "num_classes": 5}
+    sparse = {"moe_layers": [0, depth - 1], "num_experts": 4, "share_expert_init": False, "post_norm": post_norm}
+    net = MomentumVisionTransformer(**shape, rule=rule, router=spec, **sparse)
     nn.init.normal_(net.head.weight)
     return PixelModel(net).eval()
 
@@ -206,9 +212,10 @@ CASES = {
     **{rule: {"rule": rule} for rule in RULES},
     **{router: {"router": router} for router in ROUTERS},
     **{name: {"router": router, **settings} for name, (router, settings) in SETTINGS.items()},
+    "released robust": {"rule": RELEASED, "post_norm": "all"},
 }
 # one of each kind that has gone wrong: an operator without a half form, a root of small numbers
-SHORT = [("ExpertChoiceRouter", "onnx", "fp16")]
+SHORT = [("ExpertChoiceRouter", "onnx", "fp16"), *(("released robust", *offer) for offer in OFFERED)]
 SWEEP = [
     pytest.param(case, *offer, marks=() if (case, *offer) in SHORT else pytest.mark.long)
     for case in CASES
@@ -239,11 +246,14 @@ def test_every_format_and_precision(case: str, kind: str, precision: str, tmp_pa
     assert math.isfinite(found.max_difference) and found.agreement >= 0.85, found
 
 
-def registered(rule: str = "HeavyBall", router: str = "TopKRouter", **settings) -> PixelModel:
+def registered(
+    rule: str | dict = "HeavyBall", router: str = "TopKRouter", post_norm: str = "none", **settings
+) -> PixelModel:
     """A network that timm builds by name, for formats that keep the network itself."""
     torch.manual_seed(0)
     spec = {"class_path": router, "init_args": settings}
-    net = create_model("vmoe_tiny_patch4_16", rule=rule, router=spec, num_classes=5, share_expert_init=False)
+    named = {"rule": rule, "router": spec, "post_norm": post_norm}
+    net = create_model("vmoe_tiny_patch4_16", num_classes=5, share_expert_init=False, **named)
     nn.init.normal_(net.head.weight)
     return PixelModel(net).eval()
 

@@ -30,17 +30,34 @@ ROOT = Path(__file__).parent.parent.parent
 RULES = [*subclasses(MomentumRule)]
 SHORT = [(name, RULES[i % len(RULES)]) for i, name in enumerate(NAMES)]
 LONG = [(name, rule) for name in NAMES for rule in RULES if (name, rule) not in SHORT]
-EVERY = pytest.mark.parametrize(
-    ("name", "rule"), [*SHORT, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)]
-)
 FAMILIES = ("vmoe_small_patch32_224", "soft_moe_small_patch16_224", "deep_vmoe_tiny_patch4_16", "vmoe_upcycled")
-TRACED = {(FAMILIES[i % len(FAMILIES)], rule) for i, rule in enumerate(RULES)}
+# rules with norms behind the MLPs' residuals and a look-ahead behind the norm, under names of their own
+FORMS = {
+    "released heavy ball": {"rule": "HeavyBall", "post_norm": "all"},
+    "released robust": {
+        "rule": {"class_path": "Robust", "init_args": {"L": 1.0, "m": 0.8, "r": 0.2, "look_ahead": "after_norm"}},
+        "post_norm": "all",
+    },
+    "nesterov after the norm": {
+        "rule": {"class_path": "Nesterov", "init_args": {"look_ahead": "after_norm"}},
+        "post_norm": "dense",
+    },
+    "norm alone": {"rule": "Residual", "post_norm": "sparse"},
+}
+FORMED = [
+    ("vmoe_small_every2_experts8_patch32_224", "released robust"), ("soft_moe_small_patch16_224", "norm alone"),
+    ("vmoe_upcycled", "nesterov after the norm"), ("deep_vmoe_tiny_patch4_16", "released heavy ball"),
+]  # fmt: skip
+LONG += [(name, form) for name in FAMILIES for form in FORMS if (name, form) not in FORMED]
+EVERY = pytest.mark.parametrize(
+    ("name", "rule"), [*SHORT, *FORMED, *(pytest.param(*pair, marks=pytest.mark.long) for pair in LONG)]
+)
+TRACED = {*((FAMILIES[i % len(FAMILIES)], rule) for i, rule in enumerate(RULES)), *FORMED[::2]}
 EACH_FAMILY = pytest.mark.parametrize(
     ("name", "rule"),
     [
         pytest.param(name, rule, marks=() if (name, rule) in TRACED else pytest.mark.long)
-        for name in NAMES
-        for rule in RULES
+        for name, rule in [*((name, rule) for name in NAMES for rule in RULES), *FORMED]
     ],
 )
 
@@ -50,10 +67,11 @@ def patch_of(name: str) -> int:
 
 
 def small(name: str, rule: str = "Residual", depth: int = 4, **extra) -> MomentumVisionTransformer:
-    """Width 32, 9 patches, a head that is not zero. Four blocks, two of them sparse; or two, both sparse."""
+    """Width 32, 9 patches, a head that is not zero. Four blocks, two of them sparse; or two, both sparse; or three."""
+    depth = 3 if depth == 2 and rule in FORMS else depth  # a dense one behind a sparse one
     shape = {"embed_dim": 32, "depth": depth, "num_heads": 4, "mlp_ratio": 2.0}
-    layers = "every2" if depth == 4 else list(range(depth))
-    sparse = {"moe_layers": layers, "num_experts": 4, "rule": rule, "num_classes": 5}
+    layers = "every2" if depth == 4 else [0, depth - 1]
+    sparse = {"moe_layers": layers, "num_experts": 4, "num_classes": 5, **FORMS.get(rule, {"rule": rule})}
     if name == "vmoe_upcycled":
         net = timm.create_model(name, backbone_args={**shape, "patch_size": 4}, img_size=12, **sparse, **extra)
     else:
@@ -128,7 +146,8 @@ def test_directory_and_safetensors_round_trips_are_bitwise(name: str, rule: str,
     assert again.pretrained_cfg["mean"] == list(net.pretrained_cfg["mean"])
     config = json.loads((tmp_path / "net" / "config.json").read_text())
     assert config["architecture"] == name
-    assert config["model_args"]["rule"]["class_path"] == rule
+    assert config["model_args"]["rule"] == to_spec(net.rule)
+    assert config["model_args"].get("post_norm", "none") == net.post_norm
 
 
 @EVERY
