@@ -231,7 +231,7 @@ def test_every_format_and_precision(case: str, kind: str, precision: str, tmp_pa
     model, request = build(**CASES[case]), Request(precision=precision)
     metadata = {
         "class_names": None, "class_ids": None, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
-        "interpolation": "bilinear",
+        "interpolation": "bilinear", "upright": False,
         "network": network_facts(model), "source": {"file": "x", "weights": "raw"}, "parameters": 1, "data": None,
         "scores": {}, "recipe": {}, **request._asdict(),
     }  # fmt: skip
