@@ -22,7 +22,7 @@ SHAPELESS = ("vmoe_custom", "vmoe_upcycled")  # they have whatever shape they ar
 def row(name: str) -> dict[str, object]:
     with torch.device("meta"):
         net = timm.create_model(name)
-        model = PixelModel(net)
+    model = PixelModel(net).to("meta")  # its constants are read before they go
     size = net.patch_embed.img_size[0]
     cost: Cost = measure_cost(model, size)
     experts = net.blocks[net.moe_layers[-1]].mlp.experts.fc1.weight.shape[0]

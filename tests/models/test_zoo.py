@@ -8,6 +8,7 @@ import copy
 import csv
 import functools
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -408,6 +409,17 @@ def test_true_size(name: str) -> None:
         (row,) = [row for row in csv.DictReader(file) if row["name"] == name]
     idle = 0 if soft else len(sparse) * (experts - 2) * mlp
     assert (int(row["parameters"]), int(row["active"])) == (total, total - idle)
+
+
+def test_the_committed_table_is_what_its_command_counts(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    counted = runpy.run_path(str(ROOT / "benchmarks" / "zoo.py"))["row"]
+    with (ROOT / "benchmarks" / "results" / "zoo.csv").open(newline="") as file:
+        table = {row["name"]: row for row in csv.DictReader(file)}
+    for name in ("vmoe_tiny_patch4_16", "vmoe_base_patch16_384", "soft_moe_small_patch16_224"):
+        found = counted(name)
+        assert float(table[name].pop("gflops")) == pytest.approx(found.pop("gflops"), rel=1e-5)
+        assert table[name] == {key: str(value) for key, value in found.items()}
 
 
 def test_every_sized_name_is_counted() -> None:
