@@ -17,8 +17,19 @@ from oracle_files import Oracle, assert_gradient
 from test_flax_import import nchw, router_of
 from torch.nn import functional as F  # noqa: N812
 
-from vmoe_momentum import ExpertChoiceRouter, HeavyBall, Nesterov, Residual, Robust, TopKRouter, cli, from_flax
+from vmoe_momentum import (
+    ExpertChoiceRouter,
+    HeavyBall,
+    Nesterov,
+    Residual,
+    Robust,
+    TopKRouter,
+    cli,
+    create_model,
+    from_flax,
+)
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
+from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.flax_import import read_shape
 from vmoe_momentum.models.flax_layout import layout
 from vmoe_momentum.models.settings import to_spec
@@ -267,6 +278,14 @@ def test_half_a_norm_is_named() -> None:
     del params["Encoder/encoderblock_1/LayerNorm_2/bias"]
     with pytest.raises(ValueError, match="1 missing: Encoder/encoderblock_1/LayerNorm_2/bias"):
         from_flax(params, TopKRouter(2), **HEAVY)
+
+
+@pytest.mark.parametrize(("normed", "asked"), [((), "all"), ((0, 1, 2), "none"), ((0, 1, 2), "dense")])
+def test_weights_of_other_norms_are_refused(normed: tuple, asked: str, tmp_path: Path) -> None:
+    settings = HEAVY if normed else {}
+    save(from_flax(random_params(normed=normed), TopKRouter(2), **settings), tmp_path / "w")
+    with pytest.raises(ValueError, match=f"post_norm={asked}: the weights in local-dir:.* leave post_norm out"):
+        create_model(f"local-dir:{tmp_path}/w", post_norm=asked)
 
 
 def test_momentum_on_plain_weights_says_what_the_fork_did(tmp_path: Path, capsys) -> None:

@@ -119,6 +119,13 @@ def create_model(
         if not dynamic_img_size:
             raise
         raise ValueError(f"dynamic_img_size=True: {name} has no such setting ({error}); leave it out") from error
+    except RuntimeError as error:
+        if ".norm3." not in str(error):
+            raise
+        raise ValueError(
+            f"post_norm={post_norm}: the weights in {name} were trained with other norms behind the MLPs' residuals, and "
+            "a fresh one there makes another network of them; leave post_norm out"
+        ) from error
     except SafetensorError as error:
         raise ValueError(f"name={name}: model.safetensors is damaged ({error}); write it again") from error
     if image_size is not None and "img_size" not in given and hasattr(net, "set_input_size"):
