@@ -123,8 +123,8 @@ def create_model(
         if ".norm3." not in str(error):
             raise
         raise ValueError(
-            f"post_norm={post_norm}: the weights in {name} were trained with other norms behind the MLPs' residuals, and "
-            "a fresh one there makes another network of them; leave post_norm out"
+            f"post_norm={post_norm}: the weights in {name} were trained with other norms behind the MLPs' residuals, "
+            "and a fresh one there makes another network of them; leave post_norm out"
         ) from error
     except SafetensorError as error:
         raise ValueError(f"name={name}: model.safetensors is damaged ({error}); write it again") from error
