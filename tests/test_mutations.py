@@ -20,9 +20,9 @@ HARMLESS = {  # kind and key of structural mutations that may be accepted, and w
     ("drop", r"rule\.class_path$"): "in an overlay: the rule below stays, with the settings that are left",
     ("word|list for scalar", FREE): "any text is a name",
     ("empty", FREE): "no name: Lightning's own",
-    ("null", r"(name|filename|save_dir|monitor|version|pretrained|image_size|num_experts|moe_layers|router|rule|post_norm)$"):
+    ("null", r"(name|filename|save_dir|monitor|version|pretrained|image_size|num_experts|moe_layers|router|rule)$"):
         "null is the default of these",
-    ("null", r"adam_layers$"): "null is all of them",
+    ("null", r"(adam_layers|post_norm)$"): "null is all of them, and the named network's own",
     ("null", r"(crop|betas|randaugment|max_steps|max_epochs|gradient_clip_val|devices|log_every_n_steps|logger)$"):
         "Lightning's and the data modules' null: their default",
     ("null", r"(every_n_train_steps|every_n_epochs|callbacks\+?|init_args|progressive)$"): "as above",
