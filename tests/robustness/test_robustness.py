@@ -1,6 +1,7 @@
 """`vmoe-momentum robustness` on real digits with our networks, and its refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,17 @@ def test_clean_accuracy_is_that_of_test(digits: Path, here: Path) -> None:
                 answer = net(pixels.view(1, 16, 16, 3).permute(0, 3, 1, 2) / 127.5 - 1).argmax()
             right, total = right + int(answer == int(folder.name)), total + 1
     assert float(score["value"]) == pytest.approx(right / total) and int(score["n"]) == total == 360
+
+
+def test_names_of_pictures_need_not_be_utf8(here: Path) -> None:
+    """Random numbers and cells follow from names; those that are UTF-8 give what they gave."""
+    write_checkpoint(tiny(), here / "a.ckpt")
+    for folder, name in (("3", b"\xe9.png"), ("4", "\xe9.png".encode())):
+        place = os.fsencode(here / "data" / folder)
+        os.makedirs(place)
+        Image.new("RGB", (16, 16), (90, 20, 200)).save(os.fsdecode(os.path.join(place, name)), format="png")
+    cli.run(["robustness", "--model=a.ckpt", "--data=data", "--out=o", *SHORT])
+    assert {row["n"] for row in rows(here / "o" / "rows.csv") if row["metric"] == "top1"} == {"2"}
 
 
 def test_pictures_are_cut_as_in_training(here: Path) -> None:

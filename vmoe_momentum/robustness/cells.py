@@ -6,6 +6,7 @@ Outcomes lie on disk as soon as a cell is done, so that a long run goes on where
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -183,7 +184,7 @@ class Store:
         for number in numbers:
             path = cell.pictures.paths[number].absolute()
             stat = path.stat()
-            files.update(f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{cell.pictures.labels[number]}".encode())
+            files.update(os.fsencode(f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{cell.pictures.labels[number]}"))
         facts: dict[str, Any] = {
             "model": model.provenance, "view": model.view, "kind": cell.kind, "condition": cell.condition,
             "severity": cell.severity, "change": cell.change, "attack": cell.attack, "budget": cell.budget,

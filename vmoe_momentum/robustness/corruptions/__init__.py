@@ -5,6 +5,7 @@ parameters published for CIFAR-10-C, whose files are no JPEGs.
 """
 
 import hashlib
+import os
 
 import numpy as np
 
@@ -62,5 +63,6 @@ def check_corruption(name: str, setting: str = "corruption") -> None:
 
 def generator(seed: int, name: str, severity: int, key: str) -> np.random.Generator:
     """Random numbers of one image under one corruption."""
-    digest = hashlib.sha256(f"{seed}/{name}/{severity}/{key}".encode()).digest()
+    place = os.fsencode(f"{seed}/{name}/{severity}/{key}")  # file names need not be UTF-8
+    digest = hashlib.sha256(place).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
