@@ -184,6 +184,17 @@ def test_a_beton_cut_short_between_batches_ends_with_a_line(pictures, tmp_path):
 
 
 @requires_ffcv
+@pytest.mark.parametrize("size", [0, 10, 100, 10_000])
+def test_a_beton_cut_short_after_it_was_checked_ends_with_a_line(size: int, pictures, tmp_path):
+    """Loaders are made anew where Lightning asks for them."""
+    root = Path(shutil.copytree(pictures, tmp_path / "copy"))
+    data = module(FFCVDataModule, root, batch_size=2, num_workers=1)
+    os.truncate(root / "train.beton", size)
+    with pytest.raises(ValueError, match=rf"train\.beton: .*{size} bytes .*prepare it again"):
+        data.train_dataloader()
+
+
+@requires_ffcv
 def test_a_map_cut_short_under_a_read_ends_with_a_line(tmp_path):
     """In its own process, which the signal ends; without torch, for the time that takes."""
     code = (

@@ -65,14 +65,20 @@ class FFCVLoader(EpochLoader):
         threads = usable_threads(num_workers)
         self.batches_ahead, self.size = batches_ahead, size
         self.decoder = CropDecoder(size(0), training=plan.training, os_cache=os_cache, threads=threads, **crop)
-        self.ffcv = Loader(
-            str(path),
-            batch_size=plan.batch_size,
-            num_workers=threads,
-            os_cache=os_cache,
-            seed=plan.seed,
-            pipelines={"image": [self.decoder, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]},
-        )
+        try:
+            self.ffcv = Loader(
+                str(path),
+                batch_size=plan.batch_size,
+                num_workers=threads,
+                os_cache=os_cache,
+                seed=plan.seed,
+                pipelines={"image": [self.decoder, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]},
+            )
+        except (IndexError, ValueError) as error:  # numpy's, of a header or a table that is not all there
+            raise CutShort(
+                f"{path}: not a sound beton any more: {path.stat().st_size} bytes ({error}); it was cut short after it "
+                "was checked: bring it back or prepare it again"
+            ) from error
 
     def open(self, batches: list[np.ndarray], epoch: int) -> Generator[Batch, None, None]:
         self.decoder.size = self.size(epoch)
