@@ -136,7 +136,7 @@ def test_small_images_are_not_crowded_by_the_measurement() -> None:
 def test_coupled_tokens_agree_with_the_dense_jacobian() -> None:
     net = tiny(router=SoftRouter())
     points = points_of(net, 3)[0]
-    found = image_spectrum(update_of(net.blocks[3]), points, 12)
+    found = image_spectrum(plain(net.blocks[3]), points, 12)
     dense = -dense_jacobian(net, 3, points)
     sigma, right = torch.linalg.eig(dense)
     left = torch.linalg.inv(right)
@@ -159,6 +159,30 @@ def test_routers_that_mix_tokens_are_taken_whole(router, tmp_path: Path) -> None
     points = points_of(net, 1)[0]
     largest = torch.linalg.eigvals(dense_jacobian(net, 1, points)).abs().max()
     assert rows[0].largest == pytest.approx(float(largest), rel=1e-5)
+
+
+def test_coupled_tokens_with_a_norm_behind_the_step(tmp_path: Path) -> None:
+    """1 - gamma sigma of whole images: the block's own step in reverse mode, at the momentum it had."""
+    rule = Robust(gamma=0.9, mu=0.5, alpha=0.6, look_ahead="after_norm")
+    net, seen = tiny(rule=rule, router=SoftRouter(), post_norm="all", moe_layers=[1, 3]), {}
+    block = net.blocks[3]
+    block.register_forward_pre_hook(lambda m, i: seen.__setitem__("p", i[1].momentum[0]))
+    block.norm2.register_forward_hook(lambda m, i, o: seen.__setitem__("x", i[0]))
+    with torch.no_grad():
+        net(images()[0][:1] / 127.5 - 1)
+    x, p = seen["x"].double(), seen["p"].double()
+    rows = spectrum([subject(net, tmp_path)], images(), files(tmp_path), images=1, count=6)
+    block = net.double().blocks[3]
+
+    def step(flat: Tensor) -> Tensor:
+        def u(y: Tensor, shift: Tensor) -> Tensor:
+            return block.mlp(block.norm2(y) + shift, None)[0]
+
+        return block.norm3(rule(flat.reshape(x.shape), u, (p,), 2, rule.coefficients())[0]).flatten()
+
+    jacobian = torch.autograd.functional.jacobian(step, x.flatten())
+    largest = (1 - torch.linalg.eigvals(jacobian)).abs().max()
+    assert next(row for row in rows if row.block == 3).largest == pytest.approx(float(largest), rel=1e-4)
 
 
 def test_tokens_grouped_over_images_are_refused(tmp_path: Path) -> None:

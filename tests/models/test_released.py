@@ -15,6 +15,7 @@ import torch
 from flax_files import random_params, truncated, write_official
 from oracle_files import Oracle, assert_gradient
 from test_flax_import import nchw, router_of
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from vmoe_momentum import (
@@ -24,13 +25,15 @@ from vmoe_momentum import (
     Residual,
     Robust,
     TopKRouter,
+    UpcycledViT,
     cli,
     create_model,
     from_flax,
 )
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
+from vmoe_momentum.models.blocks import norm_like
 from vmoe_momentum.models.directory import save
-from vmoe_momentum.models.flax_import import read_shape
+from vmoe_momentum.models.flax_import import describe_import, read_shape
 from vmoe_momentum.models.flax_layout import layout
 from vmoe_momentum.models.settings import to_spec
 from vmoe_momentum.momentum import MomentumRule
@@ -242,7 +245,8 @@ def test_a_checkpoint_of_the_fork_imports_to_the_bit(half: bool, tmp_path: Path,
     write_official(tmp_path / "ckpt", params, shards=3, seed=3, bfloat16=half)
     told = ["--router=TopKRouter", "--rule=HeavyBall", "--rule.mu=0.9", "--expert_output=subtracted"]
     cli.run(["import", "flax", f"--source={tmp_path}/ckpt", f"--out={tmp_path}/w", *told])
-    assert "behind the MLP's residual of all blocks" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "behind the MLP's residual of all blocks" in told.out and "warning" not in told.err
     net = timm.create_model(f"local-dir:{tmp_path}/w", pretrained=True)
     assert net.rule.mu == 0.9 and net.post_norm == "all"
     shape = read_shape(params, None)._replace(subtracted=True)
@@ -271,6 +275,46 @@ def test_what_the_norms_contradict_is_named(normed: tuple, settings: dict, words
     with pytest.raises(ValueError, match="LayerNorm_2") as caught:
         from_flax(random_params(normed=normed), TopKRouter(2), **settings)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("moe", "normed", "place"),
+    [
+        ((), (), "none"),
+        ((0, 1, 2), (), "none"),
+        ((0, 1, 2), (0, 1, 2), "all"),
+        ((), (0, 1, 2), "all"),
+        ((1,), (), "none"),
+    ],
+)
+def test_norms_of_files_with_blocks_of_one_kind(moe: tuple, normed: tuple, place: str) -> None:
+    settings = HEAVY if moe and normed else {}
+    net = from_flax(random_params(moe=moe, normed=normed), TopKRouter(2) if moe else None, **settings)
+    assert net.post_norm == place and describe_import(net)["norm3"].startswith("none" if place == "none" else "behind")
+
+
+def test_fresh_norms_are_fresh() -> None:
+    """Not copies of a backbone's trained ones."""
+    net = UpcycledViT("test_vit", post_norm="all")
+    for block in net.blocks:
+        nn.init.constant_(block.norm2.weight, 3.0)
+    again = [norm_like(block.norm2) for block in net.blocks]
+    for norm in (*again, *(block.norm3 for block in net.blocks)):
+        assert torch.equal(norm.weight, torch.ones_like(norm.weight)) and not norm.bias.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_networks_look_ahead_in_their_own_type(dtype: torch.dtype) -> None:
+    rule = Robust(gamma=0.9, mu=0.5, alpha=0.4, look_ahead="after_norm")
+    params = random_params(depth=5, moe=(1, 3), normed=(0, 1, 2, 3, 4))
+    net = from_flax(params, TopKRouter(2), rule, expert_output="added").eval()
+    x, kinds = torch.randn(2, 3, 12, 12), set()
+    wide = net(x)
+    for block in net.blocks:
+        block.mlp.register_forward_pre_hook(lambda m, i: kinds.add(i[0].dtype))
+    narrow = net.to(dtype)(x.to(dtype))
+    assert kinds == {dtype} and narrow.dtype == dtype
+    torch.testing.assert_close(narrow.float(), wide, atol=0.1, rtol=0.1)
 
 
 def test_half_a_norm_is_named() -> None:

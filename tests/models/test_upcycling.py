@@ -144,7 +144,7 @@ def test_every_setting_changes_something(tmp_path: Path) -> None:
     changes = {
         "moe_layers": [0], "num_experts": 3, "rule": HeavyBall(), "router": TopKRouter(2), "expert_drop_rate": 0.5,
         "num_classes": 3, "image_size": 48, "drop_rate": 0.5, "drop_path_rate": 0.5, "pretrained": False,
-        "momentum_last": 1, "momentum_restart": 1,
+        "momentum_last": 1, "momentum_restart": 1, "post_norm": "dense",
         "grad_checkpointing": True, "backbone_args": {"proj_drop_rate": 0.5}, "backbone": "deit_tiny_patch16_224",
     }  # fmt: skip
 

@@ -316,6 +316,7 @@ CHANGES = {
     "global_pool": "avg",
     "num_classes": 7,
     "image_size": 32,
+    "post_norm": "dense",
     "grad_checkpointing": True,
 }
 

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import timm
@@ -146,7 +146,7 @@ def read_shape(arrays: dict[str, np.ndarray], num_heads: int | None) -> Shape:
 def _post_norm(arrays: dict[str, np.ndarray], depth: int, moe: tuple[int, ...]) -> PostNorm:
     """Raises ValueError: LayerNorm_2 stands in some blocks of a kind only."""
     normed = [i for i in range(depth) if any(n.startswith(f"Encoder/encoderblock_{i}/LayerNorm_2/") for n in arrays)]
-    for place in get_args(PostNorm)[::-1]:  # all before sparse, where all blocks are sparse
+    for place in ("none", "all", "sparse", "dense"):  # of places that are the same here the first
         if normed == [i for i in range(depth) if has_post_norm(i, moe, place)]:
             return place
     raise ValueError(
