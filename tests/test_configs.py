@@ -17,8 +17,8 @@ OVERLAYS = sorted((FOLDER / "rules").glob("*.yaml"))
 CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if "data" in yaml.safe_load(path.read_text()))
 
 
-# half a minute each, and networks that smaller recipes have, too
-LARGE = ("vmoe_base_patch16", "finetune_384")
+# up to half a minute each, and networks that other recipes have, too
+LARGE = ("vmoe_base_patch16", "finetune_384", "momentum_vmoe_small_every2_patch32")
 
 
 @pytest.mark.parametrize(
