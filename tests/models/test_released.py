@@ -332,6 +332,15 @@ def test_weights_of_other_norms_are_refused(normed: tuple, asked: str, tmp_path:
         create_model(f"local-dir:{tmp_path}/w", post_norm=asked)
 
 
+def test_a_sign_that_no_known_code_writes_is_doubted(tmp_path: Path, capsys) -> None:
+    write_official(tmp_path / "ckpt", random_params(normed=(0, 1, 2)), shards=1)
+    words = ["import", "flax", f"--source={tmp_path}/ckpt", "--router=TopKRouter", "--rule=HeavyBall"]
+    cli.run([*words, f"--out={tmp_path}/a", "--expert_output=added"])
+    assert "warning: expert_output=added: LayerNorm_2 in sparse blocks" in capsys.readouterr().err
+    cli.run([*words, f"--out={tmp_path}/b", "--expert_output=subtracted"])
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_momentum_on_plain_weights_says_what_the_fork_did(tmp_path: Path, capsys) -> None:
     """They are added, without a norm: with momentum off it is the plain network."""
     write_official(tmp_path / "ckpt", random_params(), shards=1)

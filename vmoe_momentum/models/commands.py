@@ -13,7 +13,7 @@ from ..parsers import new_parser
 from ..ranges import in_range
 from . import directory
 from .flax_checkpoint import read_flax
-from .flax_import import READ, ExpertOutput, describe_import, from_flax, warn_of_momentum
+from .flax_import import READ, ExpertOutput, describe_import, doubts, from_flax
 from .upcycling import UpcycledViT, differences
 from .vit import NUMBERS, MomentumVisionTransformer
 
@@ -120,7 +120,7 @@ def run(argv: list[str]) -> None:
         net = import_flax(**settings)
         for name, fact in describe_import(net).items():
             print(f"{name:8} {fact}")
-        if warning := warn_of_momentum(net):
+        if warning := doubts(net, settings["expert_output"]):
             print(f"warning: {warning}", file=sys.stderr)
     else:
         net = import_timm(**settings)

@@ -283,8 +283,14 @@ def describe_import(net: MomentumVisionTransformer) -> dict[str, Any]:
     }
 
 
-def warn_of_momentum(net: MomentumVisionTransformer) -> str | None:
-    """What to know before momentum is trained into weights that were trained without."""
+def doubts(net: MomentumVisionTransformer, expert_output: ExpertOutput | None) -> str | None:
+    """What to know of a sign that no known code writes so, and before momentum is trained into weights that were
+    trained without."""
+    if expert_output == "added" and net.post_norm in ("sparse", "all"):
+        return (
+            "expert_output=added: LayerNorm_2 in sparse blocks is known of github.com/rachtsy/vmoe only, which "
+            "subtracts; with the wrong sign every logit is wrong, so say subtracted unless this network adds"
+        )
     if isinstance(net.rule, Residual) or net.post_norm in ("sparse", "all") or not net.moe_layers:
         return None
     return (
