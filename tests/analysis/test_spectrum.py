@@ -161,7 +161,7 @@ def test_routers_that_mix_tokens_are_taken_whole(router, tmp_path: Path) -> None
     assert rows[0].largest == pytest.approx(float(largest), rel=1e-5)
 
 
-def test_coupled_tokens_with_a_norm_behind_the_step(tmp_path: Path) -> None:
+def test_coupled_tokens_with_a_norm_behind_the_step(tmp_path: Path, capsys) -> None:
     """1 - gamma sigma of whole images: the block's own step in reverse mode, at the momentum it had."""
     rule = Robust(gamma=0.9, mu=0.5, alpha=0.6, look_ahead="after_norm")
     net, seen = tiny(rule=rule, router=SoftRouter(), post_norm="all", moe_layers=[1, 3]), {}
@@ -172,6 +172,8 @@ def test_coupled_tokens_with_a_norm_behind_the_step(tmp_path: Path) -> None:
         net(images()[0][:1] / 127.5 - 1)
     x, p = seen["x"].double(), seen["p"].double()
     rows = spectrum([subject(net, tmp_path)], images(), files(tmp_path), images=1, count=6)
+    told = capsys.readouterr().out
+    assert "leaves out its way with momentum" in told and "the norm's scale is left out" in told
     block = net.double().blocks[3]
 
     def step(flat: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import naive_vmoe
 import numpy as np
 import pytest
+import test_flax_import
 import timm
 import torch
 from flax_files import random_params, truncated, write_official
@@ -48,9 +49,7 @@ def facts_of(case: str) -> dict:
 
 
 def params_of(case: str) -> dict[str, np.ndarray]:
-    prefix = f"{facts_of(case)['params_of']}/params/"
-    names = [name for name in RELEASED.arrays.files if name.startswith(prefix)]
-    return {name.removeprefix(prefix): RELEASED.arrays[name] for name in names}
+    return test_flax_import.params_of(RELEASED, facts_of(case)["params_of"])
 
 
 def rule_of(case: str) -> MomentumRule:
@@ -240,8 +239,7 @@ def test_the_released_constants_are_the_end_of_the_range() -> None:
 @pytest.mark.parametrize("half", [False, True])
 def test_a_checkpoint_of_the_fork_imports_to_the_bit(half: bool, tmp_path: Path, capsys) -> None:
     """Cut into random pieces and shards, through the command line and a directory."""
-    params = {name.removeprefix("heavy_ball/params/"): RELEASED.arrays[name] for name in RELEASED.arrays.files
-              if name.startswith("heavy_ball/params/")}  # fmt: skip
+    params = test_flax_import.params_of(RELEASED, "heavy_ball")
     write_official(tmp_path / "ckpt", params, shards=3, seed=3, bfloat16=half)
     told = ["--router=TopKRouter", "--rule=HeavyBall", "--rule.mu=0.9", "--expert_output=subtracted"]
     cli.run(["import", "flax", f"--source={tmp_path}/ckpt", f"--out={tmp_path}/w", *told])

@@ -75,9 +75,10 @@ def spectrum(
     """
     for subject in subjects:
         _check_groups(subject)
-    rows, details, last = [], [], latest(subjects)
+    rows, details, last, after_norm = [], [], latest(subjects), False
     for subject in subjects:
         model = subject.build(device)
+        after_norm |= getattr(model.net.rule, "look_ahead", "") == "after_norm"
         for index, points in _points(model, batches, subject.name).items():
             block, what = model.net.blocks[index], f"{subject.name}, block {index}"
             part, found = _measure(block, points, tokens, images, count, what)
@@ -94,9 +95,9 @@ def spectrum(
         [(r.model, r.epoch, r.block, r.share_residual, r.share_rule, r.largest, r.near_defective) for r in rows],
     )
     if any(row.post_norm and row.rule != "Residual" for row in rows):
-        print(
-            "post_norm: eigenvalues are of the map with the norm; the rule's region leaves out that it acts on momentum"
-        )
+        print("post_norm: eigenvalues are of the map with the norm; the rule's region leaves out its way with momentum")
+    if after_norm:
+        print("look_ahead=after_norm: the rule's region takes it for one in the stream; the norm's scale is left out")
     return rows
 
 
