@@ -87,6 +87,17 @@ def test_every_router(case: str, kind: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
+@pytest.mark.parametrize("router", ["ExpertChoiceRouter", "SoftRouter", "TopKRouter"])
+def test_routing_over_several_images_has_no_program(router: str, kind: str, tmp_path) -> None:
+    """Where an image's answer needs batch mates no batch size is free."""
+    capacity = {"eval_capacity_factor": 0.6} if router == "TopKRouter" else {}
+    model = shallow(router=router, group_size=17 * 4, **capacity)
+    with pytest.raises(ValueError, match="routes 4 images together.*use --to hf or state-dict"):
+        FORMATS[kind].write(model, tmp_path, Request(), {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
 def test_pixels_in_bytes_and_probabilities_out(kind: str, tmp_path) -> None:
     model, request = shallow(), Request("uint8", "probabilities")
     assert max(differences(model, kind, tmp_path, request).values()) < 1e-5

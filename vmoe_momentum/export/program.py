@@ -9,15 +9,25 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from ..models import PixelModel
-from .base import Answer, Format, Metadata, Request, Servable, as_answer
+from ..models.groups import images_together
+from .base import Answer, Format, Metadata, Request, Servable, as_answer, image_size
 
 FILE = "model.pt2"
 
 
 def trace(servable: Servable) -> ExportedProgram:
-    """With any batch size, without what only training needs: auxiliary losses, checks of inner dtypes."""
+    """With any batch size, without what only training needs: auxiliary losses, checks of inner dtypes.
+
+    Raises ValueError: routing over several images, which ties the batch size.
+    """
+    together = images_together(servable.eval().model.net, image_size(servable.model))
+    if together > 1:
+        raise ValueError(
+            f"--to: this network routes {together} images together (its router's group_size and capacity), and a "
+            "program answers for batches of any size; use --to hf or state-dict, or train it with group_size=image"
+        )
     program = torch.export.export(
-        servable.eval(), (servable.example(),), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False
+        servable, (servable.example(),), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False
     )
     graph, pixels = program.graph_module.graph, program.graph_signature.user_inputs
     for node in list(graph.nodes):  # checks of dtypes keep what they check alive
