@@ -367,3 +367,22 @@ def test_an_imported_directory_can_be_exported(digits: Path, tmp_path: Path) -> 
     cli.run(["export", f"--ckpt_path=local-dir:{tmp_path / 'net'}", "--to=state-dict", f"--out={tmp_path / 's'}",
              f"--data={digits}", "--limit=5"])  # fmt: skip
     torch.testing.assert_close(open_served(str(tmp_path / "s")).probabilities(pixels), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("router", ["ExpertChoiceRouter", "SoftRouter", "TopKRouter"])
+def test_networks_that_route_images_together_are_compared_in_the_same_company(
+    router: str, digits: Path, tmp_path: Path, capsys
+) -> None:
+    """Groups of 4 images: tensors are written; a program, which answers for any number, is refused."""
+    settings = {"group_size": 17 * 4} | ({"eval_capacity_factor": 0.6} if router == "TopKRouter" else {})
+    path = write_checkpoint(tiny(router={"class_path": router, "init_args": settings}), tmp_path / "a.ckpt")
+    argv = ["export", f"--ckpt_path={path}", f"--data={digits}", "--limit=22"]
+    for kind in FORMATS:
+        words = [*argv, f"--to={kind}", f"--out={tmp_path / kind}"]
+        if kind in ("hf", "state-dict"):
+            cli.run(words)
+            told = json.loads((tmp_path / kind / "metadata.json").read_text())["round_trip"]
+            assert told["agreement"] == 1.0 and told["max_difference"] < 1e-6
+        else:
+            assert "routes 4 images together" in fails(words, capsys)
+            assert not (tmp_path / kind).exists()
