@@ -202,3 +202,37 @@ def test_a_group_that_does_not_divide_the_batch_is_named() -> None:
     layer = make(TopKRouter(2, group_size=7)).train()
     with pytest.raises(ValueError, match="router.group_size=7 does not divide the batch's 30 tokens"):
         layer(torch.randn(B, N, D, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("priority", [False, True])
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.05, 1.6])
+def test_padded_and_packed_plans_are_one_function(factor: float, priority: bool) -> None:
+    """Outputs, gradients and what the plan tells: with as many rows for every expert, as on most GPUs, or packed."""
+    router = TopKRouter(2, capacity_factor=factor, capacity_multiple_of=1, batch_priority=priority, noise_std=0.0)
+    layer = make(router).train()
+    x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
+    results = []
+    for padded in (False, True):
+        logits = layer.router.logits(x)
+        plan, _ = layer.router.route(logits, None, layer.router.slots(N, E), padded)
+        rows, layout = plan.dispatch(x.flatten(0, 1))
+        assert layout.equal == padded and int(layout.ends[-1]) == len(rows)
+        outputs = plan.combine(layer.experts(rows, layout))
+        gradients = torch.autograd.grad(outputs.sin().sum(), [x, *layer.parameters()])
+        results.append((outputs, plan.assigned(), plan.load(), plan.dropped(), *gradients))
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("path", ["bias_by_product", "sum_by_product"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_every_path_is_one_function(path: str, top_k: int, monkeypatch) -> None:
+    from vmoe_momentum.moe import experts, plan
+
+    layer = make(TopKRouter(top_k, capacity_factor=0.5, noise_std=0.0)).train()
+    x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
+    results = []
+    for answer in (False, True):
+        monkeypatch.setattr(experts if path.startswith("bias") else plan, path, lambda *_, answer=answer: answer)
+        outputs, auxiliary = layer(x)
+        results.append((outputs, *torch.autograd.grad(outputs.sin().sum() + auxiliary, [x, *layer.parameters()])))
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=0)

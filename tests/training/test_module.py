@@ -241,9 +241,8 @@ def test_cost_by_hand() -> None:
     attention = n * (4 * d * d) + 2 * n * n * d
     dense, sparse = n * 2 * d * f, n * (k * 2 * d * f + d * e)
     stem, head = 16 * 48 * d, 10 * d
-    products = 8 * attention + 4 * dense + 4 * sparse + stem + head
-    combining = 4 * n * k * d
-    assert cost.gflops * 1e9 == pytest.approx(2 * (products + combining), rel=1e-6)
+    products = 8 * attention + 4 * dense + 4 * sparse + stem + head  # combining adds, at this width
+    assert cost.gflops * 1e9 == pytest.approx(2 * products, rel=1e-6)
 
 
 @pytest.mark.parametrize("image_size", [15, 30])

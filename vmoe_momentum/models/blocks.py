@@ -82,7 +82,10 @@ def norm_like(norm: nn.Module) -> nn.Module:
 
 
 class MomentumBlock(Block):
-    """timm's block with a sparse MLP whose residual line is a momentum rule."""
+    """timm's block with a sparse MLP whose residual line is a momentum rule.
+
+    Its experts hold nothing yet: the network draws them, once (init_vmoe), or they are copied.
+    """
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class MomentumBlock(Block):
         super().__init__(mlp_ratio=mlp_ratio, act_layer=act_layer, **{**block, "mlp_layer": _NoMlp})
         width, drop = block["dim"], block.get("proj_drop", 0.0) if expert_drop is None else expert_drop
         self._become_sparse(
-            lambda: SparseMlp(width, int(width * mlp_ratio), num_experts, router, act_layer, drop),
+            lambda: SparseMlp(width, int(width * mlp_ratio), num_experts, router, act_layer, drop, draw=False),
             rule, step, post_norm, block.get("device"), block.get("dtype"),
         )  # fmt: skip
 
@@ -143,7 +146,7 @@ class MomentumBlock(Block):
         drop = dense.drop1.p if expert_drop is None else expert_drop
         new = _adopt(cls, {name: part for name, part in block.named_children() if name != "mlp"})
         new._become_sparse(
-            lambda: SparseMlp(width, hidden, num_experts, router, lambda: copy.deepcopy(dense.act), drop),
+            lambda: SparseMlp(width, hidden, num_experts, router, lambda: copy.deepcopy(dense.act), drop, draw=False),
             rule, step, post_norm, like.device, like.dtype,
         )  # fmt: skip
         with torch.no_grad():

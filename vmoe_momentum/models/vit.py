@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe import Router
+from ..moe.experts import StackedLinear
 from ..momentum import Carry, MomentumRule
 from ..ranges import COUNT_OR_NONE, MOMENTUM, SIDE, Range, in_range
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
@@ -216,7 +217,8 @@ class MomentumVisionTransformer(VisionTransformer):
         if mode not in ("", "skip", "reset"):
             raise ValueError(f"weight_init={mode}: V-MoE networks start as published; leave it out")
         for module in self.modules():
-            if needs_reset and hasattr(module, "reset_parameters"):
+            drawn_below = isinstance(module, StackedLinear)  # the experts, most of all parameters
+            if needs_reset and not drawn_below and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         init_vmoe(self)
 

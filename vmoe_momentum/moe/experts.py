@@ -4,40 +4,68 @@ Stacked, every rank touches every expert: no unused-parameter error under DDP, n
 layout however the experts are spread.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .routing import autocast_dtype
+from .paths import bias_by_product
+from .routing import Layout, autocast_dtype
 
 
 class StackedLinear(nn.Module):
     """E linear layers of which each row goes through one. weight: [E, out, in] as in nn.Linear; bias: [E, out]."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+    def __init__(self, num_experts: int, in_features: int, out_features: int, draw: bool = True) -> None:
+        """draw: False leaves the memory as it is, for weights that come from elsewhere."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features))
-        self.reset_parameters()
+        if draw:
+            self.reset_parameters()
 
     def reset_parameters(self, share: bool = False) -> None:
         """Xavier uniform for each expert, biases N(0, 1e-6) (V-MoE); `share` starts all experts equal."""
-        for weight in self.weight:
+        drawn = 1 if share else self.weight.shape[0]
+        for weight in self.weight[:drawn]:
             nn.init.xavier_uniform_(weight)
-        nn.init.normal_(self.bias, std=1e-6)
-        if share:
-            with torch.no_grad():
-                self.weight.copy_(self.weight[:1].clone().expand_as(self.weight))
-                self.bias.copy_(self.bias[:1].clone().expand_as(self.bias))
+        nn.init.normal_(self.bias[:drawn], std=1e-6)
+        with torch.no_grad():
+            self.weight[drawn:] = self.weight[:1]
+            self.bias[drawn:] = self.bias[:1]
 
-    def forward(self, rows: Tensor, ends: Tensor, member: Tensor) -> Tensor:
-        """rows: [R, in], sorted by expert; ends: [E]; member: [R, E] one-hot of each row's expert -> [R, out]."""
-        weight, bias = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
+    def forward(self, rows: Tensor, groups: "Groups | None") -> Tensor:
+        """rows: [R, in], sorted by expert, or [E, R/E, in] -> [R, out] or [E, R/E, out]."""
+        weight, bias = self.weight.to(rows.dtype).transpose(1, 2), self.bias.to(rows.dtype)
+        if rows.dim() == 3:
+            return torch.baddbmm(bias.unsqueeze(1), rows, weight)
+        outputs = grouped_mm(rows, weight, groups)
+        if groups.member is None:
+            return outputs + F.embedding(groups.expert, bias)
         # The bias as a product: its gradient is one small matrix product, where gathering would scatter-add rows.
-        return grouped_mm(rows, weight.transpose(1, 2), ends, member).addmm_(member, bias)
+        return outputs.addmm_(groups.member, bias)
 
 
-def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, member: Tensor) -> Tensor:
+class Groups(NamedTuple):
+    """Whose row is whose, in the forms that the products want."""
+
+    ends: Tensor  # [E] int32, rows up to and with each expert
+    expert: Tensor  # [R] int64
+    member: Tensor | None  # [R, E] one-hot, in the rows' type; None where biases are looked up
+
+    @classmethod
+    def of(cls, rows: Tensor, ends: Tensor) -> "Groups":
+        num_experts = ends.shape[0]
+        row = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
+        expert = torch.searchsorted(ends, row, right=True)
+        if not bias_by_product(num_experts, rows.device):
+            return cls(ends, expert, None)
+        experts = torch.arange(num_experts, device=rows.device)
+        return cls(ends, expert, (expert.unsqueeze(1) == experts).to(rows.dtype))
+
+
+def grouped_mm(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Each row times its own expert's matrix. rows: [R, in]; weight: [E, in, out]; -> [R, out].
 
     torch's grouped product wants a CPU or CUDA device, 16-byte aligned rows and no float64; anything else goes through
@@ -46,8 +74,9 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor, member: Tensor) -> Te
     aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
     known = rows.device.type in ("cpu", "cuda", "meta") and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if aligned and known:
-        return F.grouped_mm(rows, weight, offs=ends)
-    return sum((rows * member[:, e : e + 1]) @ weight[e] for e in range(weight.shape[0]))
+        return F.grouped_mm(rows, weight, offs=groups.ends)
+    own = [(groups.expert == e).unsqueeze(1).to(rows.dtype) for e in range(weight.shape[0])]
+    return sum((rows * mine) @ weight[e] for e, mine in enumerate(own))
 
 
 class Experts(nn.Module):
@@ -56,18 +85,22 @@ class Experts(nn.Module):
     Under autocast the rows and weights are cast to its dtype (torch's grouped product is not on autocast's list).
     """
 
-    def __init__(self, num_experts: int, width: int, hidden: int, act_layer: type[nn.Module], drop: float) -> None:
+    def __init__(
+        self, num_experts: int, width: int, hidden: int, act_layer: type[nn.Module], drop: float, draw: bool = True
+    ) -> None:
         super().__init__()
-        self.fc1 = StackedLinear(num_experts, width, hidden)
+        self.fc1 = StackedLinear(num_experts, width, hidden, draw)
         self.act = act_layer()
-        self.fc2 = StackedLinear(num_experts, hidden, width)
+        self.fc2 = StackedLinear(num_experts, hidden, width, draw)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """rows: [R, D], sorted by expert; ends: [E] int32 -> [R, D]."""
+    def forward(self, rows: Tensor, layout: Layout) -> Tensor:
+        """rows: [R, D], sorted by expert -> [R, D]."""
+        shape = rows.shape
         rows = rows.to(autocast_dtype(rows.device) or rows.dtype)
-        row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
-        starts = F.pad(ends[:-1], (1, 0))
-        member = ((row >= starts) & (row < ends)).to(rows.dtype)
-        rows = self.drop(self.act(self.fc1(rows, ends, member)))
-        return self.drop(self.fc2(rows, ends, member))
+        num_experts = self.fc1.weight.shape[0]
+        if layout.equal:
+            rows = rows.reshape(num_experts, shape[0] // num_experts, shape[1])
+        groups = None if layout.equal else Groups.of(rows, layout.ends)
+        rows = self.drop(self.act(self.fc1(rows, groups)))
+        return self.drop(self.fc2(rows, groups)).reshape(shape)

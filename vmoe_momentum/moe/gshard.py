@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..ranges import in_range
-from . import losses
 from .plan import TopKPlan
 from .routing import WEIGHT, RouterLosses
 from .token_choice import SHARED, Factor, Rounding, TokenChoice
@@ -57,7 +56,9 @@ class GShardRouter(TokenChoice):
         """[B, N, 1] uniform in [0, 1), while training."""
         return torch.rand(*x.shape[:2], 1, device=x.device) if self.training else None
 
-    def route(self, logits: Tensor, noise: Tensor | None, slots: int | None) -> tuple[TopKPlan, RouterLosses]:
+    def route(
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+    ) -> tuple[TopKPlan, RouterLosses]:
         """logits: [G, S, E]; noise: [G, S, 1], uniform."""
         gates = logits.softmax(dim=-1)
         sorted_gates, sorted_index = gates.sort(dim=-1, descending=True, stable=True)
@@ -67,5 +68,5 @@ class GShardRouter(TokenChoice):
         if noise is not None:
             second = noise < 2.0 * weight[..., 1:]
             wanted = torch.cat([torch.ones_like(second), second], dim=-1)
-        plan = TopKPlan.build(gates, expert, weight, slots, wanted=wanted)
-        return plan, self.balanced(losses.gshard_loss(gates, expert))
+        plan = TopKPlan.build(gates, expert, weight, slots, wanted=wanted, padded=padded)
+        return plan, self.balanced((gates, expert))

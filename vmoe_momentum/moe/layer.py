@@ -21,10 +21,12 @@ class SparseMlp(nn.Module):
         router: Router,
         act_layer: type[nn.Module],
         drop: float = 0.0,
+        draw: bool = True,
     ) -> None:
+        """draw: False leaves the experts' memory as it is, for weights that come from elsewhere."""
         super().__init__()
         self.router = router.for_layer(in_features, num_experts)
-        self.experts = Experts(num_experts, in_features, hidden_features, act_layer, drop)
+        self.experts = Experts(num_experts, in_features, hidden_features, act_layer, drop, draw)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups.
@@ -32,8 +34,8 @@ class SparseMlp(nn.Module):
         Of no images the outputs are none and the loss is 0.
         """
         plan, losses = self.router(x, noise)
-        rows, ends = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
-        outputs = plan.combine(self._on_the_wire(self.experts(rows, ends)))
+        rows, layout = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
+        outputs = plan.combine(self._on_the_wire(self.experts(rows, layout)))
         return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary)
 
     def _on_the_wire(self, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 def _squared_variation(per_expert: Tensor) -> Tensor:
     """(std / mean)^2 over the last axis, population std; no square root, whose gradient is undefined at balance."""
-    return per_expert.var(dim=-1, correction=0) / per_expert.mean(dim=-1).square()
+    var, mean = torch.var_mean(per_expert, dim=-1, correction=0)
+    return var / mean.square()
 
 
 def importance_loss(gates: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..ranges import COUNT, in_range
-from . import losses
 from .plan import TopKPlan
 from .routing import WEIGHT, RouterLosses
 from .token_choice import SHARED, Factor, Rounding, TokenChoice
@@ -55,7 +54,9 @@ class M6TRouter(TokenChoice):
             )
         super().add_weights(width, num_experts)
 
-    def route(self, logits: Tensor, noise: Tensor | None, slots: int | None) -> tuple[TopKPlan, RouterLosses]:
+    def route(
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+    ) -> tuple[TopKPlan, RouterLosses]:
         """logits: [G, S, E]."""
         prototypes = logits.unflatten(-1, (self.num_prototypes, -1)).softmax(dim=-1)  # [G, S, k, E/k]
         size = prototypes.shape[-1]
@@ -64,6 +65,5 @@ class M6TRouter(TokenChoice):
         best = sorted_index[..., 0]
         first = torch.arange(self.num_prototypes, device=logits.device) * size
         gates = prototypes.flatten(-2)
-        plan = TopKPlan.build(gates, best + first, sorted_gates[..., 0], slots)
-        each = [losses.gshard_loss(prototypes[:, :, i], best[..., i : i + 1]) for i in range(self.num_prototypes)]
-        return plan, self.balanced(torch.stack(each).mean(dim=0))
+        plan = TopKPlan.build(gates, best + first, sorted_gates[..., 0], slots, padded=padded)
+        return plan, self.balanced(*((prototypes[:, :, i], best[..., i : i + 1]) for i in range(self.num_prototypes)))

@@ -1,7 +1,7 @@
 """Where tokens go: capacity, slots, and the dispatch plan. Legend of axes: this folder's __init__.
 
-A plan has `dispatch(x) -> rows, ends` and `combine(rows) -> x`: rows [R, D] lie expert by expert, those of expert e
-being rows[ends[e-1]:ends[e]]. Dispatch is by index: nothing of shape [S, E, C] is ever made.
+A plan has `dispatch(x) -> rows, layout` and `combine(rows) -> x`: rows [R, D] lie expert by expert, those of expert e
+being rows[layout.ends[e-1]:layout.ends[e]]. Dispatch is by index: nothing of shape [S, E, C] is ever made.
 """
 
 import math
@@ -9,6 +9,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .paths import sum_by_product
+from .routing import Layout
 
 
 def capacity(
@@ -64,8 +67,9 @@ class TopKPlan(NamedTuple):
     expert: Tensor  # [G, S, K] chosen experts, best first
     weight: Tensor  # [G, S, K] combine weights, 0 where dropped
     kept: Tensor  # [G, S, K] bool
-    order: Tensor  # [R] assignment (t * K + k) of each row
-    ends: Tensor  # [E] int32, rows up to and with each expert
+    token: Tensor  # [R] that lies in each row
+    row: Tensor  # [T, K] of each choice, any where it was dropped
+    layout: Layout
     may_drop: bool  # is any weight 0 because its assignment went nowhere?
 
     @classmethod
@@ -77,6 +81,7 @@ class TopKPlan(NamedTuple):
         slots: int | None,
         batch_priority: bool = False,
         wanted: Tensor | None = None,
+        padded: bool = False,
     ) -> "TopKPlan":
         """Plan for `slots` per expert and group, or without dropping when None.
 
@@ -85,10 +90,12 @@ class TopKPlan(NamedTuple):
 
         With slots, R = G * min(S*K, E*slots): never more rows than the padded buffers of the reference, and a shape
         that does not depend on the data (no host sync). Rows left over by experts with free slots hold dropped
-        assignments and count for nothing.
+        assignments and count for nothing. Padded, R = G*E*slots, as many rows for every expert, as in the reference;
+        a free slot holds any token.
         """
         num_groups, group_size, num_experts = gates.shape
-        rows_per_group = expert.shape[1] * expert.shape[2]
+        top_k = expert.shape[2]
+        rows_per_group = group_size * top_k
         # E stands for nowhere: a queue of its own, and last in the order of rows
         queue = expert if wanted is None else torch.where(wanted, expert, num_experts)
         kept = torch.ones_like(expert, dtype=torch.bool) if wanted is None else wanted
@@ -101,38 +108,54 @@ class TopKPlan(NamedTuple):
         if slots is not None or wanted is not None:
             key, weight = torch.where(kept, expert, num_experts), torch.where(kept, weight, 0.0)
         by_expert, order = key.reshape(-1).sort(stable=True)
-        rows = num_groups * rows_per_group
+        may_drop = slots is not None or wanted is not None
         experts = torch.arange(num_experts, device=gates.device)
         ends = torch.searchsorted(by_expert, experts, right=True)
-        ends = torch.where(experts == num_experts - 1, rows, ends)  # left-over rows lie with the last expert
-        return cls(gates, expert, weight, kept, order[:rows], ends.int(), slots is not None or wanted is not None)
+        row = torch.arange(order.shape[0], device=gates.device)  # of each assignment in its order
+        if padded and slots is not None:
+            most = num_groups * slots
+            starts = torch.nn.functional.pad(ends, (1, 0))  # with those that went nowhere
+            row = row + (torch.arange(num_experts + 1, device=gates.device) * most - starts)[by_expert]
+            source = starts[:-1, None] + torch.arange(most, device=gates.device)
+            order_of_rows = order[source.clamp_max_(order.shape[0] - 1).flatten()]
+            ends = (experts + 1) * most
+        else:
+            rows = num_groups * rows_per_group
+            order_of_rows = order[:rows]
+            if may_drop:  # left-over rows lie with the last expert
+                ends = torch.where(experts == num_experts - 1, rows, ends)
+        # Gathering back by the inverse permutation sums in a fixed order; scattering would not, on a GPU.
+        row = torch.empty_like(order).scatter_(0, order, row).reshape(-1, top_k)
+        layout = Layout(ends.int(), equal=padded and slots is not None)
+        return cls(gates, expert, weight, kept, order_of_rows // top_k, row, layout, may_drop)
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [T, D] -> rows [R, D], ends [E]."""
-        return x.index_select(0, self.order // self.expert.shape[-1]), self.ends
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Layout]:
+        """x: [T, D] -> rows [R, D], where each expert's end."""
+        return x.index_select(0, self.token), self.layout
 
     def combine(self, rows: Tensor) -> Tensor:
         """rows: [R, D], the experts' outputs -> [T, D], weighted sums over the kept choices; 0 where there is none."""
-        top_k = self.expert.shape[-1]
-        num_rows = self.order.shape[0]
-        # Gathering back by the inverse permutation sums in a fixed order; scattering would not, on a GPU.
-        where = torch.full_like(self.expert.reshape(-1), num_rows - 1)
-        where = where.scatter(0, self.order, torch.arange(num_rows, device=rows.device)).reshape(-1, top_k)
+        row, top_k, width = self.row, self.row.shape[1], rows.shape[-1]
         if self.may_drop:
-            where, lost = self._own_rows(where)
-        chosen = rows.index_select(0, where.reshape(-1)).reshape(-1, top_k, rows.shape[-1])
-        tokens = (self.weight.reshape(-1, 1, top_k).to(rows.dtype) @ chosen).squeeze(1)
+            row, lost = self._own_rows()
+        chosen = rows.index_select(0, row.reshape(-1))
+        if sum_by_product(top_k, width, rows.device):
+            weight = self.weight.reshape(-1, 1, top_k).to(rows.dtype)
+            tokens = (weight @ chosen.reshape(-1, top_k, width)).squeeze(1)
+        else:
+            weighted = chosen * self.weight.reshape(-1, 1).to(rows.dtype)
+            tokens = weighted if top_k == 1 else weighted.reshape(-1, top_k, width).sum(dim=1)
         return tokens.masked_fill_(lost, 0.0) if self.may_drop else tokens
 
-    def _own_rows(self, where: Tensor) -> tuple[Tensor, Tensor]:
-        """where: [T, K] row of each choice, any row where it was dropped -> the same with a kept row of the same token
-        in place of those, and [T, 1] whether none was kept.
+    def _own_rows(self) -> tuple[Tensor, Tensor]:
+        """[T, K] row of each choice, with a kept row of the same token in place of those of dropped ones, and [T, 1]
+        whether none was kept.
 
         A dropped choice has weight 0, but 0 times another token's NaN is NaN: no token may read another one's row.
         """
-        kept = self.kept.reshape(where.shape)
-        some = torch.where(kept, where, -1).amax(dim=-1, keepdim=True)
-        return torch.where(kept, where, some.clamp_min(0)), some < 0
+        kept = self.kept.reshape(self.row.shape)
+        some = torch.where(kept, self.row, -1).amax(dim=-1, keepdim=True)
+        return torch.where(kept, self.row, some.clamp_min(0)), some < 0
 
     def assigned(self) -> Tensor:
         """[G, S, E] bool: does this token reach this expert?"""

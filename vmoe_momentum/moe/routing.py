@@ -24,9 +24,16 @@ GROUP = COUNT.or_("image").because("a number of tokens, or image for each image 
 WEIGHT = NOT_NEGATIVE.because("0 leaves it out")
 
 
+class Layout(NamedTuple):
+    """How rows are shared out: those of expert e are rows[ends[e-1]:ends[e]]."""
+
+    ends: Tensor  # [E] int32
+    equal: bool = False  # every expert has R / E of them
+
+
 class RouterLosses(NamedTuple):
     auxiliary: Tensor  # [G] weighted sum, what training adds to its loss
-    parts: dict[str, Tensor]  # each [G], unweighted, for the log
+    parts: dict[str, Tensor]  # each [G], unweighted; those whose weight is 0 are not computed
 
 
 class Plan(Protocol):
@@ -34,8 +41,8 @@ class Plan(Protocol):
 
     gates: Tensor  # [G, S, E] the share each expert has in a token
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [T, D] -> rows [R, D] expert by expert, ends [E] int32: rows up to and with each expert."""
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Layout]:
+        """x: [T, D] -> rows [R, D] expert by expert, and where each expert's end."""
 
     def combine(self, rows: Tensor) -> Tensor:
         """rows: [R, D], the experts' outputs -> [T, D]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, in_range
 from . import losses
+from .paths import padded
 from .plan import TopKPlan, capacity
 from .routing import GROUP, NOISE, WEIGHT, LinearGate, RouterLosses
 
@@ -54,10 +55,15 @@ class TokenChoice(LinearGate):
     def experts_per_token(self, num_experts: int, num_tokens: int) -> float:
         return self.choices()
 
-    def balanced(self, balance: Tensor) -> RouterLosses:
-        """For routers whose one loss is GShard's, [G], weighted by their gshard_loss_weight."""
-        weight = self.gshard_loss_weight
-        return RouterLosses(weight * balance if weight > 0 else torch.zeros_like(balance), {"gshard": balance})
+    def balanced(self, *choices: tuple[Tensor, Tensor]) -> RouterLosses:
+        """For routers whose one loss is GShard's, weighted by their gshard_loss_weight.
+
+        choices: gates [G, S, E] and experts [G, S, K], best first, of each part of the gate; the loss is their mean.
+        """
+        if self.gshard_loss_weight == 0:
+            return RouterLosses(choices[0][0].new_zeros(choices[0][0].shape[0]), {})
+        balance = torch.stack([losses.gshard_loss(*choice) for choice in choices]).mean(dim=0)
+        return RouterLosses(self.gshard_loss_weight * balance, {"gshard": balance})
 
     def slots(self, group_size: int, num_experts: int) -> int | None:
         """Capacity C in this mode; None where nothing can be dropped, as a token asks an expert at most once."""
@@ -82,16 +88,21 @@ class TokenChoice(LinearGate):
         slots = self.slots(self._tokens_together(x.shape[1]), logits.shape[-1])
         if self.group_size != "image" and (self.training or slots is not None):
             logits = self.grouped(logits)
-        return self.route(logits, None if noise is None else noise.reshape(*logits.shape[:2], noise.shape[-1]), slots)
+        if noise is not None:
+            noise = noise.reshape(*logits.shape[:2], noise.shape[-1])
+        return self.route(logits, noise, slots, padded(x))
 
     def _tokens_together(self, num_tokens: int) -> int:
         return num_tokens if self.group_size == "image" else self.group_size
 
     @abstractmethod
-    def route(self, logits: Tensor, noise: Tensor | None, slots: int | None) -> tuple[TopKPlan, RouterLosses]:
+    def route(
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+    ) -> tuple[TopKPlan, RouterLosses]:
         """Everything after the gate's matrix product.
 
-        logits: [G, S, E]; noise: this router's, [G, S, any]; slots: C, None where nothing is dropped.
+        logits: [G, S, E]; noise: this router's, [G, S, any]; slots: C, None where nothing is dropped; padded: as
+        TopKPlan.build takes it.
         """
 
 
@@ -166,7 +177,9 @@ class TopKRouter(TokenChoice):
             return self.capacity if self.capacity < group_size else None
         return super().slots(group_size, num_experts)
 
-    def route(self, logits: Tensor, noise: Tensor | None, slots: int | None) -> tuple[TopKPlan, RouterLosses]:
+    def route(
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+    ) -> tuple[TopKPlan, RouterLosses]:
         """logits, noise: [G, S, E]."""
         noisy = logits if noise is None else logits + noise
         clean_gates = logits.softmax(dim=-1)
@@ -176,15 +189,15 @@ class TopKRouter(TokenChoice):
         weight, expert = sorted_gates[..., : self.top_k], sorted_index[..., : self.top_k]
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        plan = TopKPlan.build(gates, expert, weight, slots, self.batch_priority)
+        plan = TopKPlan.build(gates, expert, weight, slots, self.batch_priority, padded=padded)
 
-        parts = {
-            "importance": losses.importance_loss(clean_gates),
-            "gshard": losses.gshard_loss(gates, expert),
-        }
-        if noise is not None:
+        # Left out rather than multiplied by zero: a loss that is not wanted costs time and may be ill-defined.
+        parts = {}
+        if self.importance_loss_weight > 0:
+            parts["importance"] = losses.importance_loss(clean_gates)
+        if self.gshard_loss_weight > 0:
+            parts["gshard"] = losses.gshard_loss(gates, expert)
+        if self.load_loss_weight > 0 and noise is not None:
             parts["load"] = losses.load_loss(logits, noisy, expert, self.noise_std / logits.shape[-1])
-        weights = {name: getattr(self, f"{name}_loss_weight") for name in parts}
-        # Left out rather than multiplied by zero: a loss that is not wanted may be ill-defined.
-        wanted = [weights[name] * parts[name] for name in parts if weights[name] > 0]
-        return plan, RouterLosses(sum(wanted, torch.zeros_like(parts["importance"])), parts)
+        wanted = [getattr(self, f"{name}_loss_weight") * loss for name, loss in parts.items()]
+        return plan, RouterLosses(sum(wanted[1:], wanted[0]) if wanted else logits.new_zeros(logits.shape[0]), parts)

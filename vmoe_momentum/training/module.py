@@ -221,7 +221,7 @@ class ImageClassifier(pl.LightningModule):
                 f"trainer.max_epochs={self.trainer.max_epochs}: the schedule decays to the last step, so there must be "
                 "one; set trainer.max_epochs or trainer.max_steps"
             )
-        optimizer = self.optimizer_settings.build(self.model.net)
+        optimizer = self.optimizer_settings.build(self.model.net, fused=self.trainer.precision != "16-mixed")
         scheduler = self.schedule_settings.build(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
