@@ -3,7 +3,7 @@ PYTHON ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean distclean
+.PHONY: help setup demo test test-all bench-peers bench-gpu lint clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -24,6 +24,12 @@ test: setup  ## ruff check, ruff format --check, pytest
 
 test-all: setup  ## test, and every momentum rule on every network
 	.venv/bin/python -m pytest -m ""
+
+bench-peers: setup  ## other people's sparse layers, in .peers, for benchmarks/moe_layer.py
+	.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .peers -r benchmarks/peers.txt
+
+bench-gpu: setup  ## every GPU figure, into benchmarks/results/gpu
+	bash scripts/bench_gpu.sh
 
 lint: setup  ## fix what ruff can fix, and format
 	.venv/bin/python -m ruff check --fix .

@@ -6,8 +6,33 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from rich.progress import track
+
+
+class Timing(NamedTuple):
+    """Of one function among several, over the rounds: median seconds, and the ratio to the first of them in the same
+    round, with its quartiles."""
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+def interleaved(functions: dict[str, Callable[[], None]], repeats: int, warm_up: int = 2) -> dict[str, Timing]:
+    """Each function once a round, in turn: drift of the clock and of what else the machine does meets all of them."""
+    rounds = []
+    for _ in track(range(repeats + warm_up), "timing"):
+        rounds.append({name: _seconds(function) for name, function in functions.items()})
+    first, found = next(iter(functions)), {}
+    for name in functions:
+        ratios = [one[name] / one[first] for one in rounds[warm_up:]]
+        low, ratio, high = statistics.quantiles(ratios, n=4)
+        found[name] = Timing(statistics.median(one[name] for one in rounds[warm_up:]), ratio, low, high)
+    return found
 
 
 def side_by_side(ours: Callable[[], None], peer: Callable[[], None], repeats: int) -> tuple[float, float, float]:

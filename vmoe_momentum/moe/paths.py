@@ -1,0 +1,40 @@
+"""Which of several ways to the same result is taken, by shape, device and type: every such choice of this folder.
+
+The results differ by rounding only. Measured by `python benchmarks/moe_layer.py`; figures: benchmarks/results.
+Legend of axes: this folder's __init__.
+"""
+
+import torch
+from torch import Tensor
+
+from .routing import autocast_dtype
+
+
+def padded(x: Tensor) -> bool:
+    """Where capacity is finite: do all experts get their C slots of every group, full or not? x: what is dispatched.
+
+    Then the experts are one batched product of a shape that the host knows. On CUDA torch's grouped product does
+    without the host only in bfloat16 on compute capability 9 and 10; elsewhere it copies the ends to the host, waits,
+    and loops over the experts. On a CPU the loop costs nothing, and the free slots would be computed for nothing.
+    """
+    if x.device.type != "cuda":
+        return False
+    dtype = autocast_dtype(x.device) or x.dtype
+    return not (dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10))
+
+
+def bias_by_product(num_experts: int, device: torch.device) -> bool:
+    """Is each row's bias a product with the one-hot expert, or looked up? The product's gradient is a product, too.
+
+    Looked up on a CPU where experts are many: the product takes E / D of the experts' own time, 10 % of a layer at
+    E 64, D 384. Never on CUDA, where the gradient of a look-up sorts its indices.
+    """
+    return num_experts <= 16 or device.type != "cpu"
+
+
+def sum_by_product(top_k: int, width: int, device: torch.device) -> bool:
+    """Are a token's K rows summed by a batched product [1, K] x [K, D], or multiplied and added?
+
+    The product never makes the weighted rows; its cost a token is the larger where the rows are short.
+    """
+    return device.type != "cpu" or top_k * width > 256
