@@ -34,8 +34,8 @@ SIZE, WARM_UP = 224, 8
 STANDARD = "torchvision ImageFolder"  # what ratios are over
 
 
-def ours(root: str, cls: type, batch: int, workers: int, batches: int) -> Iterator:
-    data = cls(root, image_size=SIZE, batch_size=batch, num_workers=workers)
+def ours(root: str, cls: type, batch: int, workers: int, batches: int, **settings: str) -> Iterator:
+    data = cls(root, image_size=SIZE, batch_size=batch, num_workers=workers, **settings)
     data.setup("fit")
     count = data.count("train")
     loader = data.build_loader("train", BatchPlan(count, batch, training=True))
@@ -72,6 +72,9 @@ LOADERS = {
     f"{STANDARD}, normalised": lambda root, *rest: torchvision_loader(root, *rest, normalize=True),
     "timm create_loader": timm_loader,
     "FolderDataModule": lambda root, *rest: ours(root, FolderDataModule, *rest),
+    "FolderDataModule, decoder torchvision": lambda root, *rest: ours(
+        root, FolderDataModule, *rest, decoder="torchvision"
+    ),
     "FFCVDataModule, JPEG": lambda root, *rest: ours(f"{root}_jpeg", FFCVDataModule, *rest),
     "FFCVDataModule, raw": lambda root, *rest: ours(f"{root}_raw", FFCVDataModule, *rest),
 }

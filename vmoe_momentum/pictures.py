@@ -28,6 +28,7 @@ UPRIGHT_HELP = "Turn pictures as their EXIF orientation says; the published scor
 _log = logging.getLogger(__name__)
 _EIGHT_BITS = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+_ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 
@@ -115,6 +116,12 @@ def read_picture(path: Path, upright: bool = False, content: bytes | None = None
         raise UnreadablePicture(path, f"not a readable image ({told})") from error
 
 
+def is_turned(content: bytes) -> bool:
+    """Whether a picture's EXIF orientation is another than as stored. Raises what Pillow does of damaged bytes."""
+    with Image.open(BytesIO(content)) as image:
+        return image.getexif().get(_ORIENTATION, 1) != 1
+
+
 def picture_size(path: Path) -> tuple[int, int]:
     """Width and height as stored, px, without decoding. Raises UnreadablePicture."""
     try:
@@ -127,6 +134,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 def _scale(image: Image.Image, path: Path):
     """What makes RGB uint8 of a picture of this mode, format and bit depth."""
     mode, tags = image.mode, getattr(image, "tag_v2", {})
+    if mode == "RGB" and image.format == "JPEG":
+        return _loaded
     if mode in _EIGHT_BITS:
         return lambda shown: shown.convert("RGB")
     if mode in _PREMULTIPLIED:
@@ -143,6 +152,12 @@ def _scale(image: Image.Image, path: Path):
         return upper_byte
     kind = {"F": "floating-point", "I": "32-bit or signed"}.get(mode, f"{mode!r}")
     raise UnreadablePicture(path, f"{kind} pixels, which have no stated white; save it with 8 or 16 bits")
+
+
+def _loaded(shown: Image.Image) -> Image.Image:
+    """Without the copy that a conversion from RGB to RGB is."""
+    shown.load()
+    return shown
 
 
 def _walk(

@@ -41,6 +41,7 @@ OTHER = {
     "data.crop_scale": ([0.5, 0.9], True),
     "data.crop_ratio": ([0.9, 1.2], True),
     "data.randaugment": ("rand-m3-n1", True),
+    "data.decoder": ("torchvision", True),
     "data.progressive": ("{start_size: 12, start_epoch: 0, end_epoch: 1, multiple: 4}", True),
     "seed_everything": (7, False),
 }  # fmt: skip

@@ -6,12 +6,16 @@ predict use the validation split. Both modules visit the same images in the same
 
 from __future__ import annotations
 
+from typing import get_args
+
 from ..ranges import COUNT, in_range
 from .base import COMMON, ImageDataModule
 from .batches import BatchPlan
 from .beton import check_beton
+from .checks import require
 from .ffcv_support import ffcv_available, missing_ffcv, using_ffcv
 from .folder_loader import EvalTransform, FolderLoader, TrainTransform, rand_augment
+from .jpegs import Decoder, require_torchvision_decoder
 from .layout import PREPARE_HINT, beton_path, list_images, read_manifest
 from .loader import EpochLoader
 from .manifest import check_contents, describe_files
@@ -141,7 +145,7 @@ class FFCVDataModule(ImageDataModule):
 
 @in_range("data.", **COMMON)
 class FolderDataModule(ImageDataModule):
-    """The portable backend: reads the image files under root/train and root/val with Pillow.
+    """The portable backend: reads the image files under root/train and root/val.
 
     Training pixels depend only on (seed, epoch, image), not on the number of workers.
 
@@ -163,6 +167,9 @@ class FolderDataModule(ImageDataModule):
             many fewer images (DeiT takes 3); 1: all of them once.
         randaugment: timm's RandAugment policy for training images, e.g. rand-m10-n2; null: none.
         upright: Turn pictures as their EXIF orientation says; null: as they were prepared.
+        decoder: What decodes JPEGs, in training and evaluation: pillow, or torchvision, which is faster and gives
+            pixels that may differ by a few levels. Its colour JPEGs are resized by torch; other files, and JPEGs that
+            `upright` turns, go by Pillow, as do all in `robustness` and `classify`.
     """
 
     def __init__(
@@ -182,6 +189,7 @@ class FolderDataModule(ImageDataModule):
         repeated_augmentation: int = 1,
         randaugment: str | None = None,
         upright: bool | None = None,
+        decoder: Decoder = "pillow",
     ) -> None:
         super().__init__(
             root=root,
@@ -200,7 +208,10 @@ class FolderDataModule(ImageDataModule):
         )
         if upright is not None:
             self.upright = upright
-        self.randaugment = randaugment
+        require(decoder in get_args(Decoder), "decoder", decoder, "use pillow or torchvision")
+        if decoder == "torchvision":
+            require_torchvision_decoder()
+        self.randaugment, self.decoder = randaugment, decoder
         self.policy = None if randaugment is None else rand_augment(randaugment, image_size)
         self._files: dict[str, list] = {}
 
@@ -235,5 +246,10 @@ class FolderDataModule(ImageDataModule):
             return TrainTransform(self.train_size(epoch), self.crop_scale, self.crop_ratio, flip, self.policy)
 
         return FolderLoader(
-            self._files[split], plan, transform=transform, num_workers=self.num_workers, upright=self.upright
+            self._files[split],
+            plan,
+            transform=transform,
+            num_workers=self.num_workers,
+            upright=self.upright,
+            decoder=self.decoder,
         )

@@ -25,6 +25,7 @@ _OTHERS = {
     "override_model", "root", "num_workers", "eval_batch_size", "eval_crop_ratio", "eval_image_size", "os_cache",
     "batches_ahead", "upright",
 }  # fmt: skip
+_EARLIER = {"data.decoder": "pillow"}  # what checkpoints meant before they said it
 _TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
 
 
@@ -51,7 +52,8 @@ class ResumedSettings(Callback):
         self._resumed = trainer.state.fn == "fit" and bool(checkpoint.get("optimizer_states"))
         if not self._resumed:
             return
-        self._saved = checkpoint.get(TRAINING)
+        saved = checkpoint.get(TRAINING)
+        self._saved = None if saved is None else {**_EARLIER, **saved}
         self._groups = [len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"]]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
