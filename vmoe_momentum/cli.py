@@ -2,7 +2,7 @@
 | classify`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
-first word.
+first word. Lightning, torch and timm take seconds to import, so each command imports what it needs once it is known.
 """
 
 import logging
@@ -12,15 +12,11 @@ import sys
 import warnings
 
 from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from . import datasets
 from .errors import one_line
-from .lightning_cli import rehearse, run_lightning, sections
+from .names import did_you_mean
 from .resources import explain
 from .stopping import Stopped, stoppable
-from .training import NotFinite
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
 
@@ -45,8 +41,7 @@ options:
 configuration; any setting can follow on the command line, e.g. --model.net.init_args.rule HeavyBall.
 """
 
-# What a user's mistake or machine can cause; anything else is a bug.
-EXPECTED = (ArgumentError, MisconfigurationException, NotFinite, OSError, RuntimeError, ValueError)
+LIGHTNING = ("fit", "validate", "test", "predict")
 AGAIN = {"analyze": "what is done is kept by ablate; ", "robustness": "what is done is kept; "}  # when stopped
 
 
@@ -64,6 +59,9 @@ def run_import(argv: list[str]) -> None:
 
 def run_analyze(argv: list[str]) -> None:
     from .analysis import commands
+    from .datasets import ImageDataModule
+    from .lightning_cli import rehearse, run_lightning
+    from .training import NotFinite
 
     def fit(options: list[str]) -> dict[str, float]:
         try:
@@ -80,7 +78,7 @@ def run_analyze(argv: list[str]) -> None:
         finally:
             logging.disable(logging.NOTSET)
 
-    commands.run(argv, datasets.ImageDataModule, fit, check)
+    commands.run(argv, ImageDataModule, fit, check)
 
 
 def run_robustness(argv: list[str]) -> None:
@@ -116,12 +114,12 @@ def run(argv: list[str]) -> None:
     command, *rest = argv
     if command in COMMANDS:
         COMMANDS[command](rest)
-    elif command in LightningCLI.subcommands():
+    elif command in LIGHTNING:
+        from .lightning_cli import run_lightning
+
         run_lightning([command, *["--model.override_model=true" if a == "--override-model" else a for a in rest]])
     else:
-        from .models.settings import did_you_mean
-
-        raise ValueError(f"command={command}{did_you_mean(command, [*COMMANDS, *LightningCLI.subcommands()])}")
+        raise ValueError(f"command={command}{did_you_mean(command, [*COMMANDS, *LIGHTNING])}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,13 +143,30 @@ def main(argv: list[str] | None = None) -> None:
         full = (
             None if ours else explain(error, "lower --batch_size or --limit where the command has them, or free memory")
         )
-        line = full or one_line(error, {} if argv[0] in COMMANDS else sections())
-        expected = bool(full) or isinstance(error, EXPECTED)
+        line = full or one_line(error, _sections() if argv[0] in LIGHTNING else {})
+        expected = bool(full) or _is_expected(error)
         if not expected:  # ours to mend, not the user's
             line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"
         sys.stdout.flush()
         print(f"vmoe-momentum: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2 if expected else 1) from None
+
+
+def _sections() -> dict[str, list[str]]:
+    from .lightning_cli import sections
+
+    return sections()
+
+
+def _is_expected(error: Exception) -> bool:
+    """What a user's mistake or machine can cause; anything else is a bug."""
+    if isinstance(error, ArgumentError | OSError | RuntimeError | ValueError):
+        return True
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from .training import NotFinite
+
+    return isinstance(error, MisconfigurationException | NotFinite)
 
 
 def quieten() -> None:

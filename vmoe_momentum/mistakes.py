@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from .configs import BEFORE, SPEC, merge, short
-from .models.settings import did_you_mean, subclasses
+from .names import did_you_mean, subclasses
 from .parsers import WholeFirst
 
 
