@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 import warnings
+from typing import Any
 
 from jsonargparse import ArgumentError
 
@@ -82,8 +83,12 @@ def run_analyze(argv: list[str]) -> None:
 
 
 def run_robustness(argv: list[str]) -> None:
-    from .classifiers import open_models
     from .robustness import commands
+
+    def open_models(texts: list[str]) -> list[Any]:  # imported once the options are known to be right
+        from . import classifiers
+
+        return classifiers.open_models(texts)
 
     commands.run(argv, open_models)
 
