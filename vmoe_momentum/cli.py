@@ -120,6 +120,8 @@ def run(argv: list[str]) -> None:
     if command in COMMANDS:
         COMMANDS[command](rest)
     elif command in LIGHTNING:
+        if not any(word in ("-h", "--help", "--print_config") for word in rest):
+            _refuse_mistyped(rest)
         from .lightning_cli import run_lightning
 
         run_lightning([command, *["--model.override_model=true" if a == "--override-model" else a for a in rest]])
@@ -157,10 +159,19 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2 if expected else 1) from None
 
 
-def _sections() -> dict[str, list[str]]:
-    from .lightning_cli import sections
+def _refuse_mistyped(options: list[str]) -> None:
+    """Raises ValueError: a key at the top that looks like another one, told before Lightning is imported."""
+    from .configs import as_configs
+    from .mistakes import find_mistyped
 
-    return sections()
+    if mistake := find_mistyped(as_configs(options)):
+        raise ValueError(mistake)
+
+
+def _sections() -> dict[str, list[str]]:
+    """For the parser's messages; what was raised before there was one needs none."""
+    loaded = sys.modules.get(f"{__package__}.lightning_cli")
+    return loaded.sections() if loaded else {}
 
 
 def _is_expected(error: Exception) -> bool:
