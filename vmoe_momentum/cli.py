@@ -2,7 +2,7 @@
 | classify`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
-first word.
+first word. Lightning, torch and timm take seconds to import, so each command imports what it needs once it is known.
 """
 
 import logging
@@ -10,17 +10,14 @@ import math
 import signal
 import sys
 import warnings
+from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from . import datasets
 from .errors import one_line
-from .lightning_cli import rehearse, run_lightning, sections
+from .names import did_you_mean
 from .resources import explain
 from .stopping import Stopped, stoppable
-from .training import NotFinite
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
 
@@ -45,8 +42,7 @@ options:
 configuration; any setting can follow on the command line, e.g. --model.net.init_args.rule HeavyBall.
 """
 
-# What a user's mistake or machine can cause; anything else is a bug.
-EXPECTED = (ArgumentError, MisconfigurationException, NotFinite, OSError, RuntimeError, ValueError)
+LIGHTNING = ("fit", "validate", "test", "predict")
 AGAIN = {"analyze": "what is done is kept by ablate; ", "robustness": "what is done is kept; "}  # when stopped
 
 
@@ -64,6 +60,9 @@ def run_import(argv: list[str]) -> None:
 
 def run_analyze(argv: list[str]) -> None:
     from .analysis import commands
+    from .datasets import ImageDataModule
+    from .lightning_cli import rehearse, run_lightning
+    from .training import NotFinite
 
     def fit(options: list[str]) -> dict[str, float]:
         try:
@@ -80,12 +79,16 @@ def run_analyze(argv: list[str]) -> None:
         finally:
             logging.disable(logging.NOTSET)
 
-    commands.run(argv, datasets.ImageDataModule, fit, check)
+    commands.run(argv, ImageDataModule, fit, check)
 
 
 def run_robustness(argv: list[str]) -> None:
-    from .classifiers import open_models
     from .robustness import commands
+
+    def open_models(texts: list[str]) -> list[Any]:  # imported once the options are known to be right
+        from . import classifiers
+
+        return classifiers.open_models(texts)
 
     commands.run(argv, open_models)
 
@@ -116,12 +119,14 @@ def run(argv: list[str]) -> None:
     command, *rest = argv
     if command in COMMANDS:
         COMMANDS[command](rest)
-    elif command in LightningCLI.subcommands():
+    elif command in LIGHTNING:
+        if not any(word in ("-h", "--help", "--print_config") for word in rest):
+            _refuse_mistyped(rest)
+        from .lightning_cli import run_lightning
+
         run_lightning([command, *["--model.override_model=true" if a == "--override-model" else a for a in rest]])
     else:
-        from .models.settings import did_you_mean
-
-        raise ValueError(f"command={command}{did_you_mean(command, [*COMMANDS, *LightningCLI.subcommands()])}")
+        raise ValueError(f"command={command}{did_you_mean(command, [*COMMANDS, *LIGHTNING])}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,13 +150,39 @@ def main(argv: list[str] | None = None) -> None:
         full = (
             None if ours else explain(error, "lower --batch_size or --limit where the command has them, or free memory")
         )
-        line = full or one_line(error, {} if argv[0] in COMMANDS else sections())
-        expected = bool(full) or isinstance(error, EXPECTED)
+        line = full or one_line(error, _sections() if argv[0] in LIGHTNING else {})
+        expected = bool(full) or _is_expected(error)
         if not expected:  # ours to mend, not the user's
             line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"
         sys.stdout.flush()
         print(f"vmoe-momentum: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2 if expected else 1) from None
+
+
+def _refuse_mistyped(options: list[str]) -> None:
+    """Raises ValueError: a key at the top that looks like another one, told before Lightning is imported."""
+    from .configs import as_configs
+    from .mistakes import find_mistyped
+
+    if mistake := find_mistyped(as_configs(options)):
+        raise ValueError(mistake)
+
+
+def _sections() -> dict[str, list[str]]:
+    """For the parser's messages; what was raised before there was one needs none."""
+    loaded = sys.modules.get(f"{__package__}.lightning_cli")
+    return loaded.sections() if loaded else {}
+
+
+def _is_expected(error: Exception) -> bool:
+    """What a user's mistake or machine can cause; anything else is a bug."""
+    if isinstance(error, ArgumentError | OSError | RuntimeError | ValueError):
+        return True
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from .training import NotFinite
+
+    return isinstance(error, MisconfigurationException | NotFinite)
 
 
 def quieten() -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from .models.settings import did_you_mean, subclasses
+from .names import did_you_mean, subclasses
 
 KEY = re.compile(r'(?:Parser key )?"([\w.]+)":')
 REFUSED_OPTION = re.compile(r"given class_path '([^']+)': Option '([^']+)' is not accepted")

@@ -5,6 +5,7 @@ by key, each against the signature of the class that takes it, and the first tha
 """
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import re
@@ -17,12 +18,29 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from .configs import BEFORE, SPEC, merge, short
-from .models.settings import did_you_mean, subclasses
+from .names import did_you_mean, subclasses
 from .parsers import WholeFirst
+
+TOP = (  # of a config of fit, validate, test and predict
+    "seed_everything", "data", "ckpt_path", "weights_only", "print_config", "verbose", "return_predictions", "model",
+    "trainer",
+)  # fmt: skip
 
 
 class _Parser(WholeFirst, ArgumentParser):
     """Reads signatures and checks single values."""
+
+
+def find_mistyped(configs: list[dict[str, Any]]) -> str | None:
+    """The first key at the top that is none but looks like one, in find_mistake's words; needs no class imported.
+
+    What looks like none is left to the parser, which may be of a newer Lightning that knows it.
+    """
+    for key in (key for config in configs for key in config):
+        name = str(key).removesuffix("+")
+        if name not in TOP and difflib.get_close_matches(name, TOP, n=1):
+            return f"{name}: no such setting{did_you_mean(name, TOP)}"
+    return None
 
 
 def find_mistake(

@@ -12,7 +12,6 @@ from operator import or_
 from types import UnionType
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from .ranges import Range, check
@@ -108,6 +107,8 @@ def new_parser(description: str, examples: str, **options: str) -> Parser:
 
 def check_device(device: str) -> None:
     """Raises ValueError: this machine has no such device."""
+    import torch  # here, so that parsers are there without it
+
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

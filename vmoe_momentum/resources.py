@@ -3,11 +3,10 @@
 import errno
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEMORY = re.compile(r"DefaultCPUAllocator: |not enough memory|CUDA out of memory|Cannot allocate memory")
@@ -43,7 +42,8 @@ def explain(error: BaseException, way_out: str) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the machine or a GPU."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    torch = sys.modules.get("torch")  # where it is not loaded, the error is not torch's
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError)
     return known or (isinstance(error, RuntimeError | OSError) and bool(_MEMORY.search(str(error))))
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from dataset_helpers import module, requires_ffcv
 
-from vmoe_momentum.datasets import FFCVDataModule, verify
+from vmoe_momentum.datasets import FFCVDataModule
 from vmoe_momentum.datasets.beton import FIELD, HEADER, RECORD, check_beton
 from vmoe_momentum.datasets.layout import own_digest
+from vmoe_momentum.datasets.verify import verify
 
 pytestmark = requires_ffcv
 RECORDS_AT = HEADER.itemsize + 2 * FIELD.itemsize

@@ -19,8 +19,9 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import imagenet as torchvision_imagenet
 
 from vmoe_momentum import cli
-from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule, verify
+from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule
 from vmoe_momentum.datasets.imagenet import prepare_imagenet
+from vmoe_momentum.datasets.verify import verify
 
 WNIDS = ("n01440764", "n02123045", "n15075141")  # tench, tabby, toilet tissue: labels 0, 281, 999
 LABELS = {"n01440764": 0, "n02123045": 281, "n15075141": 999}

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vmoe_momentum.datasets import photos, verify
+from vmoe_momentum.datasets import photos
+from vmoe_momentum.datasets.verify import verify
 
 pytest.importorskip("skimage")
 

@@ -16,8 +16,9 @@ from dataset_helpers import HAS_FFCV, draw_pictures, module, requires_ffcv
 from PIL import Image
 
 from vmoe_momentum import staging
-from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule, prepare_digits, prepare_folder, verify
+from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule, prepare_digits, prepare_folder
 from vmoe_momentum.datasets.commands import run
+from vmoe_momentum.datasets.verify import verify
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import pytest
 from dataset_helpers import draw_pictures, module, requires_ffcv
 from PIL import Image
 
-from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule, prepare_folder, shortened, verify
+from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule, prepare_folder, shortened
 from vmoe_momentum.datasets.commands import run
 from vmoe_momentum.datasets.layout import own_digest
+from vmoe_momentum.datasets.verify import verify
 
 HARMLESS = ("verified.json",)  # says when a beton was last read; a wrong one has it read again
 

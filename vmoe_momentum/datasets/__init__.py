@@ -4,25 +4,38 @@ Reading order: `batches.py` (which images make which batch), `loader.py` (epochs
 `folder_loader.py` and `ffcv_loader.py`. Importing this package loads neither ffcv nor scikit-learn.
 """
 
-from .base import ImageDataModule
-from .datamodules import FFCVDataModule, FolderDataModule
-from .imagenet import prepare_imagenet
-from .info import info, sample
-from .photos import prepare_photos
-from .prepare import prepare_digits, prepare_folder
-from .resizing import ProgressiveResize
-from .verify import verify
+from typing import TYPE_CHECKING
+
+from ..lazily import lazily
+
+if TYPE_CHECKING:
+    from .datamodules import FFCVDataModule, FolderDataModule, ImageDataModule
+    from .imagenet import prepare_imagenet
+    from .info import sample
+    from .photos import prepare_photos
+    from .prepare import prepare_digits, prepare_folder
+    from .resizing import ProgressiveResize
 
 __all__ = [
     "FFCVDataModule",
     "FolderDataModule",
     "ImageDataModule",
     "ProgressiveResize",
-    "info",
     "prepare_digits",
     "prepare_folder",
     "prepare_imagenet",
     "prepare_photos",
     "sample",
-    "verify",
 ]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "datamodules": ("FFCVDataModule", "FolderDataModule", "ImageDataModule"),
+        "imagenet": ("prepare_imagenet",),
+        "info": ("sample",),
+        "photos": ("prepare_photos",),
+        "prepare": ("prepare_digits", "prepare_folder"),
+        "resizing": ("ProgressiveResize",),
+    },
+)

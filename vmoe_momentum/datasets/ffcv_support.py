@@ -6,8 +6,6 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 def ffcv_available() -> bool:
     """Whether the package ffcv is installed; it is not loaded."""
@@ -26,6 +24,8 @@ def missing_ffcv(problem: str = "is not installed") -> ValueError:
 def using_ffcv() -> Iterator[None]:
     """Around `import ffcv` and the building of its loaders: torch keeps its thread count, which both would change for
     the rest of the process. Raises ValueError when ffcv or a library under it does not load."""
+    import torch  # here: preparing and verifying data work without
+
     threads = torch.get_num_threads()
     try:
         yield

@@ -11,10 +11,8 @@ from rich.table import Table
 from ..pictures import UnreadablePicture, picture_size
 from ..progress import track
 from ..ranges import SEED, SIDE, Range, in_range
-from .base import ImageDataModule
 from .batches import BatchPlan
 from .beton import JPEG, check_beton
-from .datamodules import FFCVDataModule, FolderDataModule
 from .ffcv_support import ffcv_available
 from .layout import SPLITS, ClassEntry, beton_path, list_images, read_classes, read_manifest
 
@@ -111,13 +109,15 @@ def sample(
     """
     from matplotlib.figure import Figure
 
+    from .datamodules import FFCVDataModule, FolderDataModule
+
     target = Path(out)
     if target.suffix.lower() != ".png" or not target.absolute().parent.is_dir():
         raise ValueError(f"--out={out}: use a name ending in .png, in a folder that exists")
     if backend is None:
         backend = "ffcv" if ffcv_available() and beton_path(Path(root), split).is_file() else "folder"
     cls = FFCVDataModule if backend == "ffcv" else FolderDataModule
-    data: ImageDataModule = cls(root, image_size=image_size, num_workers=1, seed=seed)
+    data = cls(root, image_size=image_size, num_workers=1, seed=seed)
     data.check_split(split)
     total = data.count(split)
     chosen = np.sort(np.random.default_rng(seed).choice(total, min(count, total), replace=False))

@@ -2,23 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..models import PixelModel
+from .asked import Request
 
 Metadata = dict[str, Any]
 Answer = Callable[[Tensor], Tensor]  # pixels [B, 3, S, S] in the format's own dtype -> [B, K] on the CPU
-
-
-class Request(NamedTuple):
-    """What an exported network takes and gives."""
-
-    input: Literal["float32", "uint8"] = "float32"  # pixels in [0, 1], or 0 to 255
-    output: Literal["logits", "probabilities"] = "logits"
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"  # of the weights; ONNX only
 
 
 class Format(NamedTuple):

@@ -7,15 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..analysis.expert_map import draw_experts
 from ..parsers import Parser, new_parser
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT
-from .base import Request
-from .exporting import export
+from .asked import Pick, Request, Weights
 from .hub import push
-from .serving import classify, open_served
-from .weights import Pick, Weights
 
 _EXPORT = """examples:
   vmoe-momentum export --ckpt_path runs/digits/version_0 --to hf --out exported/hf --data data/digits
@@ -75,6 +71,8 @@ def run_export(argv: list[str]) -> None:
         raise ValueError(
             f"--to={given.to}: keeps the network itself; --input, --output, --precision are for pt2 and onnx"
         )
+    from .exporting import export  # here, as below: mistakes above are told before torch is imported
+
     metadata = export(
         given.ckpt_path, given.to, given.out, given.data, request, given.weights, given.pick, given.scores, given.limit,
         given.overwrite, given.trust_pickle,
@@ -118,6 +116,9 @@ def run_classify(argv: list[str]) -> None:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
+    from ..analysis.expert_map import draw_experts
+    from .serving import classify, open_served
+
     served = open_served(given.source, given.trust_program)
     if given.upright is not None:
         served = served._replace(metadata={**served.metadata, "upright": given.upright})

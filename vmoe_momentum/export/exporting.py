@@ -15,8 +15,9 @@ from ..checksums import listed, sha256
 from ..classifiers import view_of
 from ..progress import track
 from ..ranges import COUNT, in_range
-from ..robustness import View, list_pictures, versions
+from ..robustness import View, list_pictures
 from ..robustness.pictures import Pictures, batches
+from ..robustness.versions import versions
 from ..staging import refuse_existing, staged
 from .base import Metadata, Request
 from .formats import FORMATS

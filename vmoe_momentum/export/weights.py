@@ -1,13 +1,11 @@
 """Which weights are exported: of which checkpoint, averaged or as the optimizer left them."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ..models import PixelModel
 from ..models.saved import open_saved
-
-Weights = Literal["auto", "averaged", "raw"]
-Pick = Literal["best", "last"]
+from .asked import Pick, Weights
 
 
 class Chosen(NamedTuple):

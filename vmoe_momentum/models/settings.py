@@ -4,29 +4,12 @@ The JSON form is jsonargparse's: `{"class_path": "HeavyBall", "init_args": {"mu"
 looked up among the *already imported* subclasses of the expected base, so a config or a checkpoint never imports code.
 """
 
-import difflib
 import inspect
-import typing
 from typing import Any, TypeVar
 
+from ..names import did_you_mean, subclasses
+
 T = TypeVar("T")
-
-
-def subclasses(base: type[T]) -> dict[str, type[T]]:
-    """Every imported subclass of `base` that can be made, by bare name."""
-    found: dict[str, type[T]] = {}
-    for cls in base.__subclasses__():
-        if not inspect.isabstract(cls):
-            found[cls.__name__] = cls
-        found |= subclasses(cls)
-    return found
-
-
-def did_you_mean(name: str, valid: typing.Iterable[str]) -> str:
-    """`; did you mean X?` when something close is valid, then the whole list."""
-    valid = sorted(set(valid))
-    close = difflib.get_close_matches(name, valid, n=1)
-    return (f"; did you mean {close[0]}?" if close else ";") + f" valid: {', '.join(valid)}"
 
 
 def to_spec(settings: object) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 It knows nothing of this project's networks: models come in as callables (models.Model).
 """
 
-from .attacks import ATTACKS, Budget, run_attack
-from .corruptions import BENCHMARK, EXTRA, SEVERITIES, corrupt
-from .evaluate import Evaluation, evaluate
-from .labels import list_pictures
-from .models import Model, View
-from .plan import Settings, check_settings, describe_pictures, make_plan, parse_eps
-from .report import write_report
-from .rows import Row, write_rows
-from .versions import versions
+from typing import TYPE_CHECKING
+
+from ..lazily import lazily
+
+if TYPE_CHECKING:
+    from .attacks import ATTACKS, Budget, run_attack
+    from .corruptions import BENCHMARK, EXTRA, SEVERITIES, corrupt
+    from .evaluate import Evaluation
+    from .labels import list_pictures
+    from .models import Model, View
+    from .plan import Settings, check_settings, describe_pictures, make_plan, parse_eps
+    from .report import write_report
+    from .rows import Row, write_rows
 
 __all__ = [
     "ATTACKS",
@@ -27,12 +31,24 @@ __all__ = [
     "check_settings",
     "corrupt",
     "describe_pictures",
-    "evaluate",
     "list_pictures",
     "make_plan",
     "parse_eps",
     "run_attack",
-    "versions",
     "write_report",
     "write_rows",
 ]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "attacks": ("ATTACKS", "Budget", "run_attack"),
+        "corruptions": ("BENCHMARK", "EXTRA", "SEVERITIES", "corrupt"),
+        "evaluate": ("Evaluation",),
+        "labels": ("list_pictures",),
+        "models": ("Model", "View"),
+        "plan": ("Settings", "check_settings", "describe_pictures", "make_plan", "parse_eps"),
+        "report": ("write_report",),
+        "rows": ("Row", "write_rows"),
+    },
+)

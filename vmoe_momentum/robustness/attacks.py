@@ -19,17 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ranges import COUNT, NOT_NEGATIVE, Range, check_all
+from ..ranges import check_all
+from .asked import BUDGET, Norm
 
-Norm = Literal["Linf", "L2"]
 Spends = Literal["steps", "queries"] | None  # None: its own
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> [B], to be made large
-
-
-BUDGET = {
-    "eps": NOT_NEGATIVE.because("in pixel units, such as 4/255"), "steps": COUNT, "queries": COUNT,
-    "seed": Range(0, 2**31 - 1, whole=True),
-}  # fmt: skip
 
 
 class Budget(NamedTuple):

@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -13,15 +13,11 @@ from ..parsers import Parser, check_device, new_parser
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS
 from ..staging import check_writable
-from .attacks import ATTACKS
-from .corruptions import BENCHMARK, EXTRA
-from .effects import check_effects, named_in
-from .evaluate import evaluate
-from .models import Model, turned
-from .plan import DEFAULT_EPS, RANGES, SHIFTED, Settings, check_settings, describe_pictures, make_plan, parse_eps
-from .report import write_report
-from .terminal import show
-from .versions import versions
+from .asked import ATTACK_NAMES, BENCHMARK, EXTRA, RANGES, SHIFTED
+
+if TYPE_CHECKING:
+    from .models import Model
+    from .plan import Settings
 
 _EXAMPLES = """examples:
   vmoe-momentum robustness --data data/digits --model Residual=a.ckpt --model HeavyBall=b.ckpt --out runs/robustness
@@ -32,9 +28,18 @@ It writes rows.csv, report.json, report.md and report.html (self-contained) to -
 What differs between two equal runs, their times, is in times.json."""
 
 
-def run(argv: list[str], open_models: Callable[[list[str]], list[Model]]) -> None:
+def run(argv: list[str], open_models: Callable[[list[str]], "list[Model]"]) -> None:
     """argv: what follows `robustness`. Mistakes come out as exceptions, before anything is evaluated."""
     given = parser().parse_args(argv).as_dict()
+
+    from .effects import check_effects, named_in  # here: mistyped options are told before torch is imported
+    from .evaluate import evaluate
+    from .models import turned
+    from .plan import check_settings, describe_pictures, make_plan
+    from .report import write_report
+    from .terminal import show
+    from .versions import versions
+
     settings = _settings(given)
     check_settings(settings)
     check_effects(named_in(argv), settings)
@@ -90,7 +95,7 @@ def parser() -> Parser:
     )  # fmt: skip
     words.add_argument(
         "--attacks", type=list[str], default=["fgsm", "pgd", "pgd-margin", "square"],
-        help=f"Any of {', '.join(ATTACKS)}; [] for none.",
+        help=f"Any of {', '.join(ATTACK_NAMES)}; [] for none.",
     )  # fmt: skip
     words.add_argument(
         "--eps", type=list[float | str] | None, default=None,
@@ -115,8 +120,10 @@ def parser() -> Parser:
     return words
 
 
-def _settings(given: dict[str, Any]) -> Settings:
+def _settings(given: dict[str, Any]) -> "Settings":
     """[none] means no corruption, as [] does; corruptions are made where no published ones are given."""
+    from .plan import DEFAULT_EPS, Settings, parse_eps
+
     made_here = given["imagenet_c"] is None if given["regenerate"] is None else given["regenerate"]
     corruptions = [] if given["corruptions"] == ["none"] else given["corruptions"]
     eps = DEFAULT_EPS[given["norm"]] if given["eps"] is None else [parse_eps(text) for text in given["eps"]]

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..ranges import COUNT, check_all
+from ..ranges import check_all
 from . import labels
-from .attacks import ATTACKS, BUDGET, Budget, Norm, check_attack, check_budget
+from .asked import BENCHMARK, RANGES, SEVERITIES, SHIFTED
+from .attacks import ATTACKS, Budget, Norm, check_attack, check_budget
 from .cells import Cell
-from .corruptions import BENCHMARK, SEVERITIES, SEVERITY, check_corruption
+from .corruptions import check_corruption
 from .imagenet_c import find_tree
 from .models import Model
 from .pictures import Change, Pictures
 from .sets import check_set
 
-SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000
-    "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
-}  # fmt: skip
 # pictures in the published sets (a corruption and severity of ImageNet-C); parts are labelled as parts
 PUBLISHED = {
     "imagenet_c": 50_000, "imagenet_a": 7_500, "imagenet_r": 30_000, "imagenet_o": 2_000, "imagenet_v2": 10_000,
@@ -26,10 +24,6 @@ PUBLISHED = {
 }  # fmt: skip
 LARGE_EPS = 64 / 255  # Linf: any undefended model must fall
 DEFAULT_EPS: dict[Norm, tuple[float, ...]] = {"Linf": (1 / 255, 2 / 255, 4 / 255), "L2": (0.5, 1.0, 2.0)}
-
-RANGES = {
-    **BUDGET, "severities": SEVERITY.or_(None), "query_images": COUNT, "limit": COUNT.or_(None),
-}  # fmt: skip
 
 
 class Settings(NamedTuple):

@@ -17,12 +17,12 @@ from ..robustness import (
     View,
     check_settings,
     describe_pictures,
-    evaluate,
     make_plan,
     parse_eps,
-    versions,
     write_report,
 )
+from ..robustness.evaluate import evaluate
+from ..robustness.versions import versions
 
 
 @in_range("RobustnessCheck.", severities=Range(1, 5, whole=True), limit=COUNT.or_(None), batch_size=COUNT)

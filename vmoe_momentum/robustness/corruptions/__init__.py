@@ -9,21 +9,11 @@ import os
 
 import numpy as np
 
-from ...ranges import Range, check
+from ...ranges import check
+from ..asked import BENCHMARK, EXTRA, SEVERITIES, SEVERITY
 from . import blur, digital, noise, weather  # noqa: F401  (they register themselves)
 from .base import REGISTRY, SMALL, Corruption, corruption, is_small
 from .digital import through_jpeg
-
-# The benchmark's order. mCE is the mean over these, whatever else is registered.
-BENCHMARK = (
-    "gaussian_noise", "shot_noise", "impulse_noise",
-    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
-    "snow", "frost", "fog", "brightness",
-    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-SEVERITIES = (1, 2, 3, 4, 5)
-SEVERITY = Range(1, 5, whole=True)  # as positions in a list 0 is the last and True the second
 
 __all__ = [
     "BENCHMARK",

@@ -1,0 +1,31 @@
+"""What can be asked for, and its ranges: what the command line has to know before torch is imported."""
+
+from typing import Literal
+
+from ..ranges import COUNT, NOT_NEGATIVE, Range
+
+Norm = Literal["Linf", "L2"]
+
+# The benchmark's order. mCE is the mean over these, whatever else is registered.
+BENCHMARK = (
+    "gaussian_noise", "shot_noise", "impulse_noise",
+    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
+    "snow", "frost", "fog", "brightness",
+    "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+)  # fmt: skip
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+SEVERITIES = (1, 2, 3, 4, 5)
+SEVERITY = Range(1, 5, whole=True)  # as positions in a list 0 is the last and True the second
+
+ATTACK_NAMES = ("fgsm", "pgd", "pgd-margin", "square", "apgd", "apgd-dlr", "spsa", "autoattack")  # for help: ATTACKS
+BUDGET = {
+    "eps": NOT_NEGATIVE.because("in pixel units, such as 4/255"), "steps": COUNT, "queries": COUNT,
+    "seed": Range(0, 2**31 - 1, whole=True),
+}  # fmt: skip
+
+SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000
+    "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
+}  # fmt: skip
+RANGES = {
+    **BUDGET, "severities": SEVERITY.or_(None), "query_images": COUNT, "limit": COUNT.or_(None),
+}  # fmt: skip
