@@ -29,7 +29,9 @@ SHAPES = {
     "S/16": Shape(8, 196, 384, 1536, 8),
     "many experts": Shape(8, 196, 384, 1536, 64),
     "digits": Shape(32, 17, 64, 128, 4),
+    "B/16, a GPU's batch": Shape(128, 196, 768, 3072, 8),
 }
+ON_CPU = ("S/16", "many experts", "digits")
 GROWTH = {  # one axis at a time
     "T": [Shape(images, 64, 384, 1536, 8) for images in (4, 8, 16, 32, 64, 128)],
     "E": [Shape(8, 196, 384, 1536, experts) for experts in (8, 16, 32, 64)],
@@ -171,7 +173,7 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def main(
-    at: list[Literal["S/16", "many experts", "digits"]] | None = None,
+    at: list[Literal["S/16", "many experts", "digits", "B/16, a GPU's batch"]] | None = None,
     dtypes: list[Literal["float32", "bfloat16"]] | None = None,
     repeats: int = 20,
     compiled: bool = False,
@@ -183,7 +185,7 @@ def main(
     """Print (and write) medians and ratios.
 
     Args:
-        at: Shapes; all by default.
+        at: Shapes; by default all on a GPU, all but the last on a CPU.
         dtypes: float32 on a CPU, float32 and bfloat16 on a GPU by default.
         repeats: Timed rounds.
         compiled: Compiled layers, too.
@@ -194,7 +196,8 @@ def main(
     """
     if peers_path is not None:
         sys.path.append(peers_path)
-    cases = {f"{letter}={value}": s for letter, value, s in growing()} if grow else {a: SHAPES[a] for a in at or SHAPES}
+    at = at or (list(SHAPES) if torch.cuda.is_available() else list(ON_CPU))
+    cases = {f"{letter}={value}": s for letter, value, s in growing()} if grow else {a: SHAPES[a] for a in at}
     kinds = dtypes or (["float32", "bfloat16"] if torch.cuda.is_available() else ["float32"])
     rows, missing = [], []
     for kind in kinds:

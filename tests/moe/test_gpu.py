@@ -59,6 +59,19 @@ def test_nothing_waits_for_the_gpu(name: str, dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dropless", "capacity", "expert choice"])
+def test_compiled_as_eager(name: str, dtype: torch.dtype) -> None:
+    made, x, _ = layer(name, dtype)
+    made, x = made.cuda().eval(), x.cuda().requires_grad_()
+    results = []
+    for run in (made, torch.compile(made)):
+        outputs, _ = run(x)
+        results.append((outputs, *torch.autograd.grad(outputs.float().sin().sum(), [x, made.experts.fc1.weight])))
+    near = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    torch.testing.assert_close(results[1], results[0], **near)
+
+
 def test_the_fused_optimizer_moves_weights_as_on_a_cpu() -> None:
     from vmoe_momentum import create_model
     from vmoe_momentum.training import OptimizerSettings

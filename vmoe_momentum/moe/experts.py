@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .paths import bias_by_product
+from .paths import bias_by_product, grouped_on_device
 from .routing import Layout, autocast_dtype
 
 
@@ -65,6 +65,11 @@ class Groups(NamedTuple):
         return cls(ends, expert, (expert.unsqueeze(1) == experts).to(rows.dtype))
 
 
+@torch.compiler.disable(reason="a loop on the host, which torch 2.11 cannot trace")
+def _grouped_mm_by_host(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weight, offs=offs)
+
+
 def grouped_mm(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Each row times its own expert's matrix. rows: [R, in]; weight: [E, in, out]; -> [R, out].
 
@@ -74,7 +79,8 @@ def grouped_mm(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
     known = rows.device.type in ("cpu", "cuda", "meta") and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if aligned and known:
-        return F.grouped_mm(rows, weight, offs=groups.ends)
+        by_device = grouped_on_device(rows.dtype, rows.device)
+        return (F.grouped_mm if by_device else _grouped_mm_by_host)(rows, weight, offs=groups.ends)
     own = [(groups.expert == e).unsqueeze(1).to(rows.dtype) for e in range(weight.shape[0])]
     return sum((rows * mine) @ weight[e] for e, mine in enumerate(own))
 

@@ -17,10 +17,14 @@ def padded(x: Tensor) -> bool:
     without the host only in bfloat16 on compute capability 9 and 10; elsewhere it copies the ends to the host, waits,
     and loops over the experts. On a CPU the loop costs nothing, and the free slots would be computed for nothing.
     """
-    if x.device.type != "cuda":
-        return False
-    dtype = autocast_dtype(x.device) or x.dtype
-    return not (dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10))
+    return x.device.type == "cuda" and not grouped_on_device(autocast_dtype(x.device) or x.dtype, x.device)
+
+
+def grouped_on_device(dtype: torch.dtype, device: torch.device) -> bool:
+    """Does torch's grouped product read the ends where they are? On a CPU there is nowhere else."""
+    if device.type != "cuda":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def bias_by_product(num_experts: int, device: torch.device) -> bool:
