@@ -92,6 +92,8 @@ def streak(image: np.ndarray, radius: int, sigma: float, angle: float) -> np.nda
 
 def zoom_in(x: np.ndarray, factor: float) -> np.ndarray:
     """The middle of [H, W, C] enlarged by `factor`, corners aligned, cut back to H x W."""
+    if factor == 1:
+        return x
     height, width = x.shape[:2]
     inner_height, inner_width = int(np.ceil(height / factor)), int(np.ceil(width / factor))
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
