@@ -71,7 +71,7 @@ class Meter:
     def __exit__(self, kind: type | None, *_: object) -> None:
         self.bar.stop()
         if self.lines and kind is None:
-            self._print(f"done in {_clock(time.monotonic() - self.started)}")
+            self._print(f"done in {clock(time.monotonic() - self.started)}")
 
     def tell(self, told: str) -> None:
         """What is being done now; the first time in a line of its own at once."""
@@ -96,7 +96,11 @@ class Meter:
 
     def time_left(self) -> str:
         seconds = None if self.work is None else self.work.seconds_left()
-        return "" if seconds is None else f"{_clock(seconds)} left"
+        return "" if seconds is None else f"{clock(seconds)} left"
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        self.console.print(f"{self.what}: {line}", soft_wrap=True, highlight=False, markup=False)
 
     def _show(self, at_once: bool = False) -> None:
         if self.work is not None:
@@ -131,5 +135,5 @@ def track(things: Iterable[Thing], what: str, total: int | None = None) -> Itera
             meter.advance(what)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))

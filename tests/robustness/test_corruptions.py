@@ -13,6 +13,7 @@ from vmoe_momentum.robustness.corruptions import (
     EXTRA,
     REGISTRY,
     SEVERITIES,
+    blur,
     corrupt,
     generator,
     through_jpeg,
@@ -211,3 +212,39 @@ def test_corruptions_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="corruption=smoke: not one of gaussian_noise, "):
         corrupt(PHOTO, "smoke", 1, 0, "k")
     assert np.array_equal(corrupt(PHOTO, "contrast", np.int64(2), 0, "k"), corrupt(PHOTO, "contrast", 2, 0, "k"))
+
+
+def naive_streak(image: np.ndarray, radius: int, sigma: float, angle: float) -> np.ndarray:
+    """ImageMagick's motion blur tap by tap, every tap a picture of its own."""
+    height, width = image.shape[:2]
+    taps = np.arange(2 * radius + 1)
+    weights = np.exp(-(taps**2) / (2.0 * sigma**2))
+    total = np.zeros(image.shape)
+    for tap, weight in zip(taps, weights / weights.sum(), strict=True):
+        down, right = (int(np.ceil(tap * way(np.deg2rad(angle)) - 0.5)) for way in (np.sin, np.cos))
+        rows = np.clip(np.arange(height) + down, 0, height - 1)
+        columns = np.clip(np.arange(width) + right, 0, width - 1)
+        total += weight * image[rows][:, columns]
+    return (np.floor(257 * total + 0.5) // 257).astype(np.uint8)
+
+
+@pytest.mark.parametrize("angle", [0, 26.6, 45, 90, 133.7, 180, -12.5, -45, -90, -135])
+def test_motion_blur_is_its_taps_added_one_by_one(angle: float) -> None:
+    """To the bit, in every direction, also where the line is longer than the picture."""
+    for image in (PHOTO, PHOTO[:97, :131], PHOTO[100:116, 50:66], PHOTO[:33, :, 0]):
+        for radius, sigma in ((6, 1), (10, 3), (20, 15)):
+            assert np.array_equal(blur.streak(image, radius, sigma, angle), naive_streak(image, radius, sigma, angle))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (16, 16), (97, 131), (65, 64)])
+def test_contrast_and_pixelate_are_the_plain_arithmetic(size: tuple[int, int]) -> None:
+    image = np.asarray(Image.fromarray(PHOTO).resize(size[::-1]))
+    x = image / 255
+    mean = x.mean(axis=(0, 1), keepdims=True)
+    for factor in (0.75, 0.3, 0.05):
+        expected = (np.clip((x - mean) * factor + mean, 0, 1) * 255).astype(np.uint8)
+        assert np.array_equal(REGISTRY["contrast"].apply(image, factor, None), expected)
+    for scale in (*REGISTRY["pixelate"].large, *REGISTRY["pixelate"].small):
+        few = Image.fromarray(image).resize((int(size[1] * scale), int(size[0] * scale)), Image.Resampling.BOX)
+        expected = np.asarray(few.resize(size[::-1], Image.Resampling.BOX))
+        assert np.array_equal(REGISTRY["pixelate"].apply(image, scale, None), expected)

@@ -27,5 +27,5 @@ SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for
     "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
 }  # fmt: skip
 RANGES = {
-    **BUDGET, "severities": SEVERITY.or_(None), "query_images": COUNT, "limit": COUNT.or_(None),
+    **BUDGET, "severities": SEVERITY.or_(None), "query_images": COUNT.or_(None), "limit": COUNT.or_(None),
 }  # fmt: skip

@@ -104,8 +104,8 @@ def parser() -> Parser:
     words.add_argument("--norm", type=Literal["Linf", "L2"], default="Linf", help="Of the attacks.")
     words.add_number("--steps", int, RANGES["steps"], "Of iterative attacks.", default=20)
     words.add_number("--queries", int, RANGES["queries"], "Of square and spsa, an image.", default=5000)
-    text = "Images that square and spsa attack."
-    words.add_number("--query_images", int, RANGES["query_images"], text, default=1000)
+    text = "Images that square and spsa attack; by default a tenth of the pictures, 100 at least and 1000 at most."
+    words.add_number("--query_images", int | None, RANGES["query_images"], text)
     words.add_argument("--router_aware", action="store_true", help="Attacks also drive up the routers' loss.")
     text = "Only so many pictures of each set, the same ones every time."
     words.add_number("--limit", int | None, RANGES["limit"], text)

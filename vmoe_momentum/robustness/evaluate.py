@@ -9,6 +9,7 @@ import torch
 from ..progress import Meter, Work
 from .attacks import ATTACKS
 from .cells import Cell, Memory, Outcome, Store, run_cell
+from .estimate import estimate_line
 from .models import Model, View, check_model
 from .pictures import batches
 from .protocol import cost, count_pictures
@@ -45,11 +46,19 @@ def evaluate(
     models = [check_model(model, device, by_gradient, sizes, parts, shown.get(model.view)) for model in models]
     store, memory, outcomes, examples = Store(out / "cells"), Memory(), {}, {}
     work = Work((_kind(cell), count_pictures(cell) * cost(cell) * len(models)) for cell in cells)
+    places = [{model.name: store.path(cell, model, batch_size, device) for model in models} for cell in cells]
+    left = [
+        (cell, [name for name, path in paths.items() if not path.is_file()])
+        for cell, paths in zip(cells, places, strict=True)
+    ]
     with Meter("robustness", work) as meter:
+        line = estimate_line(left, models, batch_size, device)
+        if line is not None:
+            meter.say(line)
         for number, cell in enumerate(cells):
             kind = _kind(cell)
             meter.tell(f"{cell.pictures.name}: {cell.condition} {cell.severity}".strip())
-            paths = {model.name: store.path(cell, model, batch_size, device) for model in models}
+            paths = places[number]
             known = {name: found for name, path in paths.items() if (found := store.read(path)) is not None}
             outcomes |= {(name, number): found for name, found in known.items()}
             missing = [model for model in models if model.name not in known]

@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     norm: Norm = "Linf"
     steps: int = 20
     queries: int = 5000
-    query_images: int = 1000
+    query_images: int | None = None  # None: see query_count
     router_aware: bool = False
     limit: int | None = None
     seed: int = 0
@@ -225,7 +225,7 @@ def _regenerated(clean: Pictures, settings: Settings) -> list[Cell]:
 
 
 def _adversarial(clean: Pictures, settings: Settings) -> list[Cell]:
-    few = tuple(subset(len(clean.paths), settings.query_images, settings.seed))
+    few = tuple(subset(len(clean.paths), query_count(settings, len(clean.paths)), settings.seed))
     cells = []
     if settings.attacks:
         noise = "uniform-noise" if settings.norm == "Linf" else "uniform-noise-L2"
@@ -247,6 +247,11 @@ def _adversarial(clean: Pictures, settings: Settings) -> list[Cell]:
         severity = _severity(LARGE_EPS, "Linf")
         cells.append(Cell(clean, "attack", "sanity-pgd", severity, attack="pgd-margin", budget=budget, order=check))
     return cells
+
+
+def query_count(settings: Settings, pictures: int) -> int:
+    """Pictures that attacks by queries get: unless it is said, a tenth, 100 at least and 1,000 at most."""
+    return min(1000, max(100, pictures // 10)) if settings.query_images is None else settings.query_images
 
 
 def condition_of(name: str, settings: Settings) -> str:

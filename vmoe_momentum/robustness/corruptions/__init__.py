@@ -6,6 +6,8 @@ parameters published for CIFAR-10-C, whose files are no JPEGs.
 
 import hashlib
 import os
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +40,7 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int, key: str) ->
     """
     check_corruption(name)
     check("severity", severity, SEVERITY)
-    rng = generator(seed, name, severity, key)
+    rng = _Later(seed, name, severity, key)
     kind = REGISTRY[name]
     small = is_small(image)
     result = kind.apply(image, (kind.small if small else kind.large)[severity - 1], rng)
@@ -56,3 +58,17 @@ def generator(seed: int, name: str, severity: int, key: str) -> np.random.Genera
     place = os.fsencode(f"{seed}/{name}/{severity}/{key}")  # file names need not be UTF-8
     digest = hashlib.sha256(place).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+class _Later:
+    """A generator made when it is first asked: many corruptions never ask."""
+
+    def __init__(self, *place: Any) -> None:
+        self.place = place
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        return generator(*self.place)
+
+    def __getattr__(self, kind: str) -> Any:
+        return getattr(self.rng, kind)

@@ -15,9 +15,11 @@ from .opencv import cv2
 @corruption("digital", large=(0.4, 0.3, 0.2, 0.1, 0.05), small=(0.75, 0.5, 0.4, 0.3, 0.15))
 def contrast(image: np.ndarray, factor: float, rng: Draws) -> np.ndarray:
     """About the mean of each channel of this image."""
-    x = image / 255
-    mean = x.mean(axis=(0, 1), keepdims=True)
-    return to_bytes((x - mean) * factor + mean)
+    levels = np.arange(256)[:, None] / 255
+    values = np.stack([levels[:, 0].take(image[..., channel].ravel()) for channel in range(3)])
+    mean = np.add.accumulate(values, axis=1, out=values)[:, -1] / values.shape[1]  # as image.mean((0, 1)) adds them
+    table = to_bytes((levels - mean) * factor + mean)
+    return np.stack([table[:, channel].take(image[..., channel]) for channel in range(3)], axis=-1)
 
 
 @corruption(  # 244 where 224 was meant: so the benchmark was made
@@ -57,7 +59,14 @@ def pixelate(image: np.ndarray, scale: float, rng: Draws) -> np.ndarray:
     height, width = image.shape[:2]
     small = (max(1, int(width * scale)), max(1, int(height * scale)))
     picture = Image.fromarray(image).resize(small, Image.Resampling.BOX)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    # the box filter repeats pixels; so does the nearest one, ten times as fast, where none lies between two
+    clear = all(lowest_bit(few) <= lowest_bit(many) for few, many in zip(small, (width, height), strict=True))
+    again = Image.Resampling.NEAREST if clear else Image.Resampling.BOX
+    return np.asarray(picture.resize((width, height), again))
+
+
+def lowest_bit(number: int) -> int:
+    return number & -number
 
 
 @corruption("digital", large=(25, 18, 15, 10, 7), small=(80, 65, 58, 50, 40))
@@ -70,7 +79,7 @@ def through_jpeg(image: np.ndarray, **options: object) -> np.ndarray:
     """uint8 [H, W, 3] as Pillow saves it (4:2:0) and reads it again."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, format="JPEG", **options)
-    return np.asarray(Image.open(file).convert("RGB"))
+    return np.asarray(Image.open(file))
 
 
 @corruption(
