@@ -1,9 +1,10 @@
-"""The README's tables from the committed CSVs: `python benchmarks/tables.py` rewrites them between their markers."""
+"""The pages' tables from the committed CSVs: `python benchmarks/tables.py` rewrites them between their markers."""
 
 import csv
 import re
 import statistics
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -29,15 +30,55 @@ def digits() -> str:
     return "\n".join(lines)
 
 
+def layers(*names: str) -> str:
+    """Layers of all these files by shape: time over a dense MLP on K T tokens, forward / forward and backward."""
+    rows = [row for name in names for row in read(name)]
+    cases = list(dict.fromkeys((row["at"], row["dtype"], row["device"]) for row in rows))
+    found = {(row["layer"], row["at"], row["dtype"], row["device"], row["pass"]): row["ratio"] for row in rows}
+    shape = {(r["at"], r["dtype"], r["device"]): r for r in rows}
+    heads = []
+    for case in cases:
+        one = shape[case]
+        tokens = int(one["images"]) * int(one["tokens"])
+        heads.append(f"{case[0]}: T {tokens}, D {one['width']}, F {one['hidden']}, E {one['experts']}, {case[1]}")
+    lines = [f"| layer | {' | '.join(heads)} |", "|---" * (len(cases) + 1) + "|"]
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        cells = []
+        for case in cases:
+            pair = [found.get((layer, *case, what)) for what in ("forward", "forward+backward")]
+            cells.append(" / ".join(f"{float(ratio):.2f}" for ratio in pair if ratio is not None))
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    devices = ", ".join(dict.fromkeys(f"{row['device']}, torch {row['torch']}" for row in rows))
+    return "\n".join([*lines, "", f"Measured on {devices}."])
+
+
+def steps(name: str) -> str:
+    """Whole training steps: over the dense ViT of equal active FLOPs, over Residual, and where the time goes."""
+    rows = read(name)
+    columns = ("network", "images", "rule", "ms", "over_dense", "over_residual", "forward_ms", "backward_ms",
+               "optimizer_ms", "peak_MB")  # fmt: skip
+    lines = [f"| {' | '.join(column.replace('_', ' ') for column in columns)} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(row[column] for column in columns)} |" for row in rows]
+    return "\n".join([*lines, "", f"Measured on {rows[0]['device']}, torch {rows[0]['torch']}."])
+
+
 def speed() -> str:
-    """Ratios, each measured side by side in one process."""
-    lines = ["| what | ratio | measured on |", "|---|---|---|"]
-    for row in read("moe_layer"):
-        what = f"sparse layer ({row['layer']}) over a dense MLP on K T tokens, {row['pass']}"
-        lines.append(f"| {what} | {float(row['ratio']):.2f} | {row['device']} |")
-    for row in read("train_step"):
-        what = f"HeavyBall over Residual, training step of {row['network']}, {row['images']} images"
-        lines.append(f"| {what} | {float(row['ratio']):.2f} | {row['device']} |")
+    """In short: our layers, and HeavyBall's steps."""
+    lines = ["| what | over a dense MLP on K T tokens, forward / with backward | measured on |", "|---|---|---|"]
+    rows = [*read("moe_layer"), *read("gpu/moe_layer_large")]
+    for at, dtype, layer in dict.fromkeys((row["at"], row["dtype"], row["layer"]) for row in rows):
+        own = [row for row in rows if (row["at"], row["dtype"], row["layer"]) == (at, dtype, layer)]
+        if layer in ("ours, dropless", "ours, capacity 1.05"):
+            ratios = " / ".join(f"{float(row['ratio']):.2f}" for row in own)
+            lines.append(
+                f"| sparse layer, {at}, E {own[0]['experts']}, {layer}, {dtype} | {ratios} | {own[0]['device']} |"
+            )
+    lines += ["", "| training step, HeavyBall | over a dense ViT of equal active FLOPs | over Residual | measured on |"]
+    lines.append("|---|---|---|---|")
+    for row in [*read("train_step"), *read("gpu/train_step")]:
+        if row["rule"] == "HeavyBall":
+            what = f"{row['network']}, {row['images']} images"
+            lines.append(f"| {what} | {row['over_dense']} | {row['over_residual']} | {row['device']} |")
     return "\n".join(lines)
 
 
@@ -74,6 +115,14 @@ def dataloading() -> str:
     return "\n".join([*lines, "", f"Measured on {one['device']}: {how}."])
 
 
+def corruptions() -> str:
+    """Ours beside imagecorruptions and the JPEG that both end in."""
+    rows = read("corruptions")
+    lines = ["| corruption | ms | imagecorruptions, ms | ratio |", "|---|---|---|---|"]
+    lines += [f"| {row['corruption']} | {row['ours_ms']} | {row['peer_ms']} | {row['ratio']} |" for row in rows]
+    return "\n".join([*lines, "", f"Measured on {rows[0]['device']}."])
+
+
 def zoo() -> str:
     """What each network has, uses and costs."""
     lines = [
@@ -100,7 +149,14 @@ def rules() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"dataloading": dataloading, "digits": digits, "export": export, "rules": rules, "speed": speed, "zoo": zoo}
+TABLES = {
+    "dataloading": dataloading, "digits": digits, "export": export, "rules": rules, "speed": speed, "zoo": zoo,
+    "layers": partial(layers, "moe_layer"), "layers_before": partial(layers, "moe_layer_before"),
+    "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
+    "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
+    "steps_before": partial(steps, "train_step_before"), "corruptions": corruptions,
+}  # fmt: skip
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
 
 def fill(text: str) -> str:
@@ -112,5 +168,5 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
