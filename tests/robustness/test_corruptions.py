@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from vmoe_momentum.robustness.corruptions import (
     BENCHMARK,
@@ -248,3 +249,15 @@ def test_contrast_and_pixelate_are_the_plain_arithmetic(size: tuple[int, int]) -
         few = Image.fromarray(image).resize((int(size[1] * scale), int(size[0] * scale)), Image.Resampling.BOX)
         expected = np.asarray(few.resize(size[::-1], Image.Resampling.BOX))
         assert np.array_equal(REGISTRY["pixelate"].apply(image, scale, None), expected)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (16, 16), (97, 131)])
+@pytest.mark.parametrize("factor", [1, 1.01, 1.1, 1.27, 1.75, 2, 2.5, 4.5])
+def test_zooming_is_scipys_to_the_bit(size: tuple[int, int], factor: float) -> None:
+    for x in (np.random.default_rng(0).normal(0.5, 0.3, (*size, 1)), np.random.default_rng(1).random((*size, 3), "f")):
+        inner = [int(np.ceil(side / factor)) for side in size]
+        top, left = ((side - own) // 2 for side, own in zip(size, inner, strict=True))
+        large = ndimage.zoom(x[top : top + inner[0], left : left + inner[1]], (factor, factor, 1), order=1)
+        top, left = ((own - side) // 2 for side, own in zip(size, large.shape, strict=False))
+        made = blur.zoom_in(x, factor)
+        assert made.dtype == x.dtype and np.array_equal(made, large[top : top + size[0], left : left + size[1]])

@@ -97,10 +97,35 @@ def zoom_in(x: np.ndarray, factor: float) -> np.ndarray:
     height, width = x.shape[:2]
     inner_height, inner_width = int(np.ceil(height / factor)), int(np.ceil(width / factor))
     top, left = (height - inner_height) // 2, (width - inner_width) // 2
-    inner = x[top : top + inner_height, left : left + inner_width]
-    large = ndimage.zoom(inner, (factor, factor, 1), order=1)
-    top, left = (large.shape[0] - height) // 2, (large.shape[1] - width) // 2
-    return large[top : top + height, left : left + width]
+    return enlarge(x[top : top + inner_height, left : left + inner_width], factor, height, width)
+
+
+def enlarge(x: np.ndarray, factor: float, height: int, width: int) -> np.ndarray:
+    """The middle of scipy.ndimage.zoom(x, (factor, factor, 1), order=1), to the bit: its sums in its order."""
+    channels = x.shape[2]
+    above, below, up, down = _between(len(x), factor, height)
+    before, after, near, far = _between(x.shape[1], factor, width)
+    values = x.reshape(len(x), -1).astype(np.float64)
+    before, after = ((each[:, None] * channels + np.arange(channels)).ravel() for each in (before, after))
+    near, far = np.repeat(near, channels), np.repeat(far, channels)
+    upper, lower = values[above] * up[:, None], values[below] * down[:, None]
+    total = upper.take(before, axis=1) * near
+    for rows, columns, weights in ((upper, after, far), (lower, before, near), (lower, after, far)):
+        part = rows.take(columns, axis=1)
+        part *= weights
+        total += part
+    return total.reshape(len(total), -1, channels).astype(x.dtype)
+
+
+def _between(few: int, factor: float, wanted: int) -> tuple[np.ndarray, ...]:
+    """Neighbours of each place and their weights; none beyond the last pixel, where rounding may lead."""
+    many = round(few * factor)
+    start = (many - wanted) // 2
+    place = np.arange(many)[start : start + wanted] * ((few - 1) / max(1, many - 1))
+    low = np.floor(place).astype(int)
+    near = 1 - (place - low)
+    inside = place <= few - 1
+    return np.minimum(low, few - 1), np.minimum(low + 1, few - 1), near * inside, (1 - near) * inside
 
 
 @corruption(
