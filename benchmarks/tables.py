@@ -151,10 +151,10 @@ def rules() -> str:
 
 TABLES = {
     "dataloading": dataloading, "digits": digits, "export": export, "rules": rules, "speed": speed, "zoo": zoo,
-    "layers": partial(layers, "moe_layer"), "layers_before": partial(layers, "moe_layer_before"),
+    "layers": partial(layers, "moe_layer"),
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
     "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
-    "steps_before": partial(steps, "train_step_before"), "corruptions": corruptions,
+    "corruptions": corruptions,
 }  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cli_helpers import fails
 
-from vmoe_momentum import cli, lightning_cli
+from vmoe_momentum import datasets, lightning_cli
 from vmoe_momentum.training import ImageClassifier, OptimizerSettings, ScheduleSettings
 from vmoe_momentum.training.continuing import is_training_setting
 
@@ -73,7 +73,7 @@ def test_every_setting_of_training_has_another_value_here() -> None:
     known = {f"model.optimizer.{field.name}" for field in dataclasses.fields(OptimizerSettings)}
     known |= {f"model.schedule.{field.name}" for field in dataclasses.fields(ScheduleSettings)}
     known |= {f"model.{name}" for name in inspect.signature(ImageClassifier).parameters if is_training_setting(name)}
-    data = inspect.signature(cli.datasets.FolderDataModule).parameters
+    data = inspect.signature(datasets.FolderDataModule).parameters
     known |= {f"data.{name}" for name in data if is_training_setting(name)}
     assert known <= OTHER.keys()
 
