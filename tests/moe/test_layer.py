@@ -2,17 +2,19 @@
 
 import inspect
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vmoe_momentum.moe import SparseMlp, TopKRouter
+from vmoe_momentum.moe import GShardRouter, M6TRouter, Router, SparseMlp, TopKRouter
+from vmoe_momentum.moe.paths import Fill
 
 B, N, D, F, E = 3, 10, 8, 12, 4
 
 
-def make(router: TopKRouter, dtype: torch.dtype = torch.float64, **arguments) -> SparseMlp:
+def make(router: Router, dtype: torch.dtype = torch.float64, **arguments) -> SparseMlp:
     layer = SparseMlp(D, F, E, router, nn.GELU, **arguments).to(dtype)
     nn.init.normal_(layer.experts.fc1.bias)
     nn.init.normal_(layer.experts.fc2.bias)
@@ -204,20 +206,44 @@ def test_a_group_that_does_not_divide_the_batch_is_named() -> None:
         layer(torch.randn(B, N, D, dtype=torch.float64))
 
 
+FILLS = [fill for fill in get_args(Fill) if fill != "packed"]
+
+
+@pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("priority", [False, True])
-@pytest.mark.parametrize("factor", [0.25, 0.5, 1.05, 1.6])
-def test_padded_and_packed_plans_are_one_function(factor: float, priority: bool) -> None:
-    """Outputs, gradients and what the plan tells: with as many rows for every expert, as on most GPUs, or packed."""
+@pytest.mark.parametrize("factor", [0.25, 0.5, 1.05, 1.6, "dropless"])
+def test_every_fill_is_one_function(factor: float | str, priority: bool, fill: Fill, monkeypatch) -> None:
+    """Outputs, gradients and what the plan tells."""
+    monkeypatch.setattr("vmoe_momentum.moe.plan.wasteful", lambda *_: False)
     router = TopKRouter(2, capacity_factor=factor, capacity_multiple_of=1, batch_priority=priority, noise_std=0.0)
-    layer = make(router).train()
-    x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
+    check_fill(make(router).train(), fill, packed=factor == "dropless" and fill == "slots")
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("router", [GShardRouter(capacity_factor=0.5), GShardRouter("dropless"), M6TRouter(2, 0.5)])
+def test_every_fill_with_other_routers(router: Router, fill: Fill, monkeypatch) -> None:
+    monkeypatch.setattr("vmoe_momentum.moe.plan.wasteful", lambda *_: False)
+    check_fill(make(router).train(), fill, packed=router.capacity_factor == "dropless" and fill == "slots")
+
+
+def test_the_fullest_expert_does_not_set_the_pace_alone() -> None:
+    """All tokens to one expert: E times the rows would be filled, so they are packed."""
+    layer = make(TopKRouter(1, capacity_factor="dropless", noise_std=0.0)).train()
+    layer.router.weight.data[0] = layer.router.weight.data[1:].abs().amax() * 1e3
+    layer.router.weight.data[1:] = -layer.router.weight.data[0]
+    check_fill(layer, "fullest", packed=True, x=torch.rand(B, N, D, dtype=torch.float64))
+
+
+def check_fill(layer: SparseMlp, fill: Fill, packed: bool, x: Tensor | None = None) -> None:
+    x = (torch.randn(B, N, D, dtype=torch.float64) if x is None else x).requires_grad_()
+    noise = layer.router.sample_noise(x)
     results = []
-    for padded in (False, True):
-        logits = layer.router.logits(x)
-        plan, _ = layer.router.route(logits, None, layer.router.slots(N, E), padded)
-        rows, layout = plan.dispatch(x.flatten(0, 1))
-        assert layout.equal == padded and int(layout.ends[-1]) == len(rows)
-        outputs = plan.combine(layer.experts(rows, layout))
+    for way in ("packed", fill):
+        plan, _ = layer.router.route(layer.router.logits(x), noise, layer.router.slots(N, E), way)
+        rows, ends = plan.dispatch(x.flatten(0, 1))
+        assert (ends is not None) == (way == "packed" or packed)
+        assert len(rows) % E == 0 if ends is None else int(ends[-1]) == len(rows)
+        outputs = plan.combine(layer.experts(rows, ends))
         gradients = torch.autograd.grad(outputs.sin().sum(), [x, *layer.parameters()])
         results.append((outputs, plan.assigned(), plan.load(), plan.dropped(), *gradients))
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=0)

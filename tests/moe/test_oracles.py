@@ -239,10 +239,10 @@ def test_soft_moe(case: str) -> None:
     plan, _ = layer.router(inputs, None)
     for name in ("dispatch_weights", "combine_weights"):
         torch.testing.assert_close(getattr(plan, name), SOFT[f"{case}/{name}"], atol=ATOL, rtol=0)
-    rows, (ends, _) = plan.dispatch(inputs.flatten(0, 1))
+    rows, ends = plan.dispatch(inputs.flatten(0, 1))
     expected = SOFT[f"{case}/slots"]  # [E, G*P, D]
     torch.testing.assert_close(rows.reshape(expected.shape), expected, atol=1e-5, rtol=0)
-    assert ends.tolist() == [expected.shape[1] * (e + 1) for e in range(expected.shape[0])]
+    assert ends is None and len(rows) == expected.shape[0] * expected.shape[1]
     layer.router.bfloat16_dispatch = True  # the reference as it is
     outputs, reference = layer(inputs)[0], SOFT[f"{case}/outputs_reference_bfloat16_dispatcher"]
     exact = SOFT[f"{case}/outputs"]

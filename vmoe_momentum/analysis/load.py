@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..models import MomentumBlock
-from ..moe import Layout
 from .output import Files, grid, show, whole_numbers
 from .subjects import Subject, latest
 from .trace import Visit, walk
@@ -57,8 +56,7 @@ def load(subjects: list[Subject], batches: list[Tensor], files: Files, device: s
 def expert_norms(block: MomentumBlock, tokens: Tensor) -> Tensor:
     """|E_e(x)| of every expert on every token, chosen or not. tokens: [T, D] -> [T, E]."""
     num_tokens, num_experts = len(tokens), block.mlp.experts.fc1.weight.shape[0]
-    ends = torch.arange(1, num_experts + 1, device=tokens.device, dtype=torch.int32) * num_tokens
-    outputs = block.mlp.experts(tokens.repeat(num_experts, 1), Layout(ends, equal=True))
+    outputs = block.mlp.experts(tokens.repeat(num_experts, 1), None)
     return outputs.norm(dim=-1).reshape(num_experts, num_tokens).T
 
 

@@ -11,7 +11,7 @@ from .gshard import GShardRouter
 from .layer import SparseMlp
 from .m6t import M6TRouter
 from .plan import TopKPlan, buffer_index, capacity
-from .routing import Layout, Plan, Router, RouterLosses
+from .routing import Plan, Router, RouterLosses
 from .soft import SoftPlan, SoftRouter
 from .token_choice import TopKRouter
 
@@ -20,7 +20,6 @@ __all__ = [
     "ExpertChoiceRouter",
     "Experts",
     "GShardRouter",
-    "Layout",
     "M6TRouter",
     "Plan",
     "Router",

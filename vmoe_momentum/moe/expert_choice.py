@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, in_range
 from .plan import capacity
-from .routing import GROUP, NOISE, Layout, LinearGate, RouterLosses
+from .routing import GROUP, NOISE, LinearGate, RouterLosses
 
 
 class ExpertChoicePlan(NamedTuple):
@@ -17,11 +17,9 @@ class ExpertChoicePlan(NamedTuple):
     token: Tensor  # [G, E, C] token of the group in each slot, largest gate first
     weight: Tensor  # [G, E, C] its gate
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Layout]:
+    def dispatch(self, x: Tensor) -> tuple[Tensor, None]:
         """x: [T, D] -> rows [E*G*C, D], as many for every expert."""
-        num_groups, num_experts, slots = self.token.shape
-        ends = torch.arange(1, num_experts + 1, device=x.device, dtype=torch.int32) * (num_groups * slots)
-        return x.index_select(0, self._where()), Layout(ends, equal=True)
+        return x.index_select(0, self._where()), None
 
     def combine(self, rows: Tensor) -> Tensor:
         """rows: [E*G*C, D] -> [T, D], sums weighted by the gates; 0 for tokens nobody took."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .paths import bias_by_product, grouped_on_device
-from .routing import Layout, autocast_dtype
+from .routing import autocast_dtype
 
 
 class StackedLinear(nn.Module):
@@ -100,13 +100,13 @@ class Experts(nn.Module):
         self.fc2 = StackedLinear(num_experts, hidden, width, draw)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, rows: Tensor, layout: Layout) -> Tensor:
-        """rows: [R, D], sorted by expert -> [R, D]."""
+    def forward(self, rows: Tensor, ends: Tensor | None) -> Tensor:
+        """rows: [R, D], sorted by expert, and their ends, as Plan.dispatch gives them -> [R, D]."""
         shape = rows.shape
         rows = rows.to(autocast_dtype(rows.device) or rows.dtype)
         num_experts = self.fc1.weight.shape[0]
-        if layout.equal:
+        if ends is None:
             rows = rows.reshape(num_experts, shape[0] // num_experts, shape[1])
-        groups = None if layout.equal else Groups.of(rows, layout.ends)
+        groups = None if ends is None else Groups.of(rows, ends)
         rows = self.drop(self.act(self.fc1(rows, groups)))
         return self.drop(self.fc2(rows, groups)).reshape(shape)

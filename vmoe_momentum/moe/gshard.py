@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ranges import in_range
+from .paths import Fill
 from .plan import TopKPlan
 from .routing import WEIGHT, RouterLosses
 from .token_choice import SHARED, Factor, Rounding, TokenChoice
@@ -57,7 +58,7 @@ class GShardRouter(TokenChoice):
         return torch.rand(*x.shape[:2], 1, device=x.device) if self.training else None
 
     def route(
-        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, fill: Fill = "packed"
     ) -> tuple[TopKPlan, RouterLosses]:
         """logits: [G, S, E]; noise: [G, S, 1], uniform."""
         gates = logits.softmax(dim=-1)
@@ -68,5 +69,5 @@ class GShardRouter(TokenChoice):
         if noise is not None:
             second = noise < 2.0 * weight[..., 1:]
             wanted = torch.cat([torch.ones_like(second), second], dim=-1)
-        plan = TopKPlan.build(gates, expert, weight, slots, wanted=wanted, padded=padded)
+        plan = TopKPlan.build(gates, expert, weight, slots, wanted=wanted, fill=fill)
         return plan, self.balanced((gates, expert))

@@ -34,8 +34,8 @@ class SparseMlp(nn.Module):
         Of no images the outputs are none and the loss is 0.
         """
         plan, losses = self.router(x, noise)
-        rows, layout = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
-        outputs = plan.combine(self._on_the_wire(self.experts(rows, layout)))
+        rows, ends = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
+        outputs = plan.combine(self._on_the_wire(self.experts(rows, ends)))
         return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary)
 
     def _on_the_wire(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ranges import COUNT, in_range
+from .paths import Fill
 from .plan import TopKPlan
 from .routing import WEIGHT, RouterLosses
 from .token_choice import SHARED, Factor, Rounding, TokenChoice
@@ -55,7 +56,7 @@ class M6TRouter(TokenChoice):
         super().add_weights(width, num_experts)
 
     def route(
-        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, fill: Fill = "packed"
     ) -> tuple[TopKPlan, RouterLosses]:
         """logits: [G, S, E]."""
         prototypes = logits.unflatten(-1, (self.num_prototypes, -1)).softmax(dim=-1)  # [G, S, k, E/k]
@@ -65,5 +66,5 @@ class M6TRouter(TokenChoice):
         best = sorted_index[..., 0]
         first = torch.arange(self.num_prototypes, device=logits.device) * size
         gates = prototypes.flatten(-2)
-        plan = TopKPlan.build(gates, best + first, sorted_gates[..., 0], slots, padded=padded)
+        plan = TopKPlan.build(gates, best + first, sorted_gates[..., 0], slots, fill=fill)
         return plan, self.balanced(*((prototypes[:, :, i], best[..., i : i + 1]) for i in range(self.num_prototypes)))

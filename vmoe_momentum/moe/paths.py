@@ -4,20 +4,39 @@ The results differ by rounding only. Measured by `python benchmarks/moe_layer.py
 Legend of axes: this folder's __init__.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from .routing import autocast_dtype
 
+FEW = 16  # experts
 
-def padded(x: Tensor) -> bool:
-    """Where capacity is finite: do all experts get their C slots of every group, full or not? x: what is dispatched.
 
-    Then the experts are one batched product of a shape that the host knows. On CUDA torch's grouped product does
-    without the host only in bfloat16 on compute capability 9 and 10; elsewhere it copies the ends to the host, waits,
-    and loops over the experts. On a CPU the loop costs nothing, and the free slots would be computed for nothing.
+Fill = Literal["packed", "slots", "fullest"]
+
+
+def fill(x: Tensor, num_experts: int) -> Fill:
+    """How many rows has each expert? x: what is routed.
+
+    - packed: as many as it was assigned, one expert's after another's; torch's grouped product takes them.
+    - slots: where capacity is finite, all its slots, full or not; a batched product of a shape that the host knows. On
+      CUDA torch's grouped product does without the host only in bfloat16 on compute capability 9 and 10; elsewhere it
+      copies the ends to the host, waits, and loops over the experts.
+    - fullest: as many as the fullest expert has (`wasteful`: packed after all). On a CPU the host knows the numbers,
+      and a batched product gives each thread whole experts: 0.7 of the grouped product at the digits' shape, no slower
+      at D 384, E 8. With many experts its backward pass is slower. Not where a graph is made, whose shapes are fixed.
     """
-    return x.device.type == "cuda" and not grouped_on_device(autocast_dtype(x.device) or x.dtype, x.device)
+    if x.device.type == "cpu":
+        return "fullest" if num_experts <= FEW and not torch.compiler.is_compiling() else "packed"
+    by_device = grouped_on_device(autocast_dtype(x.device) or x.dtype, x.device)
+    return "slots" if x.device.type == "cuda" and not by_device else "packed"
+
+
+def wasteful(rows: int, assignments: int) -> bool:
+    """Do free rows cost more than the batched product saves?"""
+    return 4 * rows > 5 * assignments
 
 
 def grouped_on_device(dtype: torch.dtype, device: torch.device) -> bool:
@@ -33,7 +52,7 @@ def bias_by_product(num_experts: int, device: torch.device) -> bool:
     Looked up on a CPU where experts are many: the product takes E / D of the experts' own time, 10 % of a layer at
     E 64, D 384. Never on CUDA, where the gradient of a look-up sorts its indices.
     """
-    return num_experts <= 16 or device.type != "cpu"
+    return num_experts <= FEW or device.type != "cpu"
 
 
 def sum_by_product(top_k: int, width: int, device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """Where tokens go: capacity, slots, and the dispatch plan. Legend of axes: this folder's __init__.
 
-A plan has `dispatch(x) -> rows, layout` and `combine(rows) -> x`: rows [R, D] lie expert by expert, those of expert e
-being rows[layout.ends[e-1]:layout.ends[e]]. Dispatch is by index: nothing of shape [S, E, C] is ever made.
+A plan has `dispatch(x) -> rows, ends` and `combine(rows) -> x`: rows [R, D] lie expert by expert, those of expert e
+being rows[ends[e-1]:ends[e]]. Dispatch is by index: nothing of shape [S, E, C] is ever made.
 """
 
 import math
@@ -10,8 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .paths import sum_by_product
-from .routing import Layout
+from .paths import Fill, sum_by_product, wasteful
 
 
 def capacity(
@@ -51,13 +50,54 @@ def buffer_index(expert: Tensor, num_experts: int, priority: Tensor | None = Non
         order = order.unsqueeze(-1).expand_as(expert)
         sorted_places = buffer_index(expert.gather(1, order), num_experts)
         return torch.empty_like(expert).scatter(1, order, sorted_places)
-    queue = expert.transpose(1, 2).reshape(num_groups, top_k * group_size)
-    by_expert, order = queue.sort(dim=1, stable=True)
-    experts = torch.arange(num_experts, device=expert.device).expand(num_groups, -1).contiguous()
-    starts = torch.searchsorted(by_expert, experts)
-    places = torch.arange(top_k * group_size, device=expert.device) - starts.gather(1, by_expert)
-    places = torch.empty_like(queue).scatter(1, order, places)
+    queue = expert.transpose(1, 2).reshape(num_groups, 1, top_k * group_size)
+    ahead = _is_of_expert(queue, num_experts).cumsum(dim=-1)  # and itself
+    places = ahead.gather(1, queue).squeeze(1) - 1
     return places.reshape(num_groups, top_k, group_size).transpose(1, 2)
+
+
+def _is_of_expert(expert: Tensor, num_experts: int) -> Tensor:
+    """[..., 1, A] the experts of assignments -> [..., E, A] bool."""
+    return expert == torch.arange(num_experts, device=expert.device).unsqueeze(-1)
+
+
+class Rows(NamedTuple):
+    """Which token lies where. expert, below: [T, K], each token's; E of assignments that go nowhere."""
+
+    token: Tensor  # [R] that lies in each row
+    row: Tensor  # [T, K] of each assignment, any where it went nowhere
+    ends: Tensor | None  # [E] int32 of each expert's rows; None where all have R / E
+
+    @classmethod
+    def packed(cls, expert: Tensor, num_experts: int, rows: int) -> "Rows":
+        """Only what is assigned, but for the last expert's: to its rows are added what went nowhere, up to R = rows."""
+        top_k = expert.shape[1]
+        by_expert, order = expert.reshape(-1).sort(stable=True)
+        experts = torch.arange(num_experts - 1, device=expert.device)
+        ends = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
+        ends = torch.cat([ends, ends.new_full((1,), rows)])
+        # Gathering back by the inverse permutation sums in a fixed order; scattering would not, on a GPU.
+        row = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=expert.device))
+        return cls(order[:rows] // top_k, row.reshape(-1, top_k), ends)
+
+    @classmethod
+    def padded(cls, expert: Tensor, num_experts: int, most: int | None, worth: int) -> "Rows | None":
+        """`most` rows for every expert, None for as many as the fullest has. A free row holds token 0.
+
+        None where these would be wasteful beside `worth` rows.
+        """
+        num_tokens, top_k = expert.shape
+        queue = expert.reshape(1, -1)
+        ahead = _is_of_expert(queue, num_experts + 1).cumsum(dim=-1)  # and itself
+        if most is None:
+            most = max(1, *ahead[:-1, -1].tolist())
+            if wasteful(num_experts * most, worth):
+                return None
+        free = num_experts * most  # the row of those that went nowhere
+        row = torch.add(ahead.gather(0, queue), queue, alpha=most).squeeze(0).sub_(1).clamp_max_(free)
+        own = torch.arange(num_tokens * top_k, device=expert.device) // top_k
+        token = own.new_zeros(free + 1).scatter_(0, row, own)[:free]
+        return cls(token, row.reshape(-1, top_k), None)
 
 
 class TopKPlan(NamedTuple):
@@ -67,9 +107,7 @@ class TopKPlan(NamedTuple):
     expert: Tensor  # [G, S, K] chosen experts, best first
     weight: Tensor  # [G, S, K] combine weights, 0 where dropped
     kept: Tensor  # [G, S, K] bool
-    token: Tensor  # [R] that lies in each row
-    row: Tensor  # [T, K] of each choice, any where it was dropped
-    layout: Layout
+    rows: Rows
     may_drop: bool  # is any weight 0 because its assignment went nowhere?
 
     @classmethod
@@ -81,61 +119,46 @@ class TopKPlan(NamedTuple):
         slots: int | None,
         batch_priority: bool = False,
         wanted: Tensor | None = None,
-        padded: bool = False,
+        fill: Fill = "packed",
     ) -> "TopKPlan":
         """Plan for `slots` per expert and group, or without dropping when None.
 
         wanted: [G, S, K] bool; assignments that are not go nowhere and take no slot. A token's choices are different
         experts. A dropped assignment has weight 0.
 
-        With slots, R = G * min(S*K, E*slots): never more rows than the padded buffers of the reference, and a shape
-        that does not depend on the data (no host sync). Rows left over by experts with free slots hold dropped
-        assignments and count for nothing. Padded, R = G*E*slots, as many rows for every expert, as in the reference;
-        a free slot holds any token.
+        Packed with slots, R = G * min(S*K, E*slots): never more rows than the padded buffers of the reference, and a
+        shape that does not depend on the data (no host sync). Filled to the slots, R = G*E*slots, as in the reference.
         """
         num_groups, group_size, num_experts = gates.shape
         top_k = expert.shape[2]
-        rows_per_group = group_size * top_k
         # E stands for nowhere: a queue of its own, and last in the order of rows
         queue = expert if wanted is None else torch.where(wanted, expert, num_experts)
         kept = torch.ones_like(expert, dtype=torch.bool) if wanted is None else wanted
+        num_rows = group_size * top_k
         if slots is not None:
             # the largest gate, that of the first choice, also for later choices (not the sum, not the rank's own)
             priority = gates.gather(-1, expert[..., :1]).squeeze(-1) if batch_priority else None
             kept = kept & (buffer_index(queue, num_experts + 1, priority) < slots)
-            rows_per_group = min(rows_per_group, num_experts * slots)
-        key = expert
-        if slots is not None or wanted is not None:
-            key, weight = torch.where(kept, expert, num_experts), torch.where(kept, weight, 0.0)
-        by_expert, order = key.reshape(-1).sort(stable=True)
+            num_rows = min(num_rows, num_experts * slots)
         may_drop = slots is not None or wanted is not None
-        experts = torch.arange(num_experts, device=gates.device)
-        ends = torch.searchsorted(by_expert, experts, right=True)
-        row = torch.arange(order.shape[0], device=gates.device)  # of each assignment in its order
-        if padded and slots is not None:
-            most = num_groups * slots
-            starts = torch.nn.functional.pad(ends, (1, 0))  # with those that went nowhere
-            row = row + (torch.arange(num_experts + 1, device=gates.device) * most - starts)[by_expert]
-            source = starts[:-1, None] + torch.arange(most, device=gates.device)
-            order_of_rows = order[source.clamp_max_(order.shape[0] - 1).flatten()]
-            ends = (experts + 1) * most
-        else:
-            rows = num_groups * rows_per_group
-            order_of_rows = order[:rows]
-            if may_drop:  # left-over rows lie with the last expert
-                ends = torch.where(experts == num_experts - 1, rows, ends)
-        # Gathering back by the inverse permutation sums in a fixed order; scattering would not, on a GPU.
-        row = torch.empty_like(order).scatter_(0, order, row).reshape(-1, top_k)
-        layout = Layout(ends.int(), equal=padded and slots is not None)
-        return cls(gates, expert, weight, kept, order_of_rows // top_k, row, layout, may_drop)
+        if may_drop:
+            queue, weight = torch.where(kept, expert, num_experts), torch.where(kept, weight, 0.0)
+        queue, num_rows = queue.reshape(-1, top_k), num_groups * num_rows
+        rows = None
+        if fill == "slots" and slots is not None:
+            rows = Rows.padded(queue, num_experts, num_groups * slots, num_rows)
+        elif fill == "fullest" and queue.numel():
+            rows = Rows.padded(queue, num_experts, None, num_rows)
+        rows = rows or Rows.packed(queue, num_experts, num_rows)
+        return cls(gates, expert, weight, kept, rows, may_drop)
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Layout]:
-        """x: [T, D] -> rows [R, D], where each expert's end."""
-        return x.index_select(0, self.token), self.layout
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: [T, D] -> rows [R, D] and their ends, see Rows."""
+        return x.index_select(0, self.rows.token), self.rows.ends
 
     def combine(self, rows: Tensor) -> Tensor:
         """rows: [R, D], the experts' outputs -> [T, D], weighted sums over the kept choices; 0 where there is none."""
-        row, top_k, width = self.row, self.row.shape[1], rows.shape[-1]
+        row, top_k, width = self.rows.row, self.rows.row.shape[1], rows.shape[-1]
         if self.may_drop:
             row, lost = self._own_rows()
         chosen = rows.index_select(0, row.reshape(-1))
@@ -153,9 +176,9 @@ class TopKPlan(NamedTuple):
 
         A dropped choice has weight 0, but 0 times another token's NaN is NaN: no token may read another one's row.
         """
-        kept = self.kept.reshape(self.row.shape)
-        some = torch.where(kept, self.row, -1).amax(dim=-1, keepdim=True)
-        return torch.where(kept, self.row, some.clamp_min(0)), some < 0
+        kept = self.kept.reshape(self.rows.row.shape)
+        some = torch.where(kept, self.rows.row, -1).amax(dim=-1, keepdim=True)
+        return torch.where(kept, self.rows.row, some.clamp_min(0)), some < 0
 
     def assigned(self) -> Tensor:
         """[G, S, E] bool: does this token reach this expert?"""

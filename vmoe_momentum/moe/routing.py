@@ -24,13 +24,6 @@ GROUP = COUNT.or_("image").because("a number of tokens, or image for each image 
 WEIGHT = NOT_NEGATIVE.because("0 leaves it out")
 
 
-class Layout(NamedTuple):
-    """How rows are shared out: those of expert e are rows[ends[e-1]:ends[e]]."""
-
-    ends: Tensor  # [E] int32
-    equal: bool = False  # every expert has R / E of them
-
-
 class RouterLosses(NamedTuple):
     auxiliary: Tensor  # [G] weighted sum, what training adds to its loss
     parts: dict[str, Tensor]  # each [G], unweighted; those whose weight is 0 are not computed
@@ -41,8 +34,9 @@ class Plan(Protocol):
 
     gates: Tensor  # [G, S, E] the share each expert has in a token
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Layout]:
-        """x: [T, D] -> rows [R, D] expert by expert, and where each expert's end."""
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: [T, D] -> rows [R, D] expert by expert, and their ends [E] int32: expert e has rows[ends[e-1]:ends[e]].
+        None where every expert has R / E of them."""
 
     def combine(self, rows: Tensor) -> Tensor:
         """rows: [R, D], the experts' outputs -> [T, D]."""
@@ -130,10 +124,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Routing is computed in float32 also where the rest is not; the meta device knows no autocast."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    """Routing is computed in float32 also where the rest is not."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 class LinearGate(Router):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ranges import COUNT, in_range
-from .routing import GROUP, NOISE, Layout, Router, RouterLosses, without_autocast
+from .routing import GROUP, NOISE, Router, RouterLosses, without_autocast
 
 
 class SoftPlan(NamedTuple):
@@ -21,13 +21,12 @@ class SoftPlan(NamedTuple):
         """[G, S, E] what an expert's slots contribute to a token."""
         return self.combine_weights.sum(dim=-1)
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Layout]:
+    def dispatch(self, x: Tensor) -> tuple[Tensor, None]:
         """x: [T, D] -> rows [E*G*P, D] ordered (expert, group, slot), as many for every expert."""
         num_groups, group_size, num_experts, slots = self.dispatch_weights.shape
         tokens = x.reshape(num_groups, group_size, x.shape[-1])
         rows = torch.einsum("gsep,gsd->egpd", self.dispatch_weights.to(x.dtype), tokens)
-        ends = torch.arange(1, num_experts + 1, device=x.device, dtype=torch.int32) * (num_groups * slots)
-        return rows.reshape(num_experts * num_groups * slots, x.shape[-1]), Layout(ends, equal=True)
+        return rows.reshape(num_experts * num_groups * slots, x.shape[-1]), None
 
     def combine(self, rows: Tensor) -> Tensor:
         """rows: [E*G*P, D] -> [T, D]."""

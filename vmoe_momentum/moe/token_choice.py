@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, in_range
 from . import losses
-from .paths import padded
+from .paths import Fill, fill
 from .plan import TopKPlan, capacity
 from .routing import GROUP, NOISE, WEIGHT, LinearGate, RouterLosses
 
@@ -90,19 +90,19 @@ class TokenChoice(LinearGate):
             logits = self.grouped(logits)
         if noise is not None:
             noise = noise.reshape(*logits.shape[:2], noise.shape[-1])
-        return self.route(logits, noise, slots, padded(x))
+        return self.route(logits, noise, slots, fill(x, logits.shape[-1]))
 
     def _tokens_together(self, num_tokens: int) -> int:
         return num_tokens if self.group_size == "image" else self.group_size
 
     @abstractmethod
     def route(
-        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, fill: Fill = "packed"
     ) -> tuple[TopKPlan, RouterLosses]:
         """Everything after the gate's matrix product.
 
-        logits: [G, S, E]; noise: this router's, [G, S, any]; slots: C, None where nothing is dropped; padded: as
-        TopKPlan.build takes it.
+        logits: [G, S, E]; noise: this router's, [G, S, any]; slots: C, None where nothing is dropped; fill: of
+        the rows, see paths.py.
         """
 
 
@@ -178,7 +178,7 @@ class TopKRouter(TokenChoice):
         return super().slots(group_size, num_experts)
 
     def route(
-        self, logits: Tensor, noise: Tensor | None, slots: int | None, padded: bool = False
+        self, logits: Tensor, noise: Tensor | None, slots: int | None, fill: Fill = "packed"
     ) -> tuple[TopKPlan, RouterLosses]:
         """logits, noise: [G, S, E]."""
         noisy = logits if noise is None else logits + noise
@@ -189,7 +189,7 @@ class TopKRouter(TokenChoice):
         weight, expert = sorted_gates[..., : self.top_k], sorted_index[..., : self.top_k]
         if self.renormalize:
             weight = weight / weight.sum(dim=-1, keepdim=True)
-        plan = TopKPlan.build(gates, expert, weight, slots, self.batch_priority, padded=padded)
+        plan = TopKPlan.build(gates, expert, weight, slots, self.batch_priority, fill=fill)
 
         # Left out rather than multiplied by zero: a loss that is not wanted costs time and may be ill-defined.
         parts = {}
