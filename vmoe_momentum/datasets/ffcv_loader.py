@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Event, Thread
+from unittest.mock import patch
 
 import numba
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from ffcv.fields.decoders import IntDecoder
 from ffcv.loader import Loader
 from ffcv.loader.epoch_iterator import select_buffer
+from ffcv.memory_managers import OSCacheManager, ProcessCacheManager
 from ffcv.transforms import ToTensor, ToTorchImage
 
 from .batches import BatchPlan
@@ -65,15 +67,21 @@ class FFCVLoader(EpochLoader):
         threads = usable_threads(num_workers)
         self.batches_ahead, self.size = batches_ahead, size
         self.decoder = CropDecoder(size(0), training=plan.training, os_cache=os_cache, threads=threads, **crop)
+        manager = OSCacheManager if os_cache else ProcessCacheManager
         try:
-            self.ffcv = Loader(
-                str(path),
-                batch_size=plan.batch_size,
-                num_workers=threads,
-                os_cache=os_cache,
-                seed=plan.seed,
-                pipelines={"image": [self.decoder, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]},
-            )
+            # Its reader, half a second to compile, is for FFCV's own image decoders.
+            with patch.object(manager, "compile_reader", lambda _: None):
+                self.ffcv = Loader(
+                    str(path),
+                    batch_size=plan.batch_size,
+                    num_workers=threads,
+                    os_cache=os_cache,
+                    seed=plan.seed,
+                    pipelines={
+                        "image": [self.decoder, ToTensor(), ToTorchImage()],
+                        "label": [IntDecoder(), ToTensor()],
+                    },
+                )
         except (IndexError, ValueError) as error:  # numpy's, of a header or a table that is not all there
             raise CutShort(
                 f"{path}: not a sound beton any more: {path.stat().st_size} bytes ({error}); it was cut short after it "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 
 def ffcv_available() -> bool:
@@ -23,11 +24,19 @@ def missing_ffcv(problem: str = "is not installed") -> ValueError:
 @contextmanager
 def using_ffcv() -> Iterator[None]:
     """Around `import ffcv` and the building of its loaders: torch keeps its thread count, which both would change for
-    the rest of the process. Raises ValueError when ffcv or a library under it does not load."""
+    the rest of the process. Raises ValueError when ffcv or a library under it does not load.
+
+    ffcv 1.0 keeps the codes of its two image modes in numba's typed dict, which compiles for five seconds; it only ever
+    looks them up outside of compiled code, so an ordinary dict does.
+    """
     import torch  # here: preparing and verifying data work without
 
     threads = torch.get_num_threads()
     try:
+        import numba.typed
+
+        with patch.object(numba.typed, "Dict", dict):
+            import ffcv.fields.rgb_image  # noqa: F401
         yield
     except ImportError as error:
         raise missing_ffcv(f"does not load ({error})") from error
