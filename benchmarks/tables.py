@@ -115,6 +115,14 @@ def dataloading() -> str:
     return "\n".join([*lines, "", f"Measured on {one['device']}: {how}."])
 
 
+def before_after() -> str:
+    """This code beside an earlier one's."""
+    rows = read("before_after")
+    lines = ["| what | before | now | ratio |", "|---|---|---|---|"]
+    lines += [f"| {row['what']} | {row['before']} | {row['now']} | {row['ratio']} |" for row in rows]
+    return "\n".join([*lines, "", f"Measured on {rows[0]['device']}, torch {rows[0]['torch']}."])
+
+
 def corruptions() -> str:
     """Ours beside imagecorruptions and the JPEG that both end in."""
     rows = read("corruptions")
@@ -154,7 +162,7 @@ TABLES = {
     "layers": partial(layers, "moe_layer"),
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
     "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
-    "corruptions": corruptions,
+    "corruptions": corruptions, "before_after": before_after,
 }  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 

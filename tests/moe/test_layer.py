@@ -249,16 +249,21 @@ def check_fill(layer: SparseMlp, fill: Fill, packed: bool, x: Tensor | None = No
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("path", ["bias_by_product", "sum_by_product"])
+@pytest.mark.parametrize(
+    ("path", "fill"), [("bias_by_product", "packed"), ("sum_by_product", "packed"), ("weight_first", "fullest")]
+)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_every_path_is_one_function(path: str, top_k: int, monkeypatch) -> None:
-    from vmoe_momentum.moe import experts, plan
+def test_every_path_is_one_function(path: str, fill: Fill, top_k: int, monkeypatch) -> None:
+    from vmoe_momentum.moe import experts, plan, token_choice
+
+    monkeypatch.setattr(token_choice, "fill", lambda *_: fill)
+    monkeypatch.setattr(plan, "wasteful", lambda *_: False)
 
     layer = make(TopKRouter(top_k, capacity_factor=0.5, noise_std=0.0)).train()
     x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
     results = []
     for answer in (False, True):
-        monkeypatch.setattr(experts if path.startswith("bias") else plan, path, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(plan if path.startswith("sum") else experts, path, lambda *_, answer=answer: answer)
         outputs, auxiliary = layer(x)
         results.append((outputs, *torch.autograd.grad(outputs.sin().sum() + auxiliary, [x, *layer.parameters()])))
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=0)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .paths import bias_by_product, grouped_on_device
+from .paths import bias_by_product, grouped_on_device, weight_first
 from .routing import autocast_dtype
 
 
@@ -37,7 +37,10 @@ class StackedLinear(nn.Module):
 
     def forward(self, rows: Tensor, groups: "Groups | None") -> Tensor:
         """rows: [R, in], sorted by expert, or [E, R/E, in] -> [R, out] or [E, R/E, out]."""
-        weight, bias = self.weight.to(rows.dtype).transpose(1, 2), self.bias.to(rows.dtype)
+        weight, bias = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
+        if rows.dim() == 3 and weight_first(weight):
+            return torch.baddbmm(bias.unsqueeze(2), weight, rows.transpose(1, 2)).transpose(1, 2)
+        weight = weight.transpose(1, 2)
         if rows.dim() == 3:
             return torch.baddbmm(bias.unsqueeze(1), rows, weight)
         outputs = grouped_mm(rows, weight, groups)
