@@ -8,6 +8,7 @@ Import this module lazily: it loads ffcv (seconds).
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 
@@ -27,13 +28,24 @@ _CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 
 
 def _kept(**options) -> Callable[[Callable], Callable]:
-    """Compiled, and kept on disk for the next process where numba finds a place to write to: two seconds less."""
+    """Compiled, and kept on disk for the next process where numba finds a place to write to: two seconds less.
+
+    Without such a place, or where the disk is full, it is compiled all the same.
+    """
 
     def compiled(function: Callable) -> Callable:
         try:
-            return njit(cache=True, nogil=True, **options)(function)
+            kept = njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:  # no such place
             return njit(nogil=True, **options)(function)
+        save = kept._cache.save_overload
+
+        def save_if_possible(*overload) -> None:
+            with suppress(OSError):
+                save(*overload)
+
+        kept._cache.save_overload = save_if_possible
+        return kept
 
     return compiled
 
