@@ -11,6 +11,10 @@ from typing import NamedTuple
 import torch
 from rich.progress import track
 
+from vmoe_momentum.cli import use_large_pages
+
+use_large_pages()  # as every command does; for all that is timed
+
 
 class Timing(NamedTuple):
     """Of one function among several, over the rounds: median seconds, and the ratio to the first of them in the same

@@ -1,5 +1,6 @@
 """What needs no network is answered before torch is imported; each case in a process of its own."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -119,3 +120,29 @@ def test_names_are_there_when_used() -> None:
     )
     assert in_own_process(code).stdout == "False True\nTrue True\n"
     assert "has no attribute 'HeavyBal'" in in_own_process("import vmoe_momentum; vmoe_momentum.HeavyBal").stderr
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+FAULTS = """
+import resource, torch
+from vmoe_momentum.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = count()
+torch.zeros(2**25)  # 128 MB
+print("FAULTS", count() - before)
+"""
+
+
+@pytest.mark.skipif(not LARGE_PAGES.exists() or "[madvise]" not in LARGE_PAGES.read_text(), reason="not asked for here")
+@pytest.mark.parametrize("wanted", [None, "0"])
+def test_large_tensors_lie_in_large_pages(wanted: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    if wanted is not None:
+        environment["THP_MEM_ALLOC_ENABLE"] = wanted
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, env=environment)
+    faults = int(run.stdout.partition("FAULTS ")[2])
+    assert faults > 20_000 if wanted == "0" else faults < 10_000

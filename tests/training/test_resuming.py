@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ class At:
         self.current_epoch, self.global_rank = epoch, rank
 
 
-def draws(seeded: SeededSteps, at: At, batch: int) -> tuple[float, ...]:
-    seeded.on_train_batch_start(at, None, None, batch)
+def draws(seeded: SeededSteps, at: At, batch: int, device: str = "cpu") -> tuple[float, ...]:
+    seeded.on_train_batch_start(at, SimpleNamespace(device=torch.device(device)), None, batch)
     return torch.rand(()).item(), float(np.random.rand()), random.random(), torch.rand(()).item()
 
 
@@ -39,7 +40,7 @@ def test_draws_follow_from_seed_epoch_batch_and_rank() -> None:
     first = draws(seeded, At(1), 3)
     others = [draws(seeded, At(2), 3), draws(seeded, At(1), 4), draws(seeded, At(1, rank=1), 3)]
     assert len({first, *others}) == 4 and all(a != b for other in others for a, b in zip(first, other, strict=True))
-    assert draws(seeded, At(1), 3) == first
+    assert draws(seeded, At(1), 3) == draws(seeded, At(1), 3, "cuda") == first
     torch.manual_seed(6)
     resumed = SeededSteps()
     resumed.load_state_dict(seeded.state_dict())

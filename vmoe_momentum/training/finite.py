@@ -123,9 +123,9 @@ def refuse_to_save(module: Any, checkpoint: dict[str, Any]) -> None:
     """Raises NotFinite: weights or the optimizer's numbers, of any rank, are not; what was saved before stays."""
     found = first_not_finite(module.model)
     if found is None:
-        for state in checkpoint.get("optimizer_states", ()):
-            named = dict(_tensors("the optimizer's state", state))
-            found = next((name for name, value in named.items() if not finite([value])), found)
+        named = dict(_tensors("the optimizer's state", checkpoint.get("optimizer_states", ())))
+        if not finite(named.values()):
+            found = next(name for name, value in named.items() if not finite([value]))
     trainer = module.trainer
     if trainer.strategy.reduce_boolean_decision(found is None, all=True):
         return
@@ -135,13 +135,11 @@ def refuse_to_save(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def finite(tensors: Any) -> bool:
-    """Of floating tensors; None are skipped. One wait for the device for all of them."""
-    values = [t for t in tensors if t is not None and t.is_floating_point() and t.numel()]
-    if not values:
-        return True
+    """Of floating tensors, of sharded ones this rank's part; None are skipped. One wait for the device for all."""
+    own = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if t is not None]
+    values = [t.detach() for t in own if t.is_floating_point() and t.numel()]
     # the largest magnitude, unlike a norm of squares, overflows for none
-    largest = nn.utils.get_total_norm([t.detach() for t in values], float("inf"))
-    return bool((largest.full_tensor() if hasattr(largest, "full_tensor") else largest).isfinite())
+    return not values or bool(nn.utils.get_total_norm(values, float("inf")).isfinite())
 
 
 def first_not_finite(model: nn.Module) -> str | None:

@@ -35,7 +35,10 @@ class SeededSteps(Callback):
         seeds = np.random.SeedSequence(key).generate_state(3)
         random.seed(int(seeds[0]))
         np.random.seed(seeds[1])
-        torch.manual_seed(int(seeds[2]))
+        if pl_module.device.type == "cpu":  # torch.manual_seed tells every kind of device, which takes milliseconds
+            torch.default_generator.manual_seed(int(seeds[2]))
+        else:
+            torch.manual_seed(int(seeds[2]))
 
     def state_dict(self) -> dict[str, int | None]:
         return {"seed": self.seed}
