@@ -53,17 +53,19 @@ class Bound(nn.Module):
 
 
 def routers(s: Shape) -> dict[str, Router]:
-    """With as many rows for the experts as K a token, but for the free slots of capacity 1.05."""
-    quiet = {"noise_std": 0.0, "importance_loss_weight": 0.0, "load_loss_weight": 0.0}
+    """With as many rows for the experts as K a token, but for the free slots of capacity 1.05, in the reference's groups
+    of 8 images: of an image alone each of 64 experts would get 8 slots, the next multiple of 4, for 6.1 tokens."""
+    groups = {"group_size": min(8, s.images) * s.tokens}
+    quiet = {"noise_std": 0.0, "importance_loss_weight": 0.0, "load_loss_weight": 0.0, **groups}
     found: dict[str, Router] = {
         "ours, dropless": TopKRouter(s.top_k, capacity_factor="dropless", **quiet),
         "ours, capacity 1.05": TopKRouter(s.top_k, capacity_factor=1.05, **quiet),
-        "ours, capacity 1.05, noise and losses": TopKRouter(s.top_k, capacity_factor=1.05),
-        "ours, expert choice": ExpertChoiceRouter(capacity_factor=s.top_k, noise_std=0.0),
+        "ours, capacity 1.05, noise and losses": TopKRouter(s.top_k, capacity_factor=1.05, **groups),
+        "ours, expert choice": ExpertChoiceRouter(capacity_factor=s.top_k, noise_std=0.0, **groups),
         "ours, soft": SoftRouter(s.top_k * s.tokens // s.experts),
-        "ours, M6-T": M6TRouter(num_prototypes=s.top_k),
+        "ours, M6-T": M6TRouter(num_prototypes=s.top_k, **groups),
     }
-    return found | ({"ours, GShard": GShardRouter()} if s.top_k == 2 else {})
+    return found | ({"ours, GShard": GShardRouter(**groups)} if s.top_k == 2 else {})
 
 
 def build(s: Shape, compiled: bool, peers: bool) -> tuple[dict[str, nn.Module], list[str]]:

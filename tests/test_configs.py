@@ -8,6 +8,7 @@ import yaml
 from dataset_helpers import HAS_FFCV
 
 from vmoe_momentum import TopKRouter, cli, create_model
+from vmoe_momentum.lightning_cli import run_lightning
 from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import MomentumRule
@@ -105,3 +106,20 @@ def test_every_overlay_says_how_to_use_it_and_builds() -> None:
 def test_every_rule_has_an_overlay() -> None:
     named = {yaml.safe_load(path.read_text())["model"]["net"]["init_args"]["rule"]["class_path"] for path in OVERLAYS}
     assert named == set(subclasses(MomentumRule))
+
+
+def test_the_overlay_for_gpus_goes_over_a_recipe(digits: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda what: compiled.append(what) or what)  # inductor takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    configs = [f"--config={FOLDER / name}" for name in ("digits.yaml", "gpu.yaml")]
+    data = ["--data=FolderDataModule", f"--data.root={digits}", "--data.num_workers=0"]
+    built = run_lightning([*configs, *data, "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"], start=False)
+    weight = built.model.model.net.patch_embed.proj.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    built.trainer.fit(built.model, datamodule=built.datamodule)
+    assert built.trainer.precision == "bf16-mixed" and compiled
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    saved = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["state_dict"]
+    assert torch.equal(saved["model.net.patch_embed.proj.weight"], weight)

@@ -45,7 +45,7 @@ class StackedLinear(nn.Module):
             return torch.baddbmm(bias.unsqueeze(1), rows, weight)
         outputs = grouped_mm(rows, weight, groups)
         if groups.member is None:
-            return outputs + F.embedding(groups.expert, bias)
+            return outputs.add_(F.embedding(groups.expert, bias))
         # The bias as a product: its gradient is one small matrix product, where gathering would scatter-add rows.
         return outputs.addmm_(groups.member, bias)
 

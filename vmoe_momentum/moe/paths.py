@@ -11,13 +11,10 @@ from torch import Tensor
 
 from .routing import autocast_dtype
 
-FEW = 16  # experts
-
-
 Fill = Literal["packed", "slots", "fullest"]
 
 
-def fill(x: Tensor, num_experts: int) -> Fill:
+def fill(x: Tensor) -> Fill:
     """How many rows has each expert? x: what is routed.
 
     - packed: as many as it was assigned, one expert's after another's; torch's grouped product takes them.
@@ -25,11 +22,11 @@ def fill(x: Tensor, num_experts: int) -> Fill:
       CUDA torch's grouped product does without the host only in bfloat16 on compute capability 9 and 10; elsewhere it
       copies the ends to the host, waits, and loops over the experts.
     - fullest: as many as the fullest expert has (`wasteful`: packed after all). On a CPU the host knows the numbers,
-      and a batched product gives each thread whole experts: 0.7 of the grouped product at the digits' shape, no slower
-      at D 384, E 8. With many experts its backward pass is slower. Not where a graph is made, whose shapes are fixed.
+      and a batched product gives each thread whole experts: 0.7 of the grouped product's time at the digits' shape and
+      at E 64, D 384, as much at E 8. Not where a graph is made, whose shapes are fixed.
     """
     if x.device.type == "cpu":
-        return "fullest" if num_experts <= FEW and not torch.compiler.is_compiling() else "packed"
+        return "packed" if torch.compiler.is_compiling() else "fullest"
     by_device = grouped_on_device(autocast_dtype(x.device) or x.dtype, x.device)
     return "slots" if x.device.type == "cuda" and not by_device else "packed"
 
@@ -63,7 +60,7 @@ def bias_by_product(num_experts: int, device: torch.device) -> bool:
     Looked up on a CPU where experts are many: the product takes E / D of the experts' own time, 10 % of a layer at
     E 64, D 384. Never on CUDA, where the gradient of a look-up sorts its indices.
     """
-    return num_experts <= FEW or device.type != "cpu"
+    return num_experts <= 16 or device.type != "cpu"
 
 
 def sum_by_product(top_k: int, width: int, device: torch.device) -> bool:

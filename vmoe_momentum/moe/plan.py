@@ -88,11 +88,11 @@ class Rows(NamedTuple):
         """
         num_tokens, top_k = expert.shape
         queue = expert.reshape(1, -1)
-        ahead = _is_of_expert(queue, num_experts + 1).cumsum(dim=-1)  # and itself
         if most is None:
-            most = max(1, *ahead[:-1, -1].tolist())
+            most = max(1, *queue[0].bincount(minlength=num_experts + 1)[:-1].tolist())
             if wasteful(num_experts * most, worth):
                 return None
+        ahead = _is_of_expert(queue, num_experts + 1).cumsum(dim=-1)  # and itself
         free = num_experts * most  # the row of those that went nowhere
         row = torch.add(ahead.gather(0, queue), queue, alpha=most).squeeze(0).sub_(1).clamp_max_(free)
         own = torch.arange(num_tokens * top_k, device=expert.device) // top_k

@@ -52,6 +52,8 @@ class ImageClassifier(pl.LightningModule):
         schedule: The learning rate over steps.
         test_time_flip: test and predict average the logits of each image and its mirror image: twice the time.
         compile: Compile the network with torch.compile.
+        channels_last: Keep convolutions' weights channels last, as GPUs under autocast want them: convolutional networks
+            train faster so; a ViT has one such layer. Checkpoints hold the same numbers.
         override_model: Load a checkpoint although it was trained with other model settings than these.
     """
 
@@ -71,6 +73,7 @@ class ImageClassifier(pl.LightningModule):
         schedule: ScheduleSettings = ScheduleSettings(),  # noqa: B008
         test_time_flip: bool = False,
         compile: bool = False,
+        channels_last: bool = False,
         override_model: bool = False,
     ) -> None:
         super().__init__()
@@ -94,6 +97,8 @@ class ImageClassifier(pl.LightningModule):
         )
         self.val_accuracy, self.test_accuracy = accuracy.clone("val/"), accuracy.clone("test/")
         self.forward_in_training = PixelModel.forward_normalized
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
         if compile:  # in place, and of functions: no `_orig_mod.` in state dicts
             self.model.compile()
             self.forward_in_training = torch.compile(PixelModel.forward_normalized)
