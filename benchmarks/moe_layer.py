@@ -3,14 +3,17 @@
 make bench-peers                                     # once: their packages, in .peers
 python benchmarks/moe_layer.py --peers_path .peers --csv benchmarks/results/moe_layer.csv
 python benchmarks/moe_layer.py --grow true --plot_to growth.png
+python benchmarks/moe_layer.py --at "[S/16]" --busy 1    # beside a loader's worker
 
 All in one process, in turn. The floor, ratio 1, is a dense MLP on K T tokens: as many products as K experts a token
 take, with one set of weights and no routing. The bound is E dense MLPs on K T / E tokens each: as many products with
 all the weights, no routing either.
 """
 
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -53,8 +56,8 @@ class Bound(nn.Module):
 
 
 def routers(s: Shape) -> dict[str, Router]:
-    """With as many rows for the experts as K a token, but for the free slots of capacity 1.05, in the reference's groups
-    of 8 images: of an image alone each of 64 experts would get 8 slots, the next multiple of 4, for 6.1 tokens."""
+    """As many rows for the experts as K a token, but for the free slots of capacity 1.05, in the reference's groups of
+    8 images: of an image alone each of 64 experts would get 8 slots, the next multiple of 4, for 6.1 tokens."""
     groups = {"group_size": min(8, s.images) * s.tokens}
     quiet = {"noise_std": 0.0, "importance_loss_weight": 0.0, "load_loss_weight": 0.0, **groups}
     found: dict[str, Router] = {
@@ -184,6 +187,8 @@ def main(
     compiled: bool = False,
     grow: bool = False,
     peers_path: str | None = None,
+    busy: int = 0,
+    threads: int | None = None,
     csv: str | None = None,
     plot_to: str | None = None,
 ) -> None:
@@ -196,26 +201,42 @@ def main(
         compiled: Compiled layers, too.
         grow: Instead, ours alone over T, E and D.
         peers_path: Folder of the peers' packages; without it only the plain ones.
+        busy: Processes that use a core each beside it, as a loader's workers do.
+        threads: Of torch; by default one a core.
         csv: File to write the rows to.
         plot_to: Picture of the growth.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     if peers_path is not None:
         sys.path.append(peers_path)
     at = at or (list(SHAPES) if torch.cuda.is_available() else list(ON_CPU))
     cases = {f"{letter}={value}": s for letter, value, s in growing()} if grow else {a: SHAPES[a] for a in at}
     kinds = dtypes or (["float32", "bfloat16"] if torch.cuda.is_available() else ["float32"])
     rows, missing = [], []
-    for kind in kinds:
-        for label, s in cases.items():
+    for label, s, kind in [(label, s, kind) for kind in kinds for label, s in cases.items()]:
+        with beside(busy):
             found, left_out = measure(label, s, getattr(torch, kind), repeats, compiled, peers=not grow)
-            show(found)
-            rows, missing = rows + found, missing + left_out
-            if csv is not None:  # what was measured is kept, whatever comes after
-                write_rows(Path(csv), rows)
+        found = [row | {"busy": busy} for row in found] if busy else found
+        show(found)
+        rows, missing = rows + found, missing + left_out
+        if csv is not None:  # what was measured is kept, whatever comes after
+            write_rows(Path(csv), rows)
     for line in dict.fromkeys(missing):
         Console().print(f"left out: {line}")
     if plot_to is not None:
         plot(rows, Path(plot_to))
+
+
+@contextmanager
+def beside(busy: int) -> Iterator[None]:
+    """That many processes that do nothing but use a core each."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
 
 
 def growing() -> list[tuple[str, int, Shape]]:
