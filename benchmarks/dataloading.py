@@ -4,10 +4,10 @@
 
 Each gives random crops resized to 224 px, flipped or not, of JPEG photographs of 400 to 640 px (FFCV: of their betons,
 500 px), as uint8 batches for a device to normalise; one row shows torchvision's with ToTensor and Normalize in its
-workers, as its reference scripts long had them. Each loader runs in a process of its own; they take turns, and the
-median of the rounds counts. Images per second and CPU seconds are those between a warm-up and the last batch, so that
-neither starting workers nor compiling counts, as neither does over ImageNet's 10,000 batches. Memory is what the loader
-adds, its workers' included.
+workers, as its reference scripts long had them. Each loader runs in a process of its own; they take turns, and medians
+over the rounds count, of ratios those within a round. Images per second and CPU seconds are those between a warm-up and
+the last batch, so that neither starting workers nor compiling counts, as neither does over ImageNet's 10,000 batches.
+Memory is what the loader adds, its workers' included.
 """
 
 import json
@@ -67,10 +67,10 @@ def timm_loader(root: str, batch: int, workers: int, batches: int) -> Iterator:
     return iter(made.loader)  # what it gives before it normalises on the device
 
 
-LOADERS = {
-    STANDARD: torchvision_loader,
-    f"{STANDARD}, normalised": lambda root, *rest: torchvision_loader(root, *rest, normalize=True),
+LOADERS = {  # the standard in the middle, beside those that are compared with it
     "timm create_loader": timm_loader,
+    f"{STANDARD}, normalised": lambda root, *rest: torchvision_loader(root, *rest, normalize=True),
+    STANDARD: torchvision_loader,
     "FolderDataModule": lambda root, *rest: ours(root, FolderDataModule, *rest),
     "FolderDataModule, decoder torchvision": lambda root, *rest: ours(
         root, FolderDataModule, *rest, decoder="torchvision"
@@ -121,7 +121,7 @@ def main(
     batch: int = 64,
     workers: int = 2,
     batches: int = 72,
-    rounds: int = 3,
+    rounds: int = 5,
     one: str | None = None,
     root: str | None = None,
 ) -> None:
@@ -132,7 +132,7 @@ def main(
         batch: Images a batch.
         workers: Worker processes, or FFCV's threads.
         batches: Batches a loader decodes, the first 8 as warm-up.
-        rounds: Repetitions; the median counts.
+        rounds: Repetitions.
         one: Only this loader, in this process, as JSON; for the benchmark itself.
         root: Where the photographs of --one lie.
     """
@@ -154,12 +154,13 @@ def main(
                 console.print(f"round {number + 1}: {name}: {found[name][-1]['images_per_second']:.0f} images/s")
         kilobytes = {name: (Path(root) / "train.beton").stat().st_size / 520e3 for name, root in sizes.items()}
     middle = {name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
-    standard = middle[STANDARD]["images_per_second"]
+    speeds = {name: [run["images_per_second"] for run in runs] for name, runs in found.items()}
+    ratios = {n: median(a / b for a, b in zip(own, speeds[STANDARD], strict=True)) for n, own in speeds.items()}
     rows = []
     for name, values in middle.items():
         rows.append({
             "loader": name, "images_per_second": round(values["images_per_second"]),
-            "ratio": f"{values['images_per_second'] / standard:.2f}",
+            "ratio": f"{ratios[name]:.2f}",
             "cpu_ms_per_image": f"{values['cpu_ms_per_image']:.2f}", "megabytes": round(values["megabytes"]),
             "seconds_to_first_batch": f"{values['seconds_to_first_batch']:.1f}",
             "kilobytes_an_image": next((f"{kb:.0f}" for kind, kb in kilobytes.items() if kind in name), ""),

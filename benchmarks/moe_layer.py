@@ -22,7 +22,7 @@ import torch
 from peers import PEERS, First, Shape
 from rich.console import Console
 from rich.table import Table
-from timing import Timing, device_name, interleaved, write_rows
+from timing import Timing, growth_picture, interleaved, write_rows
 from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
@@ -164,20 +164,13 @@ def show(rows: list[dict[str, object]]) -> None:
 
 
 def plot(rows: list[dict[str, object]], path: Path) -> None:
-    """Time against each axis that grows, log-log: a line of slope 1 is linear growth."""
-    from matplotlib.figure import Figure
-
-    axes_names = list(dict.fromkeys(str(row["at"]).partition("=")[0] for row in rows))
-    figure = Figure(figsize=(4 * len(axes_names), 3.6), layout="constrained")
-    for axis, letter in zip(figure.subplots(1, len(axes_names), squeeze=False)[0], axes_names, strict=True):
-        own = [r for r in rows if str(r["at"]).partition("=")[0] == letter and r["pass"] == "forward+backward"]
-        for name in (FLOOR, "bound", "ours, dropless", "ours, capacity 1.05", "ours, expert choice", "ours, soft"):
-            line = [(float(str(r["at"]).partition("=")[2]), float(r["ms"])) for r in own if r["layer"] == name]
-            axis.loglog(*zip(*line, strict=True), marker="o", markersize=3, label=name)
-        axis.set(xlabel=letter, ylabel="forward+backward, ms")
-    figure.axes[0].legend(fontsize=7)
-    figure.suptitle(device_name(), fontsize=8)
-    figure.savefig(path, dpi=130)
+    shown = (FLOOR, "bound", "ours, dropless", "ours, capacity 1.05", "ours, expert choice", "ours, soft")
+    points = [
+        (*str(row["at"]).split("="), row["layer"], float(str(row["ms"])))
+        for row in rows
+        if row["pass"] == "forward+backward" and row["layer"] in shown
+    ]
+    growth_picture([(axis, float(value), str(name), ms) for axis, value, name, ms in points], path)
 
 
 def main(

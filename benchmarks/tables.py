@@ -101,17 +101,18 @@ def export() -> str:
 def dataloading() -> str:
     """Images per second beside torchvision's loader as it is and without normalising, what they cost, and memory."""
     rows = read("dataloading")
-    peers = [name for name in dict.fromkeys(row["loader"] for row in rows) if name.startswith("torchvision")]
+    peers = ["torchvision ImageFolder", "torchvision ImageFolder, normalised"]
     speed = {row["loader"]: float(row["images_per_second"]) for row in rows}
     heads = [f"over {name}" for name in peers]
     head = ["loader", "images/s", *heads, "CPU ms an image", "memory, MB", "kB an image on disk"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        ratios = [f"{speed[row['loader']] / speed[peer]:.2f}" for peer in peers]
+        # beside the plain one within a round, where it was measured so
+        ratios = [row["ratio"], *(f"{speed[row['loader']] / speed[peer]:.2f}" for peer in peers[1:])]
         costs = [row[name] for name in ("cpu_ms_per_image", "megabytes", "kilobytes_an_image")]
         lines.append(f"| {' | '.join([row['loader'], row['images_per_second'], *ratios, *costs])} |")
     one = rows[0]
-    how = f"{one['workers']} workers or threads, batches of {one['batch']}, median of {one['rounds']} rounds"
+    how = f"{one['workers']} workers or threads, batches of {one['batch']}, medians of {one['rounds']} rounds"
     return "\n".join([*lines, "", f"Measured on {one['device']}: {how}."])
 
 
@@ -129,6 +130,26 @@ def corruptions() -> str:
     lines = ["| corruption | ms | imagecorruptions, ms | ratio |", "|---|---|---|---|"]
     lines += [f"| {row['corruption']} | {row['ours_ms']} | {row['peer_ms']} | {row['ratio']} |" for row in rows]
     return "\n".join([*lines, "", f"Measured on {rows[0]['device']}."])
+
+
+def busy() -> str:
+    """Layers with a core taken by another process, by torch's threads, beside nothing else running."""
+    names = ("dense MLP", "ours, dropless", "ours, capacity 1.05", "ours, expert choice", "ours, soft", "per-expert loop",
+             "one-hot einsum")  # fmt: skip
+    found = {
+        (row["at"], row["layer"], row["pass"], how): f"{float(row['ms']):.0f}"
+        for how, name in (("alone", "moe_layer"), ("2", "busy_threads2"), ("1", "busy_threads1"))
+        for row in read(name)
+    }
+    lines = ["| shape | layer | alone, 2 threads | beside one, 2 threads | beside one, 1 thread |", "|---|---|---|---|---|"]
+    for at in dict.fromkeys(row["at"] for row in read("busy_threads2")):
+        for layer in names:
+            cells = [
+                " / ".join(found[at, layer, what, how] for what in ("forward", "forward+backward"))
+                for how in ("alone", "2", "1")
+            ]
+            lines.append(f"| {at} | {layer} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Measured on {read('busy_threads2')[0]['device']} and fewer."])
 
 
 def zoo() -> str:
@@ -162,7 +183,7 @@ TABLES = {
     "layers": partial(layers, "moe_layer"),
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
     "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
-    "corruptions": corruptions, "before_after": before_after,
+    "corruptions": corruptions, "before_after": before_after, "busy": busy,
 }  # fmt: skip
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 

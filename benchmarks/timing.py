@@ -78,3 +78,32 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def growth_picture(points: list[tuple[str, float, str, float]], path: Path) -> None:
+    """Forward and backward time over each axis that grows, log-log, beside a grey line of slope 1.
+
+    points: axis, its value, whose time, ms.
+    """
+    from matplotlib.figure import Figure
+
+    axes = list(dict.fromkeys(axis for axis, *_ in points))
+    figure = Figure(figsize=(4 * len(axes), 3.6), layout="constrained")
+    for plot, letter in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes, strict=True):
+        own = [(value, name, ms) for axis, value, name, ms in points if axis == letter]
+        values = sorted({value for value, *_ in own})
+        for name in dict.fromkeys(name for _, name, _ in own):
+            line = [(value, ms) for value, whose, ms in own if whose == name]
+            plot.loglog(*zip(*line, strict=True), marker="o", markersize=3, label=name)
+        lowest = min(ms for *_, ms in own)
+        plot.loglog(values, [0.8 * lowest * value / values[0] for value in values], color="0.7", label="slope 1")
+        plot.set_xticks(values, [f"{value:g}" for value in values])
+        plot.minorticks_off()
+        ticks = [tick for power in range(7) for tick in (10**power, 2 * 10**power, 5 * 10**power)]
+        low, high = plot.get_ylim()
+        inside = [tick for tick in ticks if low <= tick <= high]
+        plot.set_yticks(inside, [str(tick) for tick in inside])
+        plot.set(xlabel=letter, ylabel="forward and backward, ms")
+    figure.axes[0].legend(fontsize=7)
+    figure.suptitle(device_name(), fontsize=8)
+    figure.savefig(path, dpi=130)

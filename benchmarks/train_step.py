@@ -1,6 +1,7 @@
 """What sparsity and momentum cost: whole training steps under every rule, beside a dense ViT of equal active FLOPs.
 
 python benchmarks/train_step.py --csv benchmarks/results/train_step.csv
+python benchmarks/train_step.py --grow true --csv growth.csv --plot_to growth.png
 
 The dense network has the V-MoE's blocks, and in place of each sparse MLP one whose hidden width is K times an
 expert's: as many products as K experts a token take. Both have the same activation (on a CPU the tanh form of GELU
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from timing import interleaved, write_rows
+from timing import growth_picture, interleaved, write_rows
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -35,6 +37,7 @@ NETWORKS = {  # images a step on two cores and on a GPU, and whether under every
     "vmoe_small_patch16_224": (4, 128, False),
     "vmoe_base_patch16_224": (2, 64, False),
 }
+GROWTH = {"images": (16, 32, 64, 128, 256), "tokens": (16, 64, 256), "blocks": (4, 8, 16, 32)}
 RULES = [name for name, cls in subclasses(MomentumRule).items() if cls.__module__.startswith("vmoe_momentum")]
 
 
@@ -122,7 +125,9 @@ def main(
     images: int | None = None,
     repeats: int = 15,
     compiled: bool = False,
+    grow: bool = False,
     csv: str | None = None,
+    plot_to: str | None = None,
 ) -> None:
     """Print (and write) medians, ratios to the dense ViT and to Residual, parts of a step and peak memory.
 
@@ -132,9 +137,18 @@ def main(
         images: Images a step.
         repeats: Timed rounds of each.
         compiled: Compile all of them.
+        grow: Instead, the digits' network over images, tokens an image and blocks.
         csv: File to write the rows to.
+        plot_to: Picture of the growth.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if grow:
+        points = measure_growth(repeats)
+        if csv is not None:
+            write_rows(
+                Path(csv), [dict(zip(("axis", "value", "network", "ms"), point, strict=True)) for point in points]
+            )
+        return growth_picture(points, Path(plot_to)) if plot_to is not None else None
     rows: list[dict[str, object]] = []
     for name in networks or NETWORKS:
         on_cpu, on_gpu, every = NETWORKS.get(name, (8, 128, False))
@@ -145,6 +159,24 @@ def main(
         rows += found
         if csv is not None:
             write_rows(Path(csv), rows)
+
+
+def measure_growth(repeats: int) -> list[tuple[str, float, str, float]]:
+    """Axis, value, network and ms of steps of vmoe_tiny_patch4_16, one axis at a time."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    points = []
+    for axis, values in GROWTH.items():
+        for value in values:
+            size = int(4 * value**0.5) if axis == "tokens" else 16
+            blocks, images = value if axis == "blocks" else 8, value if axis == "images" else 32
+            steps = {}
+            for rule in (DENSE, "Residual", "HeavyBall", "Adam"):
+                cls = subclasses(MomentumRule)["Residual" if rule == DENSE else rule]
+                net = timm.create_model("vmoe_custom", depth=blocks, img_size=size, num_classes=10, rule=cls())
+                steps[rule] = Step(dense_like(net) if rule == DENSE else net, images, device, compiled=False)
+            times = interleaved({rule: step.run for rule, step in steps.items()}, repeats)
+            points += [(axis, float(value), rule, round(1e3 * time.seconds, 2)) for rule, time in times.items()]
+    return points
 
 
 def measure(name: str, rules: list[str], images: int, repeats: int, compiled: bool) -> list[dict[str, object]]:

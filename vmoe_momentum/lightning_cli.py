@@ -42,6 +42,7 @@ from .training import (
     add_keepers,
     check_apart,
     check_callbacks,
+    refuse_unsharded,
 )
 
 TRAINER = {  # numbers of Lightning's that it does not check, or in other words
@@ -138,6 +139,7 @@ class VMoECLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         check_apart(self._get(self.config_init, "trainer.callbacks"))
         trainer = super().instantiate_trainer(**kwargs)
+        refuse_unsharded(trainer.strategy)
         folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
         for name, folder in (*folders, ("default_root_dir", trainer.default_root_dir)):
             if folder is not None and "://" not in str(folder):

@@ -11,12 +11,14 @@ from .partial import PartialEpoch
 from .predictions import PredictionWriter
 from .resuming import AtomicCheckpointIO, SeededSteps
 from .robustness import RobustnessCheck
+from .sharding import FSDP2Strategy, refuse_unsharded
 from .stopping import JobCheckpoints, SaveOnStop, StopSignals
 
 __all__ = [
     "MonitorCheck",
     "AtomicCheckpointIO",
     "EpochSeconds",
+    "FSDP2Strategy",
     "FiniteTraining",
     "ImageClassifier",
     "JobCheckpoints",
@@ -35,4 +37,5 @@ __all__ = [
     "add_keepers",
     "check_apart",
     "check_callbacks",
+    "refuse_unsharded",
 ]

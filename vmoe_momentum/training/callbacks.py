@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.fsdp import FSDPModule
 
 from ..models.groups import images_together
 from ..models.settings import describe
@@ -83,7 +84,7 @@ class RunSummary(Callback):
         rows["per image"] = f"{cost.gflops:.3g} GFLOPs forward"
         rows["steps"] = f"{steps:,}"
         images = trainer.datamodule.batch_size if trainer.datamodule is not None else None
-        if images is not None:
+        if images is not None and not isinstance(pl_module.model, FSDPModule):  # sharded ones have no passes to time
             batches = steps * trainer.accumulate_grad_batches
             hours = batches * seconds_per_batch(pl_module, images) / 3600
             rows["estimate"] = f"{_duration(hours)} of forward and backward passes on {pl_module.device}"

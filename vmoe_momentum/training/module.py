@@ -27,6 +27,11 @@ from .optimization import OptimizerSettings, ScheduleSettings
 Batch = tuple[Tensor, Tensor]
 
 
+def forward_normalized(model: PixelModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the module that is given, so that copies of a compiled classifier (averages) do not share one."""
+    return model.forward_normalized(images)
+
+
 NONE = NOT_NEGATIVE.because("0 is none")
 
 
@@ -52,8 +57,8 @@ class ImageClassifier(pl.LightningModule):
         schedule: The learning rate over steps.
         test_time_flip: test and predict average the logits of each image and its mirror image: twice the time.
         compile: Compile the network with torch.compile.
-        channels_last: Keep convolutions' weights channels last, as GPUs under autocast want them: convolutional networks
-            train faster so; a ViT has one such layer. Checkpoints hold the same numbers.
+        channels_last: Keep convolutions' weights channels last, as GPUs under autocast want them: convolutional
+            networks train faster so; a ViT has one such layer. Checkpoints hold the same numbers.
         override_model: Load a checkpoint although it was trained with other model settings than these.
     """
 
@@ -96,12 +101,12 @@ class ImageClassifier(pl.LightningModule):
             {name: MulticlassAccuracy(num_classes, k, average="micro") for name, k in top_k.items()}
         )
         self.val_accuracy, self.test_accuracy = accuracy.clone("val/"), accuracy.clone("test/")
-        self.forward_in_training = PixelModel.forward_normalized
+        self.forward_in_training = forward_normalized
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         if compile:  # in place, and of functions: no `_orig_mod.` in state dicts
             self.model.compile()
-            self.forward_in_training = torch.compile(PixelModel.forward_normalized)
+            self.forward_in_training = torch.compile(forward_normalized)
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule

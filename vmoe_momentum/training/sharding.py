@@ -1,0 +1,99 @@
+"""Weights, gradients and moments spread over devices (FSDP2), each block gathered only while it computes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from ..models import PixelModel
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Every device holds its share of each tensor: of weights, gradients and the optimizer's moments.
+
+    Checkpoints are the same single files as on one device: any command reads them, and any number of devices goes on
+    from them. Weight averaging is sharded, too. To be given as --trainer.strategy=FSDP2Strategy, or by the overlay
+    configs/scale/fsdp2.yaml.
+
+    Args:
+        reshard_after_forward: Give a block's weights back after the forward pass and gather them again for the backward
+            pass: less memory, half as much traffic again. The weights outside the blocks stay until the backward pass.
+        process_group_backend: torch.distributed's: nccl, gloo, ...; by default as the device wants it.
+    """
+
+    def __init__(self, reshard_after_forward: bool = True, process_group_backend: str | None = None) -> None:
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        self.reshard_after_forward = reshard_after_forward
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        module = self.lightning_module
+        shard(module.model, mesh, self.reshard_after_forward)
+        for callback in trainer.callbacks:
+            average = getattr(callback, "_average_model", None) if isinstance(callback, WeightAveraging) else None
+            if average is not None:
+                shard(average.module.model, mesh, self.reshard_after_forward)
+        module.configure_model = lambda: None  # Lightning wants one; what it is for is done
+        super().setup(trainer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """What callbacks put in, such as averaged weights, is gathered as the network is."""
+        whole = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
+        super().save_checkpoint(whole, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """The weights in it come sharded as the network's, for the callbacks that load them."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:
+                checkpoint[key] = _as_sharded(checkpoint[key], self.lightning_module)
+        return checkpoint
+
+
+def refuse_unsharded(strategy: Strategy) -> None:
+    """Raises ValueError: Lightning's own leaves sharding to the module."""
+    if type(strategy) is ModelParallelStrategy:
+        raise ValueError(
+            "trainer.strategy=ModelParallelStrategy: it spreads nothing by itself; use FSDP2Strategy "
+            "(--config configs/scale/fsdp2.yaml)"
+        )
+
+
+def shard(model: PixelModel, mesh: DeviceMesh, reshard_after_forward: bool = True) -> None:
+    """In place: the network's blocks, one by one, then what lies around them."""
+    if isinstance(model, FSDPModule):
+        return
+    for block in _blocks(model.net):
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "forward_normalized")  # training enters there, not through forward
+
+
+def _blocks(net: nn.Module) -> list[nn.Module]:
+    """The children of the network's largest list: a transformer's blocks, a convolutional network's stages."""
+    lists = [child for child in net.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
+    largest = max(lists, key=lambda child: sum(p.numel() for p in child.parameters()), default=None)
+    return [] if largest is None else [child for child in largest if any(True for _ in child.parameters())]
+
+
+def _as_sharded(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    own: dict[str, Tensor] = module.state_dict()
+
+    def one(name: str, value: Any) -> Any:
+        like = own.get(name)
+        if not isinstance(like, DTensor) or isinstance(value, DTensor):
+            return value
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+    return {name: one(name, value) for name, value in state.items()}
