@@ -134,14 +134,17 @@ def corruptions() -> str:
 
 def busy() -> str:
     """Layers with a core taken by another process, by torch's threads, beside nothing else running."""
-    names = ("dense MLP", "ours, dropless", "ours, capacity 1.05", "ours, expert choice", "ours, soft", "per-expert loop",
-             "one-hot einsum")  # fmt: skip
+    ours = ("ours, dropless", "ours, capacity 1.05", "ours, expert choice", "ours, soft")
+    names = ("dense MLP", *ours, "per-expert loop", "one-hot einsum")
     found = {
         (row["at"], row["layer"], row["pass"], how): f"{float(row['ms']):.0f}"
         for how, name in (("alone", "moe_layer"), ("2", "busy_threads2"), ("1", "busy_threads1"))
         for row in read(name)
     }
-    lines = ["| shape | layer | alone, 2 threads | beside one, 2 threads | beside one, 1 thread |", "|---|---|---|---|---|"]
+    lines = [
+        "| shape | layer | alone, 2 threads | beside one, 2 threads | beside one, 1 thread |",
+        "|---|---|---|---|---|",
+    ]
     for at in dict.fromkeys(row["at"] for row in read("busy_threads2")):
         for layer in names:
             cells = [
