@@ -115,7 +115,8 @@ def test_the_overlay_for_gpus_goes_over_a_recipe(digits: Path, tmp_path, monkeyp
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     configs = [f"--config={FOLDER / name}" for name in ("digits.yaml", "gpu.yaml")]
     data = ["--data=FolderDataModule", f"--data.root={digits}", "--data.num_workers=0"]
-    built = run_lightning([*configs, *data, "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"], start=False)
+    short = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--model.schedule.warmup_steps=0"]
+    built = run_lightning([*configs, *data, *short], start=False)
     weight = built.model.model.net.patch_embed.proj.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     built.trainer.fit(built.model, datamodule=built.datamodule)

@@ -10,6 +10,7 @@ from test_module import CLASSES, batches, classifier, trainer
 from vmoe_momentum.classifiers import open_models
 from vmoe_momentum.models.saved import open_saved
 from vmoe_momentum.training import OptimizerSettings
+from vmoe_momentum.training.optimization import FUSED
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -39,3 +40,17 @@ def test_constants_are_constants_and_checkpoints_load(precision: str, tmp_path: 
     (opened,) = open_models([str(path)])
     for name, values in IMAGENET.items():
         assert getattr(rebuilt, name).flatten().tolist() == torch.tensor(values).tolist() == opened.provenance[name]
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_gradients_are_clipped_under_every_fused_optimizer(name: str, precision: str, tmp_path: Path) -> None:
+    """Lightning refuses under autocast what could unscale gradients itself."""
+    module = classifier(net=network(), optimizer=OptimizerSettings(name, lr=1e-3))
+    run = trainer(tmp_path, precision=precision, max_epochs=1, gradient_clip_val=1e-9)
+    norms = []
+    module.on_before_zero_grad = lambda optimizer: norms.extend(
+        p.grad.norm() for p in module.parameters() if p.grad is not None
+    )
+    run.fit(module, batches(2))
+    assert norms and max(norms) < 1e-6

@@ -21,7 +21,7 @@ def train(folder: Path, digits: Path, ranks: int, *more: str, rough: bool = True
         "data": "FolderDataModule", "data.root": digits, "data.num_workers": 0, "data.batch_size": 32 // ranks,
         "trainer.devices": ranks, "trainer.max_epochs": 1, "trainer.limit_train_batches": 8,
         "trainer.accumulate_grad_batches": 2, "trainer.limit_val_batches": 1, "trainer.enable_progress_bar": "false",
-        "trainer.num_sanity_val_steps": 0, "trainer.logger": "false", "model.schedule.warmup_steps": 1,
+        "trainer.num_sanity_val_steps": 0, "model.schedule.warmup_steps": 1,
         "trainer.gradient_clip_val": 0.5,
     }  # fmt: skip
     if rough:

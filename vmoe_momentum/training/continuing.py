@@ -22,8 +22,8 @@ STEPS = "steps of the whole run"
 # the network, where files lie, how fast: what does not change how training goes on
 _OTHERS = {
     "self", "net", "num_classes", "image_size", "class_names", "optimizer", "schedule", "test_time_flip", "compile",
-    "override_model", "root", "num_workers", "eval_batch_size", "eval_crop_ratio", "eval_image_size", "os_cache",
-    "batches_ahead", "upright",
+    "channels_last", "override_model", "root", "num_workers", "eval_batch_size", "eval_crop_ratio", "eval_image_size",
+    "os_cache", "batches_ahead", "upright",
 }  # fmt: skip
 _EARLIER = {"data.decoder": "pillow"}  # what checkpoints meant before they said it
 _TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")

@@ -58,6 +58,9 @@ class OptimizerSettings:
             views = {} if self.name in ELEMENTWISE else views_of(net)
         except (AssertionError, ImportError, ValueError) as error:  # CUDA or a package is missing; sharded weights
             raise ValueError(f"model.optimizer.name={self.name}: {error}{WAY_OUT}") from error
+        if told.get("fused"):
+            # It could unscale gradients itself, so Lightning will not clip them; but nobody scales them here.
+            optimizer._step_supports_amp_scaling = False
         if not views:
             return optimizer
         if self.name.startswith("kron"):
