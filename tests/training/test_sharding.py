@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from test_interrupted import start
 from torch import Tensor
 
 from vmoe_momentum import cli
+from vmoe_momentum.training import FSDP2Strategy, refuse_unsharded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
@@ -82,9 +84,7 @@ def test_any_number_of_devices_goes_on_from_its_checkpoint(digits: Path, tmp_pat
     cli.run(["test", f"--config={CONFIGS / 'digits.yaml'}", *data, f"--ckpt_path={saved}"])
 
 
-def test_lightnings_own_strategy_is_refused_in_words(digits: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    data = ["--data=FolderDataModule", f"--data.root={digits}"]
-    strategy = "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+def test_lightnings_own_strategy_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="trainer.strategy=ModelParallelStrategy: .* use FSDP2Strategy"):
-        cli.run(["fit", f"--config={CONFIGS / 'digits.yaml'}", *data, strategy])
+        refuse_unsharded(ModelParallelStrategy())
+    refuse_unsharded(FSDP2Strategy())

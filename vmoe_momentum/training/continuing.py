@@ -58,12 +58,11 @@ class ResumedSettings(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Before the checkpoint's state goes into the optimizer. Raises ValueError: it is of another one."""
-        if not self._resumed:
-            return
         optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
         self._ours = describe_training(pl_module)
-        self._check(trainer, self._ours, optimizer)
         self._fresh = ([_settings(group) for group in optimizer.param_groups], copy.deepcopy(scheduler.state_dict()))
+        if self._resumed:
+            self._check(trainer, self._ours, optimizer)
 
     def _check(self, trainer: pl.Trainer, ours: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
         saved = self._saved or {}
@@ -95,6 +94,8 @@ class ResumedSettings(Callback):
         optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
         groups, schedule = self._fresh
         ours, saved = self._ours, self._saved
+        if trainer.strategy.restore_checkpoint_after_setup:  # sharded weights: it was not there before
+            self._check(trainer, ours, optimizer)
         changed = [key for key, value in ours.items() if saved is None or saved.get(key) != value]
         if any(key.startswith(("model.optimizer.", "model.schedule.", STEPS)) for key in changed):
             for group, fresh in zip(optimizer.param_groups, groups, strict=True):

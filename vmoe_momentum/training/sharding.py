@@ -7,6 +7,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,18 +53,55 @@ class FSDP2Strategy(ModelParallelStrategy):
         module.configure_model = lambda: None  # Lightning wants one; what it is for is done
         super().setup(trainer)
 
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Without a backward pass nothing else gives the weights back, and averages swap with what is sharded."""
+        result = super().validation_step(*args, **kwargs)
+        self._reshard()
+        return result
+
+    def _reshard(self) -> None:
+        for part in self.lightning_module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """As torch numbers parameters, by the optimizer's groups; Lightning's numbers them by the network."""
+        inner = getattr(optimizer, "_optimizer", optimizer)
+        named = get_optimizer_state_dict(self.model, inner, options=StateDictOptions(**_WHOLE, cpu_offload=True))
+        if not named:  # not the first rank
+            return named
+        numbers = {name: number for number, name in enumerate(_names(named))}
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in named["param_groups"]]
+        return {"state": {numbers[name]: state for name, state in named["state"].items()}, "param_groups": groups}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """What callbacks put in, such as averaged weights, is gathered as the network is."""
         whole = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
         super().save_checkpoint(whole, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The weights in it come sharded as the network's, for the callbacks that load them."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        """Into network and optimizers; the weights in it come back sharded, for the callbacks that load them."""
+        self._reshard()
+        checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
+        strict = self.lightning_module.strict_loading
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(**_WHOLE, strict=strict))
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            names = _names(get_optimizer_state_dict(self.model, optimizer))
+            groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
+            named = {"state": {names[n]: value for n, value in state["state"].items()}, "param_groups": groups}
+            set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(**_WHOLE))
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = _as_sharded(checkpoint[key], self.lightning_module)
         return checkpoint
+
+
+_WHOLE = {"full_state_dict": True}
+
+
+def _names(named: dict[str, Any]) -> list[str]:
+    """Parameters in the order of the optimizer's groups."""
+    return [name for group in named["param_groups"] for name in group["params"]]
 
 
 def refuse_unsharded(strategy: Strategy) -> None:
