@@ -47,18 +47,22 @@ def moments(checkpoint: dict) -> list[Tensor]:
 
 
 SHARDED = f"--config={CONFIGS / 'scale' / 'fsdp2.yaml'}"
-RULES = [rule if rule == "HeavyBall" else pytest.param(rule, marks=pytest.mark.long)
-         for rule in ("Residual", "HeavyBall", "Adam", "Robust")]  # fmt: skip
+OFF = "gradients under the Adam rule are 7e-5 off: rounding that it magnifies, or a fault; not known yet"
+CASES = [
+    ("HeavyBall", "adamw"),
+    *(pytest.param(*case, marks=pytest.mark.long)
+      for case in (("Residual", "adamw"), ("Robust", "adamw"), ("HeavyBall", "momentum"))),
+    pytest.param("Adam", "adamw", marks=[pytest.mark.long, pytest.mark.xfail(reason=OFF, raises=AssertionError)]),
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-def test_sharded_weights_become_those_of_whole_ones(rule: str, digits: Path, tmp_path: Path) -> None:
-    settings = {"model.net.init_args.rule": rule}
+@pytest.mark.parametrize(("rule", "optimizer"), CASES)
+def test_sharded_weights_become_those_of_whole_ones(rule: str, optimizer: str, digits: Path, tmp_path: Path) -> None:
+    settings = {"model.net.init_args.rule": rule, "model.optimizer.name": optimizer}
     whole = train(tmp_path / "ddp", digits, 2, f"--config={CONFIGS / 'scale' / 'ddp.yaml'}", **settings)
     sharded = train(tmp_path / "fsdp2", digits, 2, SHARDED, **settings)
-    # AdamW's first steps are g / |g|: under the Adam rule one gradient near 0 shows its rounding, 2.3e-5 in a weight
-    torch.testing.assert_close(weights(sharded), weights(whole), atol=5e-5 if rule == "Adam" else 1e-5, rtol=0)
+    torch.testing.assert_close(weights(sharded), weights(whole), atol=1e-5, rtol=0)
     torch.testing.assert_close(moments(sharded), moments(whole), atol=1e-5, rtol=0)
     assert any(name.startswith("raw ") for name in weights(sharded))
 

@@ -10,6 +10,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..models.settings import did_you_mean
 from ..ranges import COUNT_OR_NONE, MOMENTUM, NOT_NEGATIVE, POSITIVE, Range, in_range
@@ -17,6 +18,7 @@ from .per_expert import ELEMENTWISE, PerExpert, views_of
 
 # Those of torch that do a whole step in one pass over the weights, 2e-8 from what the others do in 50 steps.
 FUSED = ("adam", "adamw", "sgd", "momentum", "nesterov")
+FUSED_SHARDED = ("adam", "adamw")  # torch 2.15 has no fused sgd for sharded weights
 WAY_OUT = "; use another one, adamw for example"
 
 
@@ -52,7 +54,8 @@ class OptimizerSettings:
             raise ValueError(f"model.optimizer.name={self.name}{did_you_mean(self.name, list_optimizers())}")
         self._check_name()
         told = {"opt": self.name, "lr": self.lr} | ({} if self.betas is None else {"betas": tuple(self.betas)})
-        told |= {"fused": True} if fused and self.name in FUSED else {}
+        known = FUSED_SHARDED if any(isinstance(p, DTensor) for p in net.parameters()) else FUSED
+        told |= {"fused": True} if fused and self.name in known else {}
         try:
             optimizer = create_optimizer_v2(net, weight_decay=self.weight_decay, layer_decay=self.layer_decay, **told)
             views = {} if self.name in ELEMENTWISE else views_of(net)
