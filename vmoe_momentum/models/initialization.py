@@ -1,6 +1,9 @@
 """The published initialisation of V-MoE (flax defaults and google-research/vmoe, vmoe/nn/vit_moe.py at 942a78b)."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from timm.layers import AttentionPoolLatent, lecun_normal_
@@ -10,58 +13,108 @@ from torch import nn
 from ..moe import SparseMlp
 
 
-@torch.no_grad()
 def init_vmoe(net: VisionTransformer) -> None:
     """Xavier for attention and MLPs, MLP biases N(0, 1e-6), LeCun for patches and representation, zero head.
 
     `net.share_expert_init`: all experts of a layer start equal, as in the published recipes (`split_rngs: False`);
-    router noise and their tokens tell them apart.
+    router noise and their tokens tell them apart. `net.initial_seed` alone decides what is drawn on a CPU, whole or
+    (`training.materializing`) piece by piece; torch's generator stays where it was.
     """
-    lecun_normal_(net.patch_embed.proj.weight)
-    if net.patch_embed.proj.bias is not None:
-        nn.init.zeros_(net.patch_embed.proj.bias)
+    with seeded(net.initial_seed):
+        for _, draw in initializers(net):
+            draw()
+
+
+def draw_seed() -> int:
+    """For a network: a step of torch's generator, the same on every device."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is drawn on a CPU follows from the seed; the generator is put back."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def initializers(net: VisionTransformer) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+    """Every module with parameters of its own, in order, and what sets these parameters, and no others.
+
+    Raises ValueError: one that has no way to begin anew, in an upcycled network.
+    """
+    published = {**_of_ends(net), **{part: draw for block in net.blocks for part, draw in _of_block(net, block)}}
+    for module in net.modules():
+        if not module._parameters:
+            continue
+        draw = published.get(module) or getattr(module, "reset_parameters", None)
+        if draw is None:
+            raise ValueError(f"{type(module).__name__}: cannot be drawn anew (it has no reset_parameters)")
+        yield module, torch.no_grad()(draw)
+
+
+def _of_ends(net: VisionTransformer) -> dict[nn.Module, Callable[[], None]]:
+    """What lies before and behind the blocks."""
+    found = {net: partial(_init_tokens, net), net.patch_embed.proj: partial(_init_lecun, net.patch_embed.proj)}
+    pool = net.attn_pool
+    if isinstance(pool, AttentionPoolLatent):
+        found[pool] = partial(_init_probe, pool)
+        found |= {pool.kv: partial(_init_projections, pool.kv, 2)}
+        found |= {layer: partial(_init_projections, layer, 1) for layer in (pool.q, pool.proj)}
+        found |= {layer: partial(_init_mlp, layer) for layer in (pool.mlp.fc1, pool.mlp.fc2)}
+    if isinstance(net.pre_logits, nn.Sequential):
+        found[net.pre_logits.fc] = partial(_init_lecun, net.pre_logits.fc)
+    return {**found, net.head: partial(init_head, net.head)}
+
+
+def _of_block(net: VisionTransformer, block: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+    # query, key and value are separate layers in the reference
+    yield block.attn.qkv, partial(_init_projections, block.attn.qkv, 3)
+    yield block.attn.proj, partial(_init_projections, block.attn.proj, 1)
+    sparse = isinstance(block.mlp, SparseMlp)
+    layers = block.mlp.experts if sparse else block.mlp
+    for layer in (layers.fc1, layers.fc2):
+        draw = partial(layer.reset_parameters, share=net.share_expert_init) if sparse else partial(_init_mlp, layer)
+        yield layer, draw
+
+
+def _init_tokens(net: VisionTransformer) -> None:
     if net.pos_embed is not None:
         nn.init.normal_(net.pos_embed, std=0.02)
-    if net.cls_token is not None:
-        nn.init.zeros_(net.cls_token)
-    if net.reg_token is not None:
-        nn.init.zeros_(net.reg_token)
-    if isinstance(net.attn_pool, AttentionPoolLatent):
-        _init_map_head(net.attn_pool)
-    for block in net.blocks:
-        for weight in block.attn.qkv.weight.chunk(3):  # query, key and value are separate layers in the reference
-            nn.init.xavier_uniform_(weight)
-        nn.init.xavier_uniform_(block.attn.proj.weight)
-        for layer in (block.attn.qkv, block.attn.proj):
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        if isinstance(block.mlp, SparseMlp):
-            for layer in (block.mlp.experts.fc1, block.mlp.experts.fc2):
-                layer.reset_parameters(share=net.share_expert_init)
-        else:
-            _init_mlp(block.mlp)
-    if isinstance(net.pre_logits, nn.Sequential):
-        lecun_normal_(net.pre_logits.fc.weight)
-        nn.init.zeros_(net.pre_logits.fc.bias)
-    init_head(net.head)
+    for token in (net.cls_token, net.reg_token):
+        if token is not None:
+            nn.init.zeros_(token)
 
 
-def _init_mlp(mlp: nn.Module) -> None:
-    for layer in (mlp.fc1, mlp.fc2):
-        nn.init.xavier_uniform_(layer.weight)
-        if layer.bias is not None:
-            nn.init.normal_(layer.bias, std=1e-6)
+def _init_lecun(layer: nn.Module) -> None:
+    lecun_normal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
-def _init_map_head(pool: AttentionPoolLatent) -> None:
-    """Xavier for the probe (as one row of D), the projections and the MLP."""
+def _init_projections(layer: nn.Module, parts: int) -> None:
+    """Xavier for each of so many layers in one."""
+    for weight in layer.weight.chunk(parts):
+        nn.init.xavier_uniform_(weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _init_mlp(layer: nn.Module) -> None:
+    nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias, std=1e-6)
+
+
+def _init_probe(pool: AttentionPoolLatent) -> None:
+    """Xavier as of one row of D."""
     bound = math.sqrt(6 / (1 + pool.latent.shape[-1]))
     nn.init.uniform_(pool.latent, -bound, bound)
-    for weight in (pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight):
-        nn.init.xavier_uniform_(weight)
-    for layer in (pool.q, pool.kv, pool.proj):
-        nn.init.zeros_(layer.bias)
-    _init_mlp(pool.mlp)
+    if pool.pos_embed is not None:
+        nn.init.trunc_normal_(pool.pos_embed, std=pool.pos_embed.shape[1] ** -0.5)  # timm's
 
 
 @torch.no_grad()

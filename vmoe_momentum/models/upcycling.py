@@ -17,6 +17,7 @@ from ..moe import GShardRouter, Router, TopKRouter
 from ..momentum import MomentumRule, Residual
 from ..ranges import in_range
 from .blocks import DenseBlock, MomentumBlock
+from .initialization import draw_seed
 from .loading import pixels_per_patch
 from .placement import PostNorm, block_settings, check_post_norm, moe_indices, momentum_steps
 from .settings import describe, did_you_mean, from_spec, to_spec
@@ -94,7 +95,7 @@ class UpcycledViT(MomentumVisionTransformer):
         nn.Module.__init__(self)  # not the ViT's: every part and setting is the dense network's
         self.__dict__.update({key: value for key, value in vars(dense).items() if key != "training"})
         self.positions = "learn" if self.pos_embed is not None else "none"
-        self._keep_settings(rule, router, post_norm)
+        self._keep_settings(rule, router, post_norm, draw_seed())
         sparse = {"num_experts": num_experts, "router": router, "expert_drop": expert_drop_rate}
         blocks = []
         for index, block in enumerate(dense.blocks):

@@ -17,12 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe import Router
-from ..moe.experts import StackedLinear
 from ..momentum import Carry, MomentumRule
 from ..ranges import COUNT_OR_NONE, MOMENTUM, SIDE, Range, in_range
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .groups import fill_group
-from .initialization import init_head, init_vmoe
+from .initialization import draw_seed, init_head, init_vmoe
 from .placement import PostNorm, block_settings, check_post_norm, moe_indices, momentum_steps
 from .positions import AutocastStream, SinCos2d
 from .settings import from_spec, to_spec
@@ -81,11 +80,12 @@ class MomentumVisionTransformer(VisionTransformer):
             sparse = {"num_experts": num_experts, "router": router}
             return MomentumBlock(**block, **sparse, **shared, expert_drop=expert_drop_rate)
 
+        seed = draw_seed()  # before anything that draws on some devices only
         table = "learn" if pos_embed == "learn" else "none"
         super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
         self.positions: str = pos_embed
         self.sincos = SinCos2d()
-        self._keep_settings(rule, router, post_norm, share_expert_init)
+        self._keep_settings(rule, router, post_norm, seed, share_expert_init)
         if self.attn_pool is not None and timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm"):
             pool = self.attn_pool  # timm's would go without
             pool.q_norm, pool.k_norm = qk_norms(pool.head_dim, pool.q.weight)
@@ -97,9 +97,10 @@ class MomentumVisionTransformer(VisionTransformer):
         init_vmoe(self)
 
     def _keep_settings(
-        self, rule: MomentumRule, router: Router, post_norm: PostNorm, share_expert_init: bool = True
+        self, rule: MomentumRule, router: Router, post_norm: PostNorm, seed: int, share_expert_init: bool = True
     ) -> None:
         self.rule, self.router_spec, self.share_expert_init = rule, to_spec(router), share_expert_init
+        self.initial_seed = seed
         self.post_norm: str = post_norm
         self.pre_logits: nn.Module = nn.Identity()
         self.stream = AutocastStream()
@@ -213,13 +214,9 @@ class MomentumVisionTransformer(VisionTransformer):
             init_head(self.head)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """V-MoE's initialisation once more, of everything: after `to_empty`, say. timm's modes are not for it."""
+        """V-MoE's initialisation once more, the same draws: after `to_empty`, say. timm's modes are not for it."""
         if mode not in ("", "skip", "reset"):
             raise ValueError(f"weight_init={mode}: V-MoE networks start as published; leave it out")
-        for module in self.modules():
-            drawn_below = isinstance(module, StackedLinear)  # the experts, most of all parameters
-            if needs_reset and not drawn_below and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
         init_vmoe(self)
 
     @torch.jit.ignore
