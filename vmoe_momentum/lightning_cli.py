@@ -26,6 +26,7 @@ from .training import (
     AtomicCheckpointIO,
     EpochSeconds,
     FiniteTraining,
+    FSDP2Strategy,
     ImageClassifier,
     JobCheckpoints,
     MonitorCheck,
@@ -40,6 +41,7 @@ from .training import (
     SeededSteps,
     StopSignals,
     add_keepers,
+    build_on_meta,
     check_apart,
     check_callbacks,
     refuse_unsharded,
@@ -63,6 +65,14 @@ CKPT_KEYWORDS = ("best", "last", "hpc")
 
 class FitParser(WholeFirst, LightningArgumentParser):
     """Of fit, validate, test and predict."""
+
+    def instantiate(self, namespace: Any, instantiate_groups: bool = True, **options: Any) -> Any:
+        """jsonargparse's; what is to be spread over devices is built without memory."""
+        told = namespace.get(namespace.get("subcommand")) or namespace
+        strategy = told.get("trainer.strategy")
+        if str(getattr(strategy, "class_path", strategy)).endswith(FSDP2Strategy.__name__):
+            options["instantiators"] = [(build_on_meta, models.create_model, False)]
+        return super().instantiate(namespace, instantiate_groups, **options)
 
 
 class VMoECLI(LightningCLI):

@@ -219,6 +219,10 @@ class MomentumVisionTransformer(VisionTransformer):
             raise ValueError(f"weight_init={mode}: V-MoE networks start as published; leave it out")
         init_vmoe(self)
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """torch's; a network on the meta device takes the tensors themselves, a mapped file's without reading it."""
+        return super().load_state_dict(state_dict, strict, assign or any(p.is_meta for p in self.parameters()))
+
     @torch.jit.ignore
     def load_pretrained(self, checkpoint_path: str, prefix: str = "") -> None:
         """timm calls this for .npz files, whose names are another network's."""

@@ -104,6 +104,7 @@ class ImageClassifier(pl.LightningModule):
         self.forward_in_training = forward_normalized
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
+        self.compiled = compile
         if compile:  # in place, and of functions: no `_orig_mod.` in state dicts
             self.model.compile()
             self.forward_in_training = torch.compile(forward_normalized)
