@@ -11,9 +11,10 @@ import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 COMMENT = b"vmoe_momentum sha256 "  # in a checkpoint, followed by 64 hexadecimal digits
@@ -117,10 +118,14 @@ def remark(text: str) -> None:
 # ---- a folder
 
 
-def listed(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts` with the sha256 of every file in `folder` (but the lists), and of themselves: what a list holds."""
+def listed(folder: Path, facts: dict[str, Any], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """`facts` with the sha256 of every file in `folder` (but the lists), and of themselves: what a list holds.
+
+    known: those that somebody has already, by name.
+    """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in LISTS)
-    facts = {**facts, FILES: {path.relative_to(folder).as_posix(): sha256(path) for path in paths}}
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    facts = {**facts, FILES: {name: known.get(name) or sha256(path) for name, path in names.items()}}
     return {**facts, ITSELF: _of_facts(facts)}
 
 
@@ -130,9 +135,10 @@ def _of_facts(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def seal_folder(folder: Path) -> None:
+def seal_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> None:
     """Writes checksums.json, for folders that have no other list."""
-    (folder / LISTS[1]).write_text(json.dumps(listed(folder, {"vmoe_momentum_checksums": 1}), indent=1) + "\n")
+    facts = listed(folder, {"vmoe_momentum_checksums": 1}, known)
+    (folder / LISTS[1]).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def verify_folder(folder: Path, setting: str = "") -> None:

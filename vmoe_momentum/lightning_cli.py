@@ -18,6 +18,7 @@ from . import datasets, models, moe, momentum  # noqa: F401  (their classes reso
 from .configs import as_configs
 from .mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
+from .models.sharded import is_sharded
 from .parsers import WholeFirst
 from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, Range, check_all
 from .resources import Exhausted, explain
@@ -120,9 +121,9 @@ class VMoECLI(LightningCLI):
             return
         if "://" in str(path):
             raise ValueError(f"ckpt_path={path}: checkpoints load from local files only; download it first")
-        if not Path(path).is_file():
+        if not Path(path).is_file() and not is_sharded(Path(path)):
             raise FileNotFoundError(f"ckpt_path={path}: no such file; give a .ckpt that fit wrote, or leave it out")
-        read_checkpoint(Path(path), "ckpt_path=")
+        read_checkpoint(Path(path), "ckpt_path=", tensors=False)
 
     def _check_keyword(self, trainer: Trainer) -> None:
         """Raises FileNotFoundError: Lightning would train from scratch where last and hpc find nothing."""

@@ -67,6 +67,26 @@ def test_sharded_weights_become_those_of_whole_ones(rule: str, optimizer: str, d
     assert any(name.startswith("raw ") for name in weights(sharded))
 
 
+VARIANTS = {
+    "kept": {"trainer.strategy.reshard_after_forward": "false"},
+    "recomputed": {"model.net.init_args.grad_checkpointing": "true"},
+    "compiled": {"model.compile": "true"},
+    "learned": {"model.net.init_args.rule.learn": "true", "model.net.init_args.router": "SoftRouter"},
+    "bfloat16": {"trainer.precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ways_to_shard_change_no_weight(variant: str, digits: Path, tmp_path: Path) -> None:
+    settings = {"model.net.init_args.rule": "HeavyBall", **VARIANTS[variant]}
+    shared = {name: value for name, value in settings.items() if "strategy" not in name}
+    whole = train(tmp_path / "ddp", digits, 2, f"--config={CONFIGS / 'scale' / 'ddp.yaml'}", **shared)
+    sharded = train(tmp_path / "fsdp2", digits, 2, SHARDED, **settings)
+    torch.testing.assert_close(weights(sharded), weights(whole), atol=1e-5, rtol=0)
+    torch.testing.assert_close(moments(sharded), moments(whole), atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", [pytest.param("HeavyBall", marks=pytest.mark.long)])
 def test_sharded_weights_become_those_of_one_process(rule: str, digits: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from timm.models import get_model_args, is_model
 from torch import nn
 
-from ..checksums import verify_archive
+from ..checksums import verify_archive, verify_folder
 from ..moe import Router
 from ..momentum import MomentumRule
 from .directory import as_json, read_facts
@@ -18,6 +18,7 @@ from .factory import create_model
 from .loading import fit_to_data
 from .pixels import PixelModel
 from .settings import completed
+from .sharded import is_sharded, read_rest, read_sharded
 
 KEY = "vmoe_momentum"
 RAW = "current_model_state"  # where Lightning's weight averaging keeps what it averages over
@@ -68,7 +69,7 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
         }  # fmt: skip
         return SavedNetwork(source, facts, None, None)
     path = Path(source)
-    if not path.is_file():
+    if not path.is_file() and not is_sharded(path):
         raise FileNotFoundError(f"{source}: no such file; give a .ckpt that fit wrote, or local-dir:PATH")
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     told = (checkpoint["epoch"] + 1, checkpoint["global_step"], _is_averaged(checkpoint), trust_pickle)
@@ -76,15 +77,23 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
     return SavedNetwork(source, facts, *told)
 
 
-def read_checkpoint(path: Path, setting: str = "", trust_pickle: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, setting: str = "", trust_pickle: bool = False, tensors: bool = True) -> dict[str, Any]:
     """Raises ValueError unless `path` is a whole, undamaged checkpoint of ours; runs no code, unless trust_pickle.
 
-    setting: the name to blame, as "ckpt_path=". Tensors are mapped, not copied.
+    setting: the name to blame, as "ckpt_path=". Tensors are mapped, not copied; those that devices wrote together are
+    read, or with `tensors` False only verified.
     """
-    verify_archive(path, setting)
-    mapped = zipfile.is_zipfile(path)
+    sharded = is_sharded(path)
+    if sharded:
+        verify_folder(path, setting)
+    else:
+        verify_archive(path, setting)
     try:
-        checkpoint = torch.load(path, weights_only=not trust_pickle, map_location="cpu", mmap=mapped)
+        if sharded:
+            checkpoint = read_sharded(path) if tensors else read_rest(path)
+        else:
+            mapped = zipfile.is_zipfile(path)
+            checkpoint = torch.load(path, weights_only=not trust_pickle, map_location="cpu", mmap=mapped)
     except Exception as error:  # whatever the bytes of another file make of the reader
         raise ValueError(
             f"{setting}{path}: not a checkpoint that can be read safely ({str(error).split('.')[0]}); it is cut off, "

@@ -158,7 +158,9 @@ def last_checkpoint(trainer: pl.Trainer) -> Path | None:
         if isinstance(saver, ModelCheckpoint)
         for path in (saver.best_model_path, saver.last_model_path, saver._last_checkpoint_saved)
     ]
-    return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+    return max(
+        (path for path in paths if path.exists() and path.name), key=lambda path: path.stat().st_mtime, default=None
+    )
 
 
 def _way_out(trainer: pl.Trainer, module: Any) -> str:

@@ -10,7 +10,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from ..checksums import sealed, verify_archive
+from ..checksums import sealed, verify_archive, verify_folder
+from ..models.sharded import is_sharded, read_sharded
 from ..resources import room_for
 from ..staging import draft_of
 
@@ -64,6 +65,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Raises ValueError: it is not as it was written."""
+        if is_sharded(Path(path)):  # of more devices than this run has
+            verify_folder(Path(path), "ckpt_path=")
+            return read_sharded(Path(path))
         if Path(path).is_file():
             verify_archive(Path(path), "ckpt_path=")
         return super().load_checkpoint(path, *args, **kwargs)

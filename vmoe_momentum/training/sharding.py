@@ -1,7 +1,8 @@
 """Weights, gradients and moments spread over devices (FSDP2), each block gathered only while it computes."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from ..models import PixelModel
+from ..models.sharded import is_sharded, read_into, write_sharded
 from ..moe import Router
 from ..moe.experts import Experts
 from .materializing import materialize
@@ -41,10 +43,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         reshard_after_forward: Give a block's weights back after the forward pass and gather them again for the backward
             pass: less memory, half as much traffic again. The weights outside the blocks stay until the backward pass.
         process_group_backend: torch.distributed's: nccl, gloo, ...; by default as the device wants it.
+        checkpoints: whole ones, which the first device gathers in its memory; or sharded ones, folders that all devices
+            write at once, with the same guarantees. Any number of devices goes on from either, and all commands read
+            both; `vmoe-momentum consolidate` makes the one of the other.
     """
 
-    def __init__(self, reshard_after_forward: bool = True, process_group_backend: str | None = None) -> None:
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        process_group_backend: str | None = None,
+        checkpoints: Literal["whole", "sharded"] = "whole",
+    ) -> None:
+        sharded = checkpoints == "sharded"
+        super().__init__(save_distributed_checkpoint=sharded, process_group_backend=process_group_backend)
         self.reshard_after_forward = reshard_after_forward
         self._scalars: set[str] = set()  # names of what has one axis more here than in checkpoints
 
@@ -84,52 +95,71 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """As torch numbers parameters, by the optimizer's groups; Lightning's numbers them by the network."""
         inner = getattr(optimizer, "_optimizer", optimizer)
-        named = get_optimizer_state_dict(self.model, inner, options=StateDictOptions(**_WHOLE, cpu_offload=True))
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        named = get_optimizer_state_dict(self.model, inner, options=options)
         if not named:  # not the first rank
             return named
-        named["state"] = self._with_scalars(named["state"], ())
+        return self._numbered({**named, "state": self._with_scalars(named["state"], ())})
+
+    def _numbered(self, named: dict[str, Any]) -> dict[str, Any]:
         numbers = {name: number for number, name in enumerate(_names(named))}
         groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in named["param_groups"]]
         return {"state": {numbers[name]: state for name, state in named["state"].items()}, "param_groups": groups}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """What callbacks put in, such as averaged weights, is gathered as the network is."""
-        whole = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
-        for key in _STATES & whole.keys():
-            whole[key] = self._with_scalars(whole[key], ())
-        super().save_checkpoint(whole, filepath, storage_options)
+        """What callbacks put in, such as averaged weights, is gathered or written as the network is."""
+        if not self._save_distributed_checkpoint:
+            checkpoint = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
+        for key in _STATES & checkpoint.keys():
+            checkpoint[key] = self._with_scalars(checkpoint[key], ())
+        if self._save_distributed_checkpoint:
+            write_sharded(checkpoint, Path(self.broadcast(filepath)))
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Into network and optimizers; the weights in it come back sharded, for the callbacks that load them."""
         self._reshard()
-        checkpoint = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
+        path = Path(self.broadcast(checkpoint_path))
+        ours = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
+        weights = self.lightning_module.state_dict()
+        if is_sharded(path):
+            checkpoint = read_into(path, self._places(weights, ours))
+        else:
+            checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         for key in _STATES & checkpoint.keys():
-            checkpoint[key] = self._with_scalars(checkpoint[key], (1,))
+            checkpoint[key] = _as_sharded(self._with_scalars(checkpoint[key], (1,)), weights)
         strict = self.lightning_module.strict_loading
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(**_WHOLE, strict=strict))
-        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            names = _names(get_optimizer_state_dict(self.model, optimizer))
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(strict=strict))
+        for optimizer, own, state in zip(self.optimizers, ours, checkpoint.get("optimizer_states", ()), strict=False):
+            names = _names(own)
             groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
             moments = self._with_scalars({names[n]: value for n, value in state["state"].items()}, (1,))
+            moments = {n: _as_sharded(value, own["state"].get(n, {})) for n, value in moments.items()}
             named = {"state": moments, "param_groups": groups}
-            set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(**_WHOLE))
-        for key in _STATES & checkpoint.keys():
-            checkpoint[key] = _as_sharded(checkpoint[key], self.lightning_module)
+            set_optimizer_state_dict(self.model, optimizer, named)
         return checkpoint
+
+    def _places(self, weights: Mapping[str, Any], optimizers: list[dict[str, Any]]) -> dict[str, Any]:
+        """A checkpoint of this network and these optimizers with tensors to read into; nothing is read over."""
+
+        def like(value: Any) -> Any:
+            return tree_map_only(DTensor, torch.empty_like, value)
+
+        states = [like(self._numbered(optimizer)) for optimizer in optimizers]
+        return {**{key: like(dict(weights)) for key in _STATES}, "optimizer_states": states}
 
     def _with_scalars(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
         """Scalars, and what the optimizer knows of them but for its own count of steps, in that shape."""
         found = dict(named)
         for name in self._scalars & found.keys():
             value = found[name]
-            if isinstance(value, Tensor):
-                found[name] = value.reshape(shape)
-            else:
-                found[name] = {k: v.reshape(shape) if k != "step" and v.numel() == 1 else v for k, v in value.items()}
+            moments = value if isinstance(value, dict) else {"": value}
+            moments = {k: v if k == "step" else _whole(v).reshape(shape) for k, v in moments.items()}
+            found[name] = moments if isinstance(value, dict) else moments[""]
         return found
 
 
-_WHOLE = {"full_state_dict": True}
 _STATES = {"state_dict", "current_model_state"}  # of a checkpoint: weights, averaged or raw
 
 
@@ -198,13 +228,17 @@ def _blocks(net: nn.Module) -> list[nn.Module]:
     return [] if largest is None else [child for child in largest if any(True for _ in child.parameters())]
 
 
-def _as_sharded(state: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    own: dict[str, Tensor] = module.state_dict()
+def _as_sharded(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Spread as the tensors of the same names in `like` are; what they are not, or is so already, stays."""
 
     def one(name: str, value: Any) -> Any:
-        like = own.get(name)
-        if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        model = like.get(name)
+        if not isinstance(model, DTensor) or isinstance(value, DTensor):
             return value
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+        return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
     return {name: one(name, value) for name, value in state.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,161 @@
+"""Checkpoints that many devices write together: a folder, each device's tensors in files of its own.
+
+These files are torch.distributed.checkpoint's, so that any number of devices reads them; rest.pt is the checkpoint with
+a note in place of each spread tensor, and checksums.json lists the sha256 of all.
+"""
+
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
+
+from ..checksums import LISTS, seal_folder, sha256
+from ..resources import room_for
+from ..staging import remove_abandoned, staged
+
+REST, NOTE = "rest.pt", "vmoe_momentum_shard"  # the key of a note, whose value is the tensor's name in the files
+Group = dist.ProcessGroup | None
+
+
+def is_sharded(path: Path) -> bool:
+    """Of a folder that a process was killed in replacing, too: the previous one is put back."""
+    if not path.exists():
+        remove_abandoned(path)
+    return (path / REST).is_file()
+
+
+def write_sharded(checkpoint: dict[str, Any], path: Path, group: Group = None) -> None:
+    """By all ranks of the group together: `path` becomes the whole new checkpoint, or stays the one it was.
+
+    Raises OSError: no room on some rank's disk, or no right; on every rank.
+    """
+    shards: dict[str, Tensor] = {}
+    rest = _noted("", checkpoint, shards)
+    with ExitStack() as stack:
+        draft = _by_first(lambda: stack.enter_context(staged(path, overwrite=True, mark=LISTS[1])), group)
+        with room_for(path, sum(shard.to_local().nbytes for shard in shards.values())):
+            _save(shards, draft, group)
+        own = {file.name: sha256(file) for file in draft.glob(f"__{dist.get_rank(group)}_*")}
+        digests: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(digests, own, group=group)
+        _by_first(lambda: _finish(rest, draft, {k: v for found in digests for k, v in found.items()}), group)
+        _by_first(stack.close, group)  # takes its name
+
+
+def read_rest(path: Path) -> dict[str, Any]:
+    """Without the tensors. Runs no code. Raises what torch.load does."""
+    return torch.load(path / REST, weights_only=True, map_location="cpu")
+
+
+def read_sharded(path: Path) -> dict[str, Any]:
+    """The checkpoint as one device would have written it, in this process alone. Runs no code."""
+    reader = _Reader(path)
+    known = reader.read_metadata().state_dict_metadata
+    shards = {name: torch.empty(told.size, dtype=told.properties.dtype) for name, told in known.items()}
+    dcp.load(shards, storage_reader=_Reader(path), no_dist=True)
+    return _filled(read_rest(path), shards)
+
+
+def read_into(path: Path, checkpoint: dict[str, Any], group: Group = None) -> dict[str, Any]:
+    """By all ranks together: what lies at `path`, its tensors read into those that `checkpoint` has at their places.
+
+    Raises ValueError: they do not fit.
+    """
+    rest, wanted, own = read_rest(path), _names(read_rest(path)), {}
+    _noted("", checkpoint, own)
+    try:
+        shards = {name: own[name] for name in wanted}
+        dcp.load(shards, storage_reader=_Reader(path), process_group=group)
+    except (KeyError, CheckpointException) as error:
+        why = f"no {error} here" if isinstance(error, KeyError) else _cause(error)
+        raise ValueError(f"ckpt_path={path}: its tensors do not fit this network or optimizer ({why})") from error
+    return _filled(rest, shards)
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's, but for its index, which is a pickle and might hold code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or dcp.filesystem.StorageMeta()
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    _KNOWN = {"torch": {"Size", "device", "float32", "float64", "bfloat16", "float16", "int64", "int32", "bool"}}
+
+    def find_class(self, module: str, name: str) -> Any:
+        ours = module.startswith("torch.distributed.checkpoint.") or module in ("pathlib", "pathlib._local")
+        plain = (module, name) in {("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
+        if ours or plain or name in self._KNOWN.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not what an index of tensors holds")
+
+
+def _noted(place: str, value: Any, shards: dict[str, Tensor]) -> Any:
+    """With notes in place of spread tensors, which go into `shards`."""
+    if isinstance(value, DTensor):
+        shards[place] = value
+        return {NOTE: place}
+    if isinstance(value, dict):
+        return {key: _noted(f"{place}/{key}", item, shards) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_noted(f"{place}/{n}", item, shards) for n, item in enumerate(value))
+    return value
+
+
+def _filled(value: Any, shards: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return shards[value[NOTE]] if value.keys() == {NOTE} else {k: _filled(v, shards) for k, v in value.items()}
+    return type(value)(_filled(item, shards) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _names(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return {value[NOTE]} if value.keys() == {NOTE} else set().union(*map(_names, value.values()))
+    return set().union(*map(_names, value)) if isinstance(value, list | tuple) else set()
+
+
+def _save(shards: dict[str, Tensor], draft: Path, group: Group) -> None:
+    try:
+        dcp.save(shards, storage_writer=dcp.FileSystemWriter(draft), process_group=group)
+    except CheckpointException as error:
+        failed = next(iter(error.failures.values()))[0]
+        raise failed from error
+
+
+def _cause(error: CheckpointException) -> str:
+    return str(next(iter(error.failures.values()))[0]).split("\n")[0]
+
+
+def _finish(rest: dict[str, Any], draft: Path, digests: dict[str, str]) -> None:
+    with room_for(draft, 0), (draft / REST).open("wb") as file:
+        torch.save(rest, file)
+        file.flush()
+        os.fsync(file.fileno())
+    seal_folder(draft, digests)
+
+
+def _by_first(action: Callable[[], Any], group: Group) -> Any:
+    """What the first rank makes of it, or its error, on all."""
+    told: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            told[0] = action()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told, group=group, group_src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
