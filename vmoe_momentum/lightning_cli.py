@@ -42,7 +42,7 @@ from .training import (
     SeededSteps,
     StopSignals,
     add_keepers,
-    build_on_meta,
+    create_on_meta,
     check_apart,
     check_callbacks,
     refuse_unsharded,
@@ -70,9 +70,13 @@ class FitParser(WholeFirst, LightningArgumentParser):
     def instantiate(self, namespace: Any, instantiate_groups: bool = True, **options: Any) -> Any:
         """jsonargparse's; what is to be spread over devices is built without memory."""
         told = namespace.get(namespace.get("subcommand")) or namespace
-        strategy = told.get("trainer.strategy")
-        if str(getattr(strategy, "class_path", strategy)).endswith(FSDP2Strategy.__name__):
-            options["instantiators"] = [(build_on_meta, models.create_model, False)]
+        strategy, net = told.get("trainer.strategy"), told.get("model.net")
+        sharded = str(getattr(strategy, "class_path", strategy)).endswith(FSDP2Strategy.__name__)
+        name = str(getattr(net, "class_path", ""))
+        if sharded and name.startswith(f"{__package__}.") and name.endswith(f".{models.create_model.__name__}"):
+            namespace = namespace.clone()
+            told = namespace.get(namespace.get("subcommand")) or namespace
+            told.model.net.class_path = f"{create_on_meta.__module__}.{create_on_meta.__qualname__}"
         return super().instantiate(namespace, instantiate_groups, **options)
 
 

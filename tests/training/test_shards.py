@@ -19,8 +19,7 @@ from vmoe_momentum.models import PixelModel, directory
 from vmoe_momentum.moe import Router
 from vmoe_momentum.momentum import Complex, HeavyBall, MomentumRule
 from vmoe_momentum.names import subclasses
-from vmoe_momentum.training import build_on_meta
-from vmoe_momentum.training.materializing import materialize
+from vmoe_momentum.training.materializing import build_on_meta, materialize
 from vmoe_momentum.training.sharding import shard
 
 RULES, ROUTERS = subclasses(MomentumRule), {n: c for n, c in subclasses(Router).items() if not c.__abstractmethods__}

@@ -5,7 +5,7 @@ from .callbacks import EpochSeconds, RouterStats, RunSummary
 from .continuing import ResumedSettings
 from .finite import FiniteTraining, NotFinite
 from .keeping import add_keepers
-from .materializing import build_on_meta
+from .materializing import create_on_meta
 from .module import ImageClassifier
 from .optimization import OptimizerSettings, ScheduleSettings
 from .partial import PartialEpoch
@@ -36,7 +36,7 @@ __all__ = [
     "SeededSteps",
     "StopSignals",
     "add_keepers",
-    "build_on_meta",
+    "create_on_meta",
     "check_apart",
     "check_callbacks",
     "refuse_unsharded",
