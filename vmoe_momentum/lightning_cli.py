@@ -42,9 +42,9 @@ from .training import (
     SeededSteps,
     StopSignals,
     add_keepers,
-    create_on_meta,
     check_apart,
     check_callbacks,
+    create_on_meta,
     refuse_unsharded,
 )
 
