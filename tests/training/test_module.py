@@ -239,9 +239,9 @@ def test_cost_by_hand() -> None:
     assert cost.parameters == sum(p.numel() for p in net.parameters())
     assert cost.active == cost.parameters - 4 * (e - k) * expert
     attention = n * (4 * d * d) + 2 * n * n * d
-    dense, sparse = n * 2 * d * f, n * (k * 2 * d * f + d * e)
+    dense, sparse = n * 2 * d * f, n * (k * 2 * d * f + d * e + k * d)
     stem, head = 16 * 48 * d, 10 * d
-    products = 8 * attention + 4 * dense + 4 * sparse + stem + head  # combining adds, at this width
+    products = 8 * attention + 4 * dense + 4 * sparse + stem + head
     assert cost.gflops * 1e9 == pytest.approx(2 * products, rel=1e-6)
 
 

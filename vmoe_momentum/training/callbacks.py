@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..models.groups import images_together
 from ..models.settings import describe
+from .budget import budget, refuse_too_large, shape_of
 from .identity import describe_network
 from .instruments import RouterWatch, watch_routers
 from .profile import measure_cost
@@ -69,12 +70,17 @@ class EpochSeconds(Callback):
 
 
 class RunSummary(Callback):
-    """Prints what is about to be trained, and for how long, before the first step."""
+    """Prints what is about to be trained, where, and for how long, before the first step; refuses what has no room."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """While the network is whole. Raises ValueError: weights, gradients and moments are more than the memory."""
+        if stage == "fit":
+            self.cost = measure_cost(pl_module.model, pl_module.image_size)
+            self.budget = budget(trainer, pl_module)
+            refuse_too_large(self.budget, trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # every rank measures, though one prints: with sharded weights a forward pass is a collective
-        cost = measure_cost(pl_module.model, pl_module.image_size)
-        facts = describe_network(pl_module)
+        cost, facts = self.cost, describe_network(pl_module)
         steps = int(trainer.estimated_stepping_batches)
         rows = {"network": f"{facts['architecture']}, {facts['num_classes']} classes, {facts['image_size']} pixels"}
         for name in ("rule", "router"):
@@ -82,6 +88,8 @@ class RunSummary(Callback):
                 rows[name] = describe(facts["settings"][name])
         rows["parameters"] = f"{cost.parameters:,} in all, {cost.active:,} active"
         rows["per image"] = f"{cost.gflops:.3g} GFLOPs forward"
+        rows["devices"] = shape_of(trainer)
+        rows["memory"] = f"{self.budget.line()} on each of them"
         rows["steps"] = f"{steps:,}"
         images = trainer.datamodule.batch_size if trainer.datamodule is not None else None
         if images is not None and not isinstance(pl_module.model, FSDPModule):  # sharded ones have no passes to time

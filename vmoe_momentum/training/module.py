@@ -110,7 +110,7 @@ class ImageClassifier(pl.LightningModule):
             self.forward_in_training = torch.compile(forward_normalized)
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageClassifier":
-        """Lightning's; on the meta device it stays there, for `materialize`: weight averaging moves its copy at once."""
+        """Lightning's, but for networks without memory yet: weight averaging moves its copy at once."""
         on_meta = any(parameter.is_meta for parameter in self.parameters())
         return self if on_meta else super().to(*args, **kwargs)
 

@@ -194,7 +194,7 @@ def shard(
     policy = MixedPrecisionPolicy()
     if matrices is not None:
         policy = MixedPrecisionPolicy(matrices, torch.float32, cast_forward_inputs=False)  # the carry is float32
-    for block in _blocks(model.net):
+    for block in blocks(model.net):
         small = list(_not_matrices(block)) if matrices is not None else []
         if small:
             fully_shard(small, mesh=mesh, reshard_after_forward=False)
@@ -206,7 +206,7 @@ def shard(
 def _compile_blocks(module: ImageClassifier) -> None:
     """In place of the network as a whole, as gathering weights between blocks breaks its graph."""
     module.model._compiled_call_impl, module.forward_in_training = None, forward_normalized
-    for block in _blocks(module.model.net):
+    for block in blocks(module.model.net):
         block.compile()
 
 
@@ -221,7 +221,7 @@ def _not_matrices(block: nn.Module) -> Iterator[nn.Module]:
             yield from _not_matrices(child)
 
 
-def _blocks(net: nn.Module) -> list[nn.Module]:
+def blocks(net: nn.Module) -> list[nn.Module]:
     """The children of the network's largest list: a transformer's blocks, a convolutional network's stages."""
     lists = [child for child in net.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
     largest = max(lists, key=lambda child: sum(p.numel() for p in child.parameters()), default=None)
