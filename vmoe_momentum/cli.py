@@ -1,5 +1,5 @@
-"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze | robustness | export
-| classify`.
+"""One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze | robustness |
+consolidate | export | classify`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
 first word. Lightning, torch and timm take seconds to import, so each command imports what it needs once it is known.
@@ -33,6 +33,7 @@ commands:
   predict    write class probabilities to predictions.csv
   analyze    look into trained networks: spectrum, load, norms, sensitivity, ablate, compare (... analyze --help)
   robustness corruptions, other pictures, attacks: a report for one or many models (... robustness --help)
+  consolidate  a checkpoint that many devices wrote, as one file
   export     a checkpoint as timm directory, exported program, ONNX or tensors (... export --help)
   classify   the likeliest classes of pictures, from what export wrote (... classify --help)
 
@@ -94,6 +95,12 @@ def run_robustness(argv: list[str]) -> None:
     commands.run(argv, open_models)
 
 
+def run_consolidate(argv: list[str]) -> None:
+    from .training import consolidating
+
+    consolidating.run(argv)
+
+
 def run_export(argv: list[str]) -> None:
     from .export import commands
 
@@ -108,7 +115,7 @@ def run_classify(argv: list[str]) -> None:
 
 COMMANDS = {
     "data": run_data, "import": run_import, "analyze": run_analyze, "robustness": run_robustness,
-    "export": run_export, "classify": run_classify,
+    "consolidate": run_consolidate, "export": run_export, "classify": run_classify,
 }  # fmt: skip
 
 

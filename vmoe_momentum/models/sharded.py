@@ -6,6 +6,7 @@ a note in place of each spread tensor, and checksums.json lists the sha256 of al
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -62,7 +63,9 @@ def read_sharded(path: Path) -> dict[str, Any]:
     reader = _Reader(path)
     known = reader.read_metadata().state_dict_metadata
     shards = {name: torch.empty(told.size, dtype=told.properties.dtype) for name, told in known.items()}
-    dcp.load(shards, storage_reader=_Reader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(shards, storage_reader=reader, no_dist=True)
     return _filled(read_rest(path), shards)
 
 
