@@ -120,11 +120,11 @@ def spread(experts: nn.Module, mesh: "dist.DeviceMesh") -> None:
             setattr(layer, name, nn.Parameter(shard, requires_grad=weight.requires_grad))
 
 
-def check_divides(num_experts: int, ranks: int) -> None:
-    """Raises ValueError: experts cannot be spread evenly."""
+def check_divides(num_experts: int, ranks: int, setting: str = "expert_parallel") -> None:
+    """Raises ValueError: experts cannot be spread evenly. setting: the name to blame."""
     if num_experts % ranks:
         fitting = [n for n in range(2, num_experts + 1) if num_experts % n == 0]
         raise ValueError(
-            f"expert_parallel={ranks}: it does not divide a layer's num_experts={num_experts}; use "
+            f"{setting}={ranks}: it does not divide a layer's num_experts={num_experts}; use "
             + (f"one of {', '.join(map(str, fitting))}" if fitting else "1, or more experts")
         )

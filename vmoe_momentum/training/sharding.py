@@ -19,8 +19,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from ..models import PixelModel
+from ..ranges import COUNT, in_range
+from .experts import experts_mesh, shard_experts
 
 
+@in_range("trainer.strategy.init_args.", expert_parallel=COUNT)
 class FSDP2Strategy(ModelParallelStrategy):
     """Every device holds its share of each tensor: of weights, gradients and the optimizer's moments.
 
@@ -32,24 +35,34 @@ class FSDP2Strategy(ModelParallelStrategy):
         reshard_after_forward: Give a block's weights back after the forward pass and gather them again for the backward
             pass: less memory, half as much traffic again. The weights outside the blocks stay until the backward pass.
         process_group_backend: torch.distributed's: nccl, gloo, ...; by default as the device wants it.
+        expert_parallel: Ranks that hold one copy of all experts among them, whole ones each, and send each other the
+            tokens for them (expert parallelism), 1 to 1e9; a divisor of all ranks and of the number of experts.
+            Further copies share each expert's weights among them. 1 treats experts as any other weights.
     """
 
-    def __init__(self, reshard_after_forward: bool = True, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        process_group_backend: str | None = None,
+        expert_parallel: int = 1,
+    ) -> None:
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
-        self.reshard_after_forward = reshard_after_forward
+        self.reshard_after_forward, self.expert_parallel = reshard_after_forward, expert_parallel
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        mesh = self.device_mesh["data_parallel"]
+        mesh, experts = self.device_mesh["data_parallel"], None
+        if self.expert_parallel > 1:
+            experts = experts_mesh(self.root_device.type, mesh.size(), self.expert_parallel)
         module = self.lightning_module
-        shard(module.model, mesh, self.reshard_after_forward)
+        shard(module.model, mesh, self.reshard_after_forward, experts)
         for callback in trainer.callbacks:
             average = getattr(callback, "_average_model", None) if isinstance(callback, WeightAveraging) else None
             if average is not None:
-                shard(average.module.model, mesh, self.reshard_after_forward)
+                shard(average.module.model, mesh, self.reshard_after_forward, experts)
         module.configure_model = lambda: None  # Lightning wants one; what it is for is done
         super().setup(trainer)
 
@@ -113,10 +126,14 @@ def refuse_unsharded(strategy: Strategy) -> None:
         )
 
 
-def shard(model: PixelModel, mesh: DeviceMesh, reshard_after_forward: bool = True) -> None:
-    """In place: the network's blocks, one by one, then what lies around them."""
+def shard(
+    model: PixelModel, mesh: DeviceMesh, reshard_after_forward: bool = True, experts: DeviceMesh | None = None
+) -> None:
+    """In place: the network's blocks, one by one, then what lies around them. experts: the mesh of `shard_experts`."""
     if isinstance(model, FSDPModule):
         return
+    if experts is not None:
+        shard_experts(model.net, experts, reshard_after_forward=reshard_after_forward)
     for block in _blocks(model.net):
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh)
