@@ -21,7 +21,9 @@ SETTING = "trainer.strategy.init_args.expert_parallel"
 
 def experts_mesh(device_type: str, ranks: int, expert_parallel: int) -> DeviceMesh:
     """Neighbouring ranks exchange rows: those of one node, where P is at most its number of devices."""
-    return init_device_mesh(device_type, (ranks // expert_parallel, expert_parallel), mesh_dim_names=AXES)
+    mesh = init_device_mesh(device_type, (ranks // expert_parallel, expert_parallel), mesh_dim_names=AXES)
+    mesh._flatten()  # norms are summed over both axes at once, in one order for all ranks
+    return mesh
 
 
 def check_experts(net: nn.Module, ranks: int, expert_parallel: int) -> None:
@@ -60,3 +62,5 @@ def shard_experts(net: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
         fully_shard(layer.experts, mesh=mesh[AXES[0]], shard_placement_fn=lambda weight: Shard(1), **options)
         # Gradients hold what the P ranks' rows add already: the mean over all ranks is the sum over copies by that.
         layer.experts.set_gradient_divide_factor(mesh.size())
+        # Gloo has no sum of quotients; of one copy torch 2.15 would divide twice.
+        layer.experts.set_force_sum_reduction_for_comms(mesh[AXES[0]].size() > 1)
