@@ -15,12 +15,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from ..models import PixelModel
 from ..ranges import COUNT, in_range
 from .experts import experts_mesh, shard_experts
+from .scalars import keep_scalars
 
 
 @in_range("trainer.strategy.init_args.", expert_parallel=COUNT)
@@ -134,10 +135,22 @@ def shard(
         return
     if experts is not None:
         shard_experts(model.net, experts, reshard_after_forward=reshard_after_forward)
+    how = {
+        "mesh": mesh, "ignored_params": keep_scalars(model, mesh),
+        "shard_placement_fn": lambda weight: Shard(cut_axis(weight, mesh.size())),
+    }  # fmt: skip
     for block in _blocks(model.net):
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **how)
+    fully_shard(model, **how)
     register_fsdp_forward_method(model, "forward_normalized")  # training enters there, not through forward
+
+
+def cut_axis(weight: Tensor, ranks: int) -> int:
+    """The first axis that divides by the ranks, or 0.
+
+    FSDP2 fills another one up: 8 experts on 64 ranks would be sent, and gathered, as 64.
+    """
+    return next((axis for axis, size in enumerate(weight.shape) if size % ranks == 0), 0)
 
 
 def _blocks(net: nn.Module) -> list[nn.Module]:
