@@ -7,7 +7,7 @@ Legend of axes: this folder's __init__.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -101,20 +101,36 @@ def _all_to_all(rows: Tensor, received: list[int] | None, sent: list[int] | None
     return wait_tensor(all_to_all_single_autograd(rows.contiguous(), received, sent, group))
 
 
-def local_part(weight: Tensor) -> Tensor:
-    """Of a sharded weight what this rank holds, with its gradient; a plain one is whole."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
+def local_part(weight: Tensor, gradient_factor: float = 1.0) -> Tensor:
+    """Of a sharded weight what this rank holds, with its gradient, times a factor; a plain one is whole."""
+    if not hasattr(weight, "to_local"):
+        return weight
+    local = weight.to_local()
+    return local if gradient_factor == 1 else _ScaledGradient.apply(local, gradient_factor)
 
 
-def spread(experts: nn.Module, mesh: "dist.DeviceMesh") -> None:
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def spread(experts: nn.Module, mesh: "dist.DeviceMesh", gradient_factor: float = 1.0) -> None:
     """In place: each rank of a mesh of one axis keeps its own E / P of the stacked experts.
 
-    Raises ValueError: P does not divide E.
+    gradient_factor: on what a backward pass adds to their gradients, which the rows of all P ranks add to: 1 / P where
+    the mean of the ranks' losses is minimised, rather than their sum. Raises ValueError: P does not divide E.
     """
     from torch.distributed.tensor import Shard, distribute_tensor
 
     for layer in experts.modules():
         for name, weight in list(layer.named_parameters(recurse=False)):
+            layer.gradient_factor = gradient_factor
             check_divides(weight.shape[0], mesh.size())
             shard = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(layer, name, nn.Parameter(shard, requires_grad=weight.requires_grad))

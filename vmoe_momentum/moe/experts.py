@@ -18,6 +18,8 @@ from .routing import autocast_dtype
 class StackedLinear(nn.Module):
     """E linear layers of which each row goes through one. weight: [E, out, in] as in nn.Linear; bias: [E, out]."""
 
+    gradient_factor: float = 1.0  # where the experts are spread over ranks, see exchange.spread
+
     def __init__(self, num_experts: int, in_features: int, out_features: int, draw: bool = True) -> None:
         """draw: False leaves the memory as it is, for weights that come from elsewhere."""
         super().__init__()
@@ -38,7 +40,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, rows: Tensor, groups: "Groups | None") -> Tensor:
         """rows: [R, in], sorted by expert, or [E, R/E, in] -> [R, out] or [E, R/E, out]."""
-        weight, bias = local_part(self.weight).to(rows.dtype), local_part(self.bias).to(rows.dtype)
+        weight, bias = (local_part(p, self.gradient_factor).to(rows.dtype) for p in (self.weight, self.bias))
         if rows.dim() == 3 and weight_first(weight):
             return torch.baddbmm(bias.unsqueeze(2), weight, rows.transpose(1, 2)).transpose(1, 2)
         weight = weight.transpose(1, 2)

@@ -56,11 +56,8 @@ def shard_experts(net: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     for layer in net.modules():
         if not isinstance(layer, SparseMlp):
             continue
-        spread(layer.experts, mesh[AXES[1]])
+        # P ranks' rows add to these gradients, of losses whose mean is wanted; FSDP2 takes the mean over copies.
+        spread(layer.experts, mesh[AXES[1]], gradient_factor=1 / mesh[AXES[1]].size())
         layer.router.even = True
         # The second axis, whose ranks share: which experts a rank has is settled.
         fully_shard(layer.experts, mesh=mesh[AXES[0]], shard_placement_fn=lambda weight: Shard(1), **options)
-        # Gradients hold what the P ranks' rows add already: the mean over all ranks is the sum over copies by that.
-        layer.experts.set_gradient_divide_factor(mesh.size())
-        # Gloo has no sum of quotients; of one copy torch 2.15 would divide twice.
-        layer.experts.set_force_sum_reduction_for_comms(mesh[AXES[0]].size() > 1)
