@@ -92,9 +92,9 @@ def test_gradients_are_those_of_one_process(ranks: int, parallels: list[int], tm
 
 
 def words(digits: Path, ranks: int, way: str, steps: int = 20, rough: bool = True, **settings: object) -> list[str]:
-    """A run of `steps` steps of two batches, 32 images in all; rough: mixup and whatever else draws at random."""
+    """A run of `steps` steps of two batches, 16 images in all; rough: mixup and whatever else draws at random."""
     given = {
-        "data": "FolderDataModule", "data.root": digits, "data.num_workers": 0, "data.batch_size": 32 // ranks,
+        "data": "FolderDataModule", "data.root": digits, "data.num_workers": 0, "data.batch_size": 16 // ranks,
         "trainer.accelerator": "cpu", "trainer.devices": ranks, "trainer.max_epochs": 1,
         "trainer.limit_train_batches": 2 * steps, "trainer.accumulate_grad_batches": 2,
         "trainer.limit_val_batches": 1, "trainer.enable_progress_bar": "false", "trainer.num_sanity_val_steps": 0,
@@ -150,15 +150,13 @@ def test_loss_curves_are_those_of_one_process(rule: str, digits: Path, tmp_path:
             torch.testing.assert_close(losses(folder / way, ranks).mean(dim=0), one, atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_any_number_of_devices_goes_on_from_its_checkpoint(digits: Path, pictures: Path, tmp_path: Path) -> None:
     short = {"steps": 2, "rough": False}
-    more = {"trainer.max_epochs": 2, "ckpt_path": tmp_path / "first" / "last.ckpt"}
-    saver = {"trainer.callbacks+": "lightning.pytorch.callbacks.ModelCheckpoint", "trainer.callbacks.dirpath": "."}
-    saver |= {"trainer.callbacks.filename": "last", "trainer.callbacks.enable_version_counter": "false"}
+    more = {"trainer.max_epochs": 2, "ckpt_path": tmp_path / "first/runs/digits/version_0/checkpoints/last.ckpt"}
     # 5 and 4 images, in batches of 4 and 1, and of 3 and 1
     sizes = {"data.root": pictures, "data.eval_batch_size": 4, "trainer.limit_val_batches": 1.0}
-    programs = [("first", words(digits, 2, "2", **short, **saver))]
+    programs = [("first", words(digits, 2, "2", **short))]
     programs += [(way, words(digits, 2, way, **short, **more)) for way in ("2", "1")]
     programs.append(("uneven", ["validate", *words(pictures, 2, "2", **short, **sizes)[1:-1]]))
     run_on_ranks(2, tmp_path, programs)
@@ -170,13 +168,13 @@ def test_any_number_of_devices_goes_on_from_its_checkpoint(digits: Path, picture
         torch.testing.assert_close(weights(last(tmp_path / way)), weights(one), atol=1e-5, rtol=0)
         torch.testing.assert_close(moments(last(tmp_path / way)), moments(one), atol=1e-6, rtol=0)
     ours, theirs = (scores(tmp_path / name) for name in ("uneven", "even"))
-    assert ours == pytest.approx(theirs, abs=1e-5) and ours["val/top1"] == theirs["val/top1"]
+    assert ours == pytest.approx(theirs, abs=1e-5) and len(ours) == 2
 
 
 def scores(folder: Path) -> dict[str, float]:
     with next(folder.rglob("metrics.csv")).open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {name: float(value) for row in rows for name, value in row.items() if name.startswith("val/") and value}
+    return {name: float(row[name]) for row in rows for name in ("val/loss", "val/top1") if row[name]}
 
 
 REFUSED = [
