@@ -181,14 +181,42 @@ def rules() -> str:
     return "\n".join(lines)
 
 
+def traffic(ranks: int) -> str:
+    """What each way to spread a network sends in a step, and what a rank holds and gathers, all in GB."""
+    rows = [row for row in read("traffic") if int(row["ranks"]) == ranks and row["backend"] == "nccl"]
+    ways = ["DDP", "FSDP2", "experts", "FSDP2 x experts"]
+    lines = [f"| network | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for name in dict.fromkeys(row["network"] for row in rows):
+        cells = []
+        for way in ways:
+            own = [row for row in rows if (row["network"], row["how"]) == (name, way)]
+            held = [float(own[0][column]) / 1e3 for column in ("sent_MB", "held_MB", "gathered_MB")] if own else []
+            cells.append(f"{held[0]:.3g}; {held[1]:.3g} + {held[2]:.3g}" if held else "")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def traffic_measured() -> str:
+    """Computed beside measured, MB."""
+    lines = ["| ranks | how | sent, computed | sent, measured | held, computed | held, measured |", "|---" * 6 + "|"]
+    for row in read("traffic"):
+        if row["measured_sent_MB"]:
+            cells = [
+                row[name] for name in ("ranks", "how", "sent_MB", "measured_sent_MB", "held_MB", "measured_held_MB")
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "dataloading": dataloading, "digits": digits, "export": export, "rules": rules, "speed": speed, "zoo": zoo,
     "layers": partial(layers, "moe_layer"),
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
     "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
+    "traffic_8": partial(traffic, 8), "traffic_64": partial(traffic, 64), "traffic_measured": traffic_measured,
     "corruptions": corruptions, "before_after": before_after, "busy": busy,
 }  # fmt: skip
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "configs" / "scale" / "README.md")
 
 
 def fill(text: str) -> str:

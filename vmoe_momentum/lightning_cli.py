@@ -44,6 +44,7 @@ from .training import (
     add_keepers,
     check_apart,
     check_callbacks,
+    check_experts,
     create_on_meta,
     refuse_unsharded,
 )
@@ -155,6 +156,8 @@ class VMoECLI(LightningCLI):
         check_apart(self._get(self.config_init, "trainer.callbacks"))
         trainer = super().instantiate_trainer(**kwargs)
         refuse_unsharded(trainer.strategy)
+        spread = getattr(trainer.strategy, "expert_parallel", 1)
+        check_experts(self.model.model.net, trainer.num_devices * trainer.num_nodes, spread)
         folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
         for name, folder in (*folders, ("default_root_dir", trainer.default_root_dir)):
             if folder is not None and "://" not in str(folder):

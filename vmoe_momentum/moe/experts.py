@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .exchange import exchanged, local_part
 from .paths import bias_by_product, grouped_on_device, weight_first
 from .routing import autocast_dtype
 
 
 class StackedLinear(nn.Module):
     """E linear layers of which each row goes through one. weight: [E, out, in] as in nn.Linear; bias: [E, out]."""
+
+    gradient_factor: float = 1.0  # where the experts are spread over ranks, see exchange.spread
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, draw: bool = True) -> None:
         """draw: False leaves the memory as it is, for weights that come from elsewhere."""
@@ -37,7 +40,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, rows: Tensor, groups: "Groups | None") -> Tensor:
         """rows: [R, in], sorted by expert, or [E, R/E, in] -> [R, out] or [E, R/E, out]."""
-        weight, bias = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
+        weight, bias = (local_part(p, self.gradient_factor).to(rows.dtype) for p in (self.weight, self.bias))
         if rows.dim() == 3 and weight_first(weight):
             return torch.baddbmm(bias.unsqueeze(2), weight, rows.transpose(1, 2)).transpose(1, 2)
         weight = weight.transpose(1, 2)
@@ -92,6 +95,7 @@ class Experts(nn.Module):
     """fc2(act(fc1(x))) per expert, dropout after each as in V-MoE's MlpBlock.
 
     Under autocast the rows and weights are cast to its dtype (torch's grouped product is not on autocast's list).
+    Weights that are spread over ranks bring their mesh along: then rows are exchanged.
     """
 
     def __init__(
@@ -103,11 +107,19 @@ class Experts(nn.Module):
         self.fc2 = StackedLinear(num_experts, hidden, width, draw)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, rows: Tensor, ends: Tensor | None) -> Tensor:
-        """rows: [R, D], sorted by expert, and their ends, as Plan.dispatch gives them -> [R, D]."""
-        shape = rows.shape
+    def forward(self, rows: Tensor, ends: Tensor | None, even: bool = False) -> Tensor:
+        """rows: [R, D], sorted by expert, and their ends, as Plan.dispatch gives them -> [R, D].
+
+        even: all ranks have as many rows, for every expert as many, and all know it (for experts spread over ranks).
+        """
         rows = rows.to(autocast_dtype(rows.device) or rows.dtype)
-        num_experts = self.fc1.weight.shape[0]
+        mesh = getattr(self.fc1.weight, "device_mesh", None)
+        if mesh is None:
+            return self._compute(rows, ends)
+        return exchanged(self._compute, rows, ends, self.fc1.weight.shape[0], mesh.get_group(), even)
+
+    def _compute(self, rows: Tensor, ends: Tensor | None) -> Tensor:
+        shape, num_experts = rows.shape, local_part(self.fc1.weight).shape[0]
         if ends is None:
             rows = rows.reshape(num_experts, shape[0] // num_experts, shape[1])
         groups = None if ends is None else Groups.of(rows, ends)

@@ -35,7 +35,8 @@ class SparseMlp(nn.Module):
         """
         plan, losses = self.router(x, noise)
         rows, ends = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
-        outputs = plan.combine(self._on_the_wire(self.experts(rows, ends)))
+        even = ends is None and self.training and self.router.even  # batches of training are equally large
+        outputs = plan.combine(self._on_the_wire(self.experts(rows, ends, even)))
         return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary)
 
     def _on_the_wire(self, x: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from .routing import autocast_dtype
 Fill = Literal["packed", "slots", "fullest"]
 
 
-def fill(x: Tensor) -> Fill:
+def fill(x: Tensor, even: bool = False) -> Fill:
     """How many rows has each expert? x: what is routed.
+
+    even: slots wherever capacity is finite: experts are on other ranks, which then know how many rows are to come.
 
     - packed: as many as it was assigned, one expert's after another's; torch's grouped product takes them.
     - slots: where capacity is finite, all its slots, full or not; a batched product of a shape that the host knows. On
@@ -25,6 +27,8 @@ def fill(x: Tensor) -> Fill:
       and a batched product gives each thread whole experts: 0.7 of the grouped product's time at the digits' shape and
       at E 64, D 384, as much at E 8. Not where a graph is made, whose shapes are fixed.
     """
+    if even:
+        return "slots"
     if x.device.type == "cpu":
         return "packed" if torch.compiler.is_compiling() else "fullest"
     by_device = grouped_on_device(autocast_dtype(x.device) or x.dtype, x.device)

@@ -57,6 +57,7 @@ class Router(nn.Module, ABC):
     group_size: int | Literal["image"]
     bfloat16_dispatch: bool
     noise_std: float = 0.0  # while training, on the logits
+    even: bool = False  # are rows to lie as every rank can tell from the batch's shape? set where experts are spread
 
     @abstractmethod
     def add_weights(self, width: int, num_experts: int) -> None:

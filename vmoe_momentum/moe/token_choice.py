@@ -90,7 +90,7 @@ class TokenChoice(LinearGate):
             logits = self.grouped(logits)
         if noise is not None:
             noise = noise.reshape(*logits.shape[:2], noise.shape[-1])
-        return self.route(logits, noise, slots, fill(x))
+        return self.route(logits, noise, slots, fill(x, self.even))
 
     def _tokens_together(self, num_tokens: int) -> int:
         return num_tokens if self.group_size == "image" else self.group_size

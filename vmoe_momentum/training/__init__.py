@@ -3,6 +3,7 @@
 from .accepted import MonitorCheck, check_apart, check_callbacks
 from .callbacks import EpochSeconds, RouterStats, RunSummary
 from .continuing import ResumedSettings
+from .experts import check_experts
 from .finite import FiniteTraining, NotFinite
 from .keeping import add_keepers
 from .materializing import create_on_meta
@@ -39,5 +40,6 @@ __all__ = [
     "create_on_meta",
     "check_apart",
     "check_callbacks",
+    "check_experts",
     "refuse_unsharded",
 ]

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from torch import nn
 
+from ..moe.experts import Experts
 from .profile import saved_bytes
 from .sharding import FSDP2Strategy, blocks
 
@@ -37,21 +39,31 @@ class Budget(NamedTuple):
 def budget(trainer: pl.Trainer, module: Any) -> Budget:
     """Of a run that is about to start. Sharded weights are counted as evenly spread."""
     net, strategy = module.model, trainer.strategy
-    parameters = sum(p.numel() * p.element_size() for p in net.parameters())
+    parameters = _bytes(net)
     shares = trainer.world_size if isinstance(strategy, FSDP2Strategy) else 1
     moments = MOMENTS.get(module.optimizer_settings.name)
     averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
     own = -(-parameters // shares)
     gathered = 0
     if shares > 1:
-        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks(net.net)]
-        around = parameters - sum(sizes)  # stays from its first use to the backward pass
+        sizes = [_gathered(block, strategy.expert_parallel) for block in blocks(net.net)]
+        around = parameters - sum(_gathered(block, 1) for block in blocks(net.net))  # stays until the backward pass
         kept = sorted(sizes)[-2:] if strategy.reshard_after_forward else sizes  # the next one comes while one computes
         gathered = around + sum(kept)
     images = trainer.datamodule.batch_size if trainer.datamodule is not None else 0
     each = saved_bytes(net, module.image_size)
     activations = None if each is None else each * images
     return Budget(own, own, None if moments is None else moments * own, averaged * own, gathered, activations)
+
+
+def _gathered(block: nn.Module, expert_parallel: int) -> int:
+    """Of a block, while it computes."""
+    experts = sum(_bytes(part) for part in block.modules() if isinstance(part, Experts))
+    return _bytes(block) - experts + experts // expert_parallel
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def refuse_too_large(needed: Budget, trainer: pl.Trainer) -> None:
@@ -95,5 +107,6 @@ def shape_of(trainer: pl.Trainer) -> str:
     """The mesh, for people."""
     strategy, ranks = trainer.strategy, trainer.world_size
     if isinstance(strategy, FSDP2Strategy):
-        return f"FSDP2 over {ranks} devices"
+        apart = f", experts on {strategy.expert_parallel} of them" if strategy.expert_parallel > 1 else ""
+        return f"FSDP2 over {ranks} devices{apart}"
     return f"{ranks} copies of the network, one a device" if ranks > 1 else "one device"

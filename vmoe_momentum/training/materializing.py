@@ -26,7 +26,10 @@ def build_on_meta(make: Callable[..., nn.Module], **settings: Any) -> nn.Module:
     left = [name for name, p in net.named_parameters() if p.is_meta and LEARNED not in name]
     loaded = all(name.startswith("head.") for name in left)  # of other classes than the file's
     known = isinstance(net, MomentumVisionTransformer) and not any(b.is_meta for b in net.buffers())
-    return net if known and (fresh or loaded) else make(**settings)
+    if not (known and (fresh or loaded)):
+        return make(**settings)
+    materialize(net, torch.device("cpu"), scalars=True)  # which are not spread: FSDP2 is to find them as they stay
+    return net
 
 
 @wraps(create_model)
@@ -39,8 +42,9 @@ create_on_meta.__module__, create_on_meta.__qualname__ = __name__, "create_on_me
 
 
 @torch.no_grad()
-def materialize(net: nn.Module, device: torch.device) -> None:
-    """In place: parameters on the meta device become those that the network would have been built with.
+def materialize(net: nn.Module, device: torch.device, scalars: bool = False) -> None:
+    """In place: parameters on the meta device, or of them scalars alone, become those that the network would have been
+    built with.
 
     One module at a time is drawn as a whole, in memory that is free again at once. Positions that were resampled
     between are drawn at their new size.
@@ -49,13 +53,15 @@ def materialize(net: nn.Module, device: torch.device) -> None:
         return
     with seeded(net.initial_seed):
         for module, draw in initializers(net):
-            if any(p is not None and p.is_meta for p in module._parameters.values()):
-                _materialize_one(module, draw, device)
+            held = {name: p for name, p in module._parameters.items() if p is not None and p.is_meta}
+            absent = [name for name, p in held.items() if p.ndim == 0 or not scalars]
+            if absent:
+                _materialize_one(module, absent, draw, device)
 
 
-def _materialize_one(module: nn.Module, draw: Callable[[], None], device: torch.device) -> None:
-    absent = [name for name, p in module._parameters.items() if p is not None and p.is_meta]
-    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t, recurse=False)
+def _materialize_one(module: nn.Module, absent: list[str], draw: Callable[[], None], device: torch.device) -> None:
+    wanted = {id(module._parameters[name]) for name in absent}
+    module._apply(lambda t: torch.empty_like(t, device=device) if id(t) in wanted else t, recurse=False)
     own = dict(module._parameters)
     whole = {name: None if p is None else nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for name, p in own.items()}
     module._parameters.update(whole)

@@ -22,6 +22,7 @@ from ..models.saved import KEY
 from ..ranges import COUNT, MOMENTUM, NOT_NEGATIVE, SHARE, SIDE, in_range
 from .finite import refuse_to_save
 from .identity import check_checkpoint, describe_network
+from .meshes import by_mesh, clip_gradients, weights_of
 from .optimization import OptimizerSettings, ScheduleSettings
 
 Batch = tuple[Tensor, Tensor]
@@ -240,6 +241,14 @@ class ImageClassifier(pl.LightningModule):
         optimizer = self.optimizer_settings.build(self.model.net, fused=self.trainer.precision != "16-mixed")
         scheduler = self.schedule_settings.build(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        weights = weights_of(optimizer)
+        if not gradient_clip_val or len(by_mesh(weights)) < 2:
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        clip_gradients(weights, gradient_clip_val, gradient_clip_algorithm)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)  # timm's: the rate of the step to come

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ..models.settings import did_you_mean
 from ..ranges import COUNT_OR_NONE, MOMENTUM, NOT_NEGATIVE, POSITIVE, Range, in_range
+from .meshes import ByMesh, by_mesh, weights_of
 from .per_expert import ELEMENTWISE, PerExpert, views_of
 
 # Those of torch that do a whole step in one pass over the weights, 2e-8 from what the others do in 50 steps.
@@ -65,7 +66,7 @@ class OptimizerSettings:
             # It could unscale gradients itself, so Lightning will not clip them; but nobody scales them here.
             optimizer._step_supports_amp_scaling = False
         if not views:
-            return optimizer
+            return ByMesh(optimizer) if len(by_mesh(weights_of(optimizer))) > 1 else optimizer
         if self.name.startswith("kron"):
             raise ValueError(
                 f"model.optimizer.name={self.name}: all tensors share its random draws, so that experts would not move "

@@ -17,17 +17,21 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from ..models import PixelModel
 from ..models.sharded import is_sharded, read_into, write_sharded
 from ..moe import Router
 from ..moe.experts import Experts
+from ..ranges import COUNT, in_range
+from .experts import experts_mesh, shard_experts
 from .materializing import materialize
 from .module import ImageClassifier, forward_normalized
+from .scalars import keep_scalars
 
 
+@in_range("trainer.strategy.init_args.", expert_parallel=COUNT)
 class FSDP2Strategy(ModelParallelStrategy):
     """Every device holds its share of each tensor: of weights, gradients and the optimizer's moments.
 
@@ -46,6 +50,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         checkpoints: whole ones, which the first device gathers in its memory; or sharded ones, folders that all devices
             write at once, with the same guarantees. Any number of devices goes on from either, and all commands read
             both; `vmoe-momentum consolidate` makes the one of the other.
+        expert_parallel: Ranks that hold one copy of all experts among them, whole ones each, and send each other the
+            tokens for them (expert parallelism), 1 to 1e9; a divisor of all ranks and of the number of experts.
+            Further copies share each expert's weights among them. 1 treats experts as any other weights.
     """
 
     def __init__(
@@ -53,30 +60,31 @@ class FSDP2Strategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         process_group_backend: str | None = None,
         checkpoints: Literal["whole", "sharded"] = "whole",
+        expert_parallel: int = 1,
     ) -> None:
         sharded = checkpoints == "sharded"
         super().__init__(save_distributed_checkpoint=sharded, process_group_backend=process_group_backend)
-        self.reshard_after_forward = reshard_after_forward
-        self._scalars: set[str] = set()  # names of what has one axis more here than in checkpoints
+        self.reshard_after_forward, self.expert_parallel = reshard_after_forward, expert_parallel
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        mesh = self.device_mesh["data_parallel"]
+        mesh, experts = self.device_mesh["data_parallel"], None
+        if self.expert_parallel > 1:
+            experts = experts_mesh(self.root_device.type, mesh.size(), self.expert_parallel)
         module = self.lightning_module
         models = [module.model]
         for callback in trainer.callbacks:
             average = getattr(callback, "_average_model", None) if isinstance(callback, WeightAveraging) else None
             if average is not None:
                 models.append(average.module.model)
-        self._scalars = {name for name, p in module.named_parameters() if p.ndim == 0}
         matrices = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
         if module.compiled:
             _compile_blocks(module)
         for model in models:
-            shard(model, mesh, self.reshard_after_forward, matrices)
+            shard(model, mesh, self.reshard_after_forward, matrices, experts)
             materialize(model.net, self.root_device)
         module.configure_model = lambda: None  # Lightning wants one; what it is for is done
         super().setup(trainer)
@@ -99,7 +107,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         named = get_optimizer_state_dict(self.model, inner, options=options)
         if not named:  # not the first rank
             return named
-        return self._numbered({**named, "state": self._with_scalars(named["state"], ())})
+        return self._numbered(named)
 
     def _numbered(self, named: dict[str, Any]) -> dict[str, Any]:
         numbers = {name: number for number, name in enumerate(_names(named))}
@@ -110,8 +118,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         """What callbacks put in, such as averaged weights, is gathered or written as the network is."""
         if not self._save_distributed_checkpoint:
             checkpoint = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
-        for key in _STATES & checkpoint.keys():
-            checkpoint[key] = self._with_scalars(checkpoint[key], ())
         if self._save_distributed_checkpoint:
             write_sharded(checkpoint, Path(self.broadcast(filepath)))
         else:
@@ -128,13 +134,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         else:
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         for key in _STATES & checkpoint.keys():
-            checkpoint[key] = _as_sharded(self._with_scalars(checkpoint[key], (1,)), weights)
+            checkpoint[key] = _as_sharded(checkpoint[key], weights)
         strict = self.lightning_module.strict_loading
         set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(strict=strict))
         for optimizer, own, state in zip(self.optimizers, ours, checkpoint.get("optimizer_states", ()), strict=False):
             names = _names(own)
             groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
-            moments = self._with_scalars({names[n]: value for n, value in state["state"].items()}, (1,))
+            moments = {names[n]: value for n, value in state["state"].items()}
             moments = {n: _as_sharded(value, own["state"].get(n, {})) for n, value in moments.items()}
             named = {"state": moments, "param_groups": groups}
             set_optimizer_state_dict(self.model, optimizer, named)
@@ -148,16 +154,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
         states = [like(self._numbered(optimizer)) for optimizer in optimizers]
         return {**{key: like(dict(weights)) for key in _STATES}, "optimizer_states": states}
-
-    def _with_scalars(self, named: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
-        """Scalars, and what the optimizer knows of them but for its own count of steps, in that shape."""
-        found = dict(named)
-        for name in self._scalars & found.keys():
-            value = found[name]
-            moments = value if isinstance(value, dict) else {"": value}
-            moments = {k: v if k == "step" else _whole(v).reshape(shape) for k, v in moments.items()}
-            found[name] = moments if isinstance(value, dict) else moments[""]
-        return found
 
 
 _STATES = {"state_dict", "current_model_state"}  # of a checkpoint: weights, averaged or raw
@@ -178,29 +174,44 @@ def refuse_unsharded(strategy: Strategy) -> None:
 
 
 def shard(
-    model: PixelModel, mesh: DeviceMesh, reshard_after_forward: bool = True, matrices: torch.dtype | None = None
+    model: PixelModel,
+    mesh: DeviceMesh,
+    reshard_after_forward: bool = True,
+    matrices: torch.dtype | None = None,
+    experts: DeviceMesh | None = None,
 ) -> None:
-    """In place: the network's blocks, one by one, then what lies around them. Scalars get an axis.
+    """In place: the network's blocks, one by one, then what lies around them.
 
     matrices: The type that the blocks' matrices are gathered in, None for their own; gradients are averaged in float32.
-    Then what is no matrix of a block is a group of its own, in float32, gathered once a step.
+    Then what is no matrix of a block is a group of its own, in float32, gathered once a step. experts: The mesh of
+    `shard_experts`.
     """
     if isinstance(model, FSDPModule):
         return
-    for module in model.modules():  # FSDP2 takes no scalars
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim == 0:
-                module._parameters[name] = nn.Parameter(parameter.detach().reshape(1))
     policy = MixedPrecisionPolicy()
     if matrices is not None:
         policy = MixedPrecisionPolicy(matrices, torch.float32, cast_forward_inputs=False)  # the carry is float32
+    if experts is not None:
+        shard_experts(model.net, experts, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+    how = {
+        "mesh": mesh, "ignored_params": keep_scalars(model, mesh),
+        "shard_placement_fn": lambda weight: Shard(cut_axis(weight, mesh.size())),
+    }  # fmt: skip
     for block in blocks(model.net):
         small = list(_not_matrices(block)) if matrices is not None else []
         if small:
-            fully_shard(small, mesh=mesh, reshard_after_forward=False)
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-    fully_shard(model, mesh=mesh)
+            fully_shard(small, reshard_after_forward=False, **how)
+        fully_shard(block, reshard_after_forward=reshard_after_forward, mp_policy=policy, **how)
+    fully_shard(model, **how)
     register_fsdp_forward_method(model, "forward_normalized")  # training enters there, not through forward
+
+
+def cut_axis(weight: Tensor, ranks: int) -> int:
+    """The first axis that divides by the ranks, or 0.
+
+    FSDP2 fills another one up: 8 experts on 64 ranks would be sent, and gathered, as 64.
+    """
+    return next((axis for axis, size in enumerate(weight.shape) if size % ranks == 0), 0)
 
 
 def _compile_blocks(module: ImageClassifier) -> None:
@@ -238,7 +249,3 @@ def _as_sharded(state: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, 
         return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
     return {name: one(name, value) for name, value in state.items()}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
