@@ -36,7 +36,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Every device holds its share of each tensor: of weights, gradients and the optimizer's moments.
 
     Checkpoints are the same single files as on one device: any command reads them, and any number of devices goes on
-    from them. Weight averaging is sharded, too. To be given as --trainer.strategy=FSDP2Strategy, or by the overlay
+    from them. Weight averaging is sharded, too. To be given by the overlay
     configs/scale/fsdp2.yaml.
 
     Fresh networks of create_model, and those of its local-dir:, are never whole in any device's memory. Under
