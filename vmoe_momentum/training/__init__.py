@@ -9,6 +9,7 @@ from .module import ImageClassifier
 from .optimization import OptimizerSettings, ScheduleSettings
 from .partial import PartialEpoch
 from .predictions import PredictionWriter
+from .ranks import EndTogether, follow_first_rank
 from .resuming import AtomicCheckpointIO, SeededSteps
 from .robustness import RobustnessCheck
 from .sharding import FSDP2Strategy, refuse_unsharded
@@ -17,6 +18,7 @@ from .stopping import JobCheckpoints, SaveOnStop, StopSignals
 __all__ = [
     "MonitorCheck",
     "AtomicCheckpointIO",
+    "EndTogether",
     "EpochSeconds",
     "FSDP2Strategy",
     "FiniteTraining",
@@ -37,5 +39,6 @@ __all__ = [
     "add_keepers",
     "check_apart",
     "check_callbacks",
+    "follow_first_rank",
     "refuse_unsharded",
 ]

@@ -5,10 +5,8 @@ Signals only leave a note; the trainer reads it where its state can be saved: be
 
 import os
 import re
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ..stopping import Stopped, end_at_once, heeded, in_own_process
 from .partial import keeps_gradients
+from .ranks import resume_command
 
 _SAME_PRESS = 0.5  # seconds: launchers pass on the Ctrl-C that their children have got already
 _VAL = "epoch_loop.val_loop.batch_progress"
@@ -62,7 +61,8 @@ class StopSignals(_SignalConnector):
             if hasattr(launcher, "kill"):
                 launcher.kill(signum)
             raise Stopped(signum, "nothing new to save; the same command starts again")
-        os.write(2, b"\nstopping: saving after this batch; Ctrl-C again ends at once, without\n")
+        if self.trainer.is_global_zero:
+            os.write(2, b"\nstopping: saving after this batch; Ctrl-C again ends at once, without\n")
 
     def _note_requeue(self, signum: int) -> None:
         self.requeue = signum
@@ -176,19 +176,6 @@ def _counts(total: tuple[int, ...], current: tuple[int, ...]) -> dict[str, Any]:
         "current": dict(zip(names, current, strict=True)),
         "is_last_batch": False,
     }
-
-
-def resume_command(argv: list[str], path: Path) -> str:
-    """The command line once more, from the checkpoint on."""
-    words, skip = [], False
-    for word in argv:
-        if not skip and not word.startswith("--ckpt_path="):
-            skip = word == "--ckpt_path"
-            words += [] if skip else [word]
-        else:
-            skip = False
-    program = "python -m vmoe_momentum" if Path(sys.argv[0]).name == "__main__.py" else "vmoe-momentum"
-    return f"{program} {shlex.join([*words, f'--ckpt_path={path}'])}"
 
 
 def _ask_for_requeue() -> None:
