@@ -25,6 +25,7 @@ from .resources import Exhausted, explain
 from .staging import check_writable
 from .training import (
     AtomicCheckpointIO,
+    Attempts,
     EndTogether,
     EpochSeconds,
     FiniteTraining,
@@ -45,6 +46,7 @@ from .training import (
     check_apart,
     check_callbacks,
     follow_first_rank,
+    join_attempt,
     refuse_unsharded,
 )
 
@@ -151,13 +153,17 @@ class VMoECLI(LightningCLI):
         finite = [c for c in trainer.callbacks if isinstance(c, FiniteTraining)] or [FiniteTraining()]
         others = [callback for callback in trainer.callbacks if callback not in finite]
         ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
-        ours.append(ResumedSettings())
+        ours += [ResumedSettings(), Attempts(self.argv)]
         self.together = EndTogether(self._ending, self.argv)
         trainer.callbacks = [*finite, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
-        trainer._signal_connector, trainer._checkpoint_connector = StopSignals(trainer), JobCheckpoints(trainer)
+        trainer._signal_connector, trainer._checkpoint_connector = (
+            StopSignals(trainer),
+            JobCheckpoints(trainer, self.argv),
+        )
         add_keepers(trainer.callbacks)
         trainer.callbacks.insert(0, self.together)
         follow_first_rank(trainer)
+        join_attempt(trainer.strategy)
         self._check_keyword(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # sharded ones are directories of their own
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -1,6 +1,7 @@
 """Lightning: the module, optimisation, callbacks, and what a checkpoint says of its network."""
 
 from .accepted import MonitorCheck, check_apart, check_callbacks
+from .attempts import Attempts, join_attempt
 from .callbacks import EpochSeconds, RouterStats, RunSummary
 from .continuing import ResumedSettings
 from .finite import FiniteTraining, NotFinite
@@ -18,6 +19,7 @@ from .stopping import JobCheckpoints, SaveOnStop, StopSignals
 __all__ = [
     "MonitorCheck",
     "AtomicCheckpointIO",
+    "Attempts",
     "EndTogether",
     "EpochSeconds",
     "FSDP2Strategy",
@@ -40,5 +42,6 @@ __all__ = [
     "check_apart",
     "check_callbacks",
     "follow_first_rank",
+    "join_attempt",
     "refuse_unsharded",
 ]
