@@ -36,6 +36,7 @@ from .training import (
     PartialEpoch,
     PredictionWriter,
     ResumedSettings,
+    RouterGuard,
     RouterStats,
     RunSummary,
     SaveOnStop,
@@ -150,12 +151,15 @@ class VMoECLI(LightningCLI):
             if folder is not None and "://" not in str(folder):
                 check_writable(folder, f"trainer.{name}")
         check_callbacks(trainer.callbacks)
-        finite = [c for c in trainer.callbacks if isinstance(c, FiniteTraining)] or [FiniteTraining()]
-        others = [callback for callback in trainer.callbacks if callback not in finite]
+        guards = [
+            next((c for c in trainer.callbacks if isinstance(c, kind)), None) or kind()
+            for kind in (FiniteTraining, RouterGuard)
+        ]
+        others = [callback for callback in trainer.callbacks if callback not in guards]
         ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
         ours += [ResumedSettings(), Attempts(self.argv)]
         self.together = EndTogether(self._ending, self.argv)
-        trainer.callbacks = [*finite, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
+        trainer.callbacks = [*guards, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
         trainer._signal_connector, trainer._checkpoint_connector = (
             StopSignals(trainer),
             JobCheckpoints(trainer, self.argv),

@@ -13,6 +13,7 @@ from .predictions import PredictionWriter
 from .ranks import EndTogether, follow_first_rank
 from .resuming import AtomicCheckpointIO, SeededSteps
 from .robustness import RobustnessCheck
+from .routing_guard import RouterGuard
 from .sharding import FSDP2Strategy, refuse_unsharded
 from .stopping import JobCheckpoints, SaveOnStop, StopSignals
 
@@ -32,6 +33,7 @@ __all__ = [
     "PredictionWriter",
     "ResumedSettings",
     "RobustnessCheck",
+    "RouterGuard",
     "RouterStats",
     "RunSummary",
     "SaveOnStop",
