@@ -29,15 +29,17 @@ LIMIT = 60.0  # seconds that others may live on
 def command(data: Path, target: Path, ranks: int, strategy: str, last: Path | None) -> list[str]:
     saver = "lightning.pytorch.callbacks.ModelCheckpoint"
     given = {
-        "config": ROOT / "configs" / "digits.yaml", "data": "FolderDataModule", "data.root": data.absolute(),
-        "data.num_workers": 1, "data.batch_size": 32 // ranks, "trainer.devices": ranks, "trainer.strategy": strategy,
+        "data": "FolderDataModule", "data.root": data.absolute(),
+        "data.num_workers": 1, "data.batch_size": 32 // ranks, "trainer.devices": ranks,
         "trainer.max_epochs": 2000, "trainer.enable_progress_bar": "false", "trainer.num_sanity_val_steps": 0,
         "trainer.logger": "false", "trainer.limit_val_batches": 1, "trainer.default_root_dir": target,
         "trainer.callbacks": saver, "trainer.callbacks.dirpath": target, "trainer.callbacks.filename": "last",
         "trainer.callbacks.every_n_train_steps": 1, "trainer.callbacks.enable_version_counter": "false",
         "model.schedule.warmup_steps": 1,
     }  # fmt: skip
-    words = [f"--{name}={value}" for name, value in given.items()] + ([f"--ckpt_path={last}"] if last else [])
+    configs = [ROOT / "configs" / "digits.yaml", ROOT / "configs" / "scale" / f"{strategy}.yaml"]
+    words = [*(f"--config={path}" for path in configs), *(f"--{name}={value}" for name, value in given.items())]
+    words += [f"--ckpt_path={last}"] if last else []
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [sys.executable, *launcher, "-m", "vmoe_momentum", "fit", *words]
 
@@ -113,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the digits, as `data prepare digits` wrote them")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 2, 2, 4], help="in turns")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="in turns")
     parser.add_argument("--target", type=Path, default=Path("/dev/shm"), help="where checkpoints lie")
     parser.add_argument("--tmp", type=Path, default=Path("/tmp"), help="TMPDIR of the runs")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; by default another one each time")
@@ -128,7 +130,7 @@ def main() -> None:
     try:
         for number in range(options.kills):
             ranks = options.ranks[number % len(options.ranks)]
-            strategy = ("ddp", "FSDP2Strategy")[number // 2 % 2]
+            strategy = ("ddp", "fsdp2")[number // 2 % 2]
             rows.append(kill_once(number, options.data, target, tmp, ranks, strategy, draw))
             print(rows[-1], flush=True)
     finally:

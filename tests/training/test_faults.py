@@ -19,19 +19,22 @@ from test_interrupted import arguments
 TESTS = Path(__file__).parents[1]
 TABLE = TESTS.parent / "configs" / "scale" / "README.md"
 
-STRATEGIES = ["ddp", "FSDP2Strategy"]
+STRATEGIES = ["ddp", "fsdp2"]
 
 
-def words(pictures: Path, folder: Path, what: str = "nothing", ranks: int = 2, **settings: object) -> list[str]:
+def words(
+    pictures: Path, folder: Path, what: str = "nothing", ranks: int = 2, strategy: str = "ddp", **settings: object
+) -> list[str]:
     """A long run that saves after every other step. Settings of the fault start with `fault_`."""
     fault = {"folder": folder / "ranks", "what": what}
     fault |= {name[6:]: settings.pop(name) for name in list(settings) if name.startswith("fault_")}
     more = {
-        "trainer.devices": ranks, "trainer.strategy": "ddp", "trainer.max_epochs": 300, "data.batch_size": 8 // ranks,
+        "trainer.devices": ranks, "trainer.max_epochs": 300, "data.batch_size": 8 // ranks,
         "data.eval_batch_size": 4, "model.mixup": 0, "model.cutmix": 0, **settings,
     }  # fmt: skip
     put = ["--trainer.callbacks+=faults.Fault", *(f"--trainer.callbacks.{name}={v}" for name, v in fault.items())]
-    return [*arguments("FolderDataModule", pictures, folder, **more), *put]
+    command, *rest = arguments("FolderDataModule", pictures, folder, **more)
+    return [command, f"--config={TABLE.with_name(f'{strategy}.yaml')}", *rest, *put]
 
 
 def saved(folder: Path) -> dict:
@@ -61,7 +64,7 @@ def test_a_rank_that_fails_ends_all_and_one_line_says_which_and_why(fault, launc
     else:
         root = pictures
     what = {"loader": "nothing"}.get(fault, fault)
-    argv = words(root, tmp_path, what, fault_rank=0 if fault == "disk" else 1, **{"trainer.strategy": strategy})
+    argv = words(root, tmp_path, what, fault_rank=0 if fault == "disk" else 1, strategy=strategy)
     with Job(tmp_path, argv, launcher=launcher) as job:
         job.wait_for("rank1")
         code, told = job.end(90)  # the fault comes some steps later
@@ -76,7 +79,7 @@ def test_a_rank_that_fails_ends_all_and_one_line_says_which_and_why(fault, launc
 
 
 STOPS = [(target, "torchrun", "ddp") for target in ("rank 0", "all", "launcher")]
-STOPS += [(target, "torchrun", "FSDP2Strategy") for target in ("rank 0", "rank 1", "all", "launcher")]
+STOPS += [(target, "torchrun", "fsdp2") for target in ("rank 0", "rank 1", "all", "launcher")]
 STOPS += [(target, "lightning", strategy) for target in ("rank 0", "rank 1", "all") for strategy in STRATEGIES]
 NAMES = {"SIGTERM": 143, "SIGINT": 130}
 
@@ -94,7 +97,7 @@ NAMES = {"SIGTERM": 143, "SIGINT": 130}
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(target, launcher, strategy, name, pictures, tmp_path):
     """And one line with the command that goes on, which does. torchrun has one exit code for all failures, 1; those of
     its ranks it reports."""
-    argv = words(pictures, tmp_path, **{"trainer.strategy": strategy})
+    argv = words(pictures, tmp_path, strategy=strategy)
     with Job(tmp_path, argv, launcher=launcher) as job:
         job.wait_for("last.ckpt")
         pids, first = job.pids(), job.process.pid
@@ -113,9 +116,9 @@ def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(target, launcher, stra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("FSDP2Strategy", marks=pytest.mark.long)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_torchrun_starts_again_and_the_run_goes_on_by_itself(strategy, pictures, tmp_path) -> None:
-    argv = words(pictures, tmp_path, "killed", fault_first_attempt=True, **{"trainer.strategy": strategy})
+    argv = words(pictures, tmp_path, "killed", fault_first_attempt=True, strategy=strategy)
     argv += ["--trainer.max_epochs=3"]
     launcher = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     with Job(tmp_path, argv, launcher=launcher) as job:

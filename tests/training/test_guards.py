@@ -60,11 +60,13 @@ def test_averages_and_the_schedule_go_on_over_a_skipped_step(tmp_path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "FSDP2Strategy"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_ranks_skip_a_step_together(strategy, pictures, tmp_path) -> None:
     """Though one of them alone met what is not finite. Then the run ends, with more of it than may be skipped."""
-    more = {"trainer.max_epochs": 3, "trainer.strategy": strategy}
-    argv = [*words(pictures, tmp_path, "loss", **more), "--trainer.callbacks+=FiniteTraining"]
+    argv = [
+        *words(pictures, tmp_path, "loss", strategy=strategy, **{"trainer.max_epochs": 3}),
+        "--trainer.callbacks+=FiniteTraining",
+    ]
     with Job(tmp_path, [*argv, "--trainer.callbacks.skip_steps=2"]) as job:
         code, told = job.end(200)
     assert code == 1 and "step 4, batch 1 of epoch 1" in told and "step skipped, 0 more in a row may be" in told, told
@@ -133,10 +135,10 @@ def test_gates_that_have_collapsed_are_named_once() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "FSDP2Strategy"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_sharded_gradients_tell_of_experts_too(strategy, pictures, tmp_path) -> None:
-    more = {"trainer.strategy": strategy, "trainer.max_epochs": 20, "model.net.init_args.router": "TopKRouter"}
-    argv = [*words(pictures, tmp_path, **more), "--trainer.callbacks+=test_guards.Starve"]
+    more = {"trainer.max_epochs": 20, "model.net.init_args.router": "TopKRouter"}
+    argv = [*words(pictures, tmp_path, strategy=strategy, **more), "--trainer.callbacks+=test_guards.Starve"]
     argv += ["--trainer.callbacks+=RouterGuard", "--trainer.callbacks.unused_steps=40"]
     with Job(tmp_path, argv) as job:
         code, told = job.end(200)
