@@ -124,7 +124,7 @@ def main() -> None:
     if os.stat(options.target).st_dev == os.stat(options.tmp).st_dev:
         print(f"{options.target} and {options.tmp} are one file system", file=sys.stderr)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
-    print(f"seed {seed}")
+    print(f"seed {seed}", flush=True)
     draw, rows = random.Random(seed), []
     target, tmp = (Path(tempfile.mkdtemp(prefix="kills-", dir=place)) for place in (options.target, options.tmp))
     try:

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 class Fault(Callback):
     """On one rank, before one batch. Writes each rank's process number into FOLDER/rank<r>.
 
-    what: killed, memory, disk (no file grows beyond 10,000 bytes), loss (not a number), SIGNAL, or nothing.
+    what: killed, memory, disk (no file grows beyond 10,000 bytes), loss (of training: not a number), SIGNAL, or nothing.
     """
 
     def __init__(self, folder: str, what: str = "nothing", rank: int = 1, at: int = 5, first_attempt: bool = False):
@@ -43,8 +43,8 @@ class Fault(Callback):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         elif self.what == "loss":
-            losses = pl_module.main_loss
-            pl_module.main_loss = lambda *given: losses(*given) * float("nan")
+            losses = pl_module.training_losses
+            pl_module.training_losses = lambda given: tuple(loss * float("nan") for loss in losses(given))
         elif self.what.startswith("SIG"):
             os.kill(os.getpid(), getattr(signal, self.what))
 
