@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 class Fault(Callback):
     """On one rank, before one batch. Writes each rank's process number into FOLDER/rank<r>.
 
-    what: killed, memory, disk (no file grows beyond 10,000 bytes), loss (not a number, in training), SIG..., or nothing.
+    what: killed, memory, disk (no file grows beyond 10,000 bytes), loss (not a number), SIGNAL, or nothing.
     """
 
     def __init__(self, folder: str, what: str = "nothing", rank: int = 1, at: int = 5, first_attempt: bool = False):
