@@ -7,17 +7,15 @@ first word. Lightning, torch and timm take seconds to import, so each command im
 
 import logging
 import math
+import multiprocessing
 import os
-import signal
 import sys
+import traceback
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentError
-
-from .errors import one_line
+from .endings import Told, ending
 from .names import did_you_mean
-from .resources import explain
 from .stopping import Stopped, stoppable
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
@@ -147,25 +145,31 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with stoppable():
             run(argv)
+    except Told as told:
+        if debug:
+            traceback.print_exception(told.__cause__)
+        _leave(told.code)
     except Stopped as stopped:
-        told = stopped.way_out if argv[0] not in COMMANDS else f"{AGAIN.get(argv[0], '')}run the same command again"
-        told = told or "nothing was done yet; run the same command again"
-        print(f"\nvmoe-momentum: stopped by {signal.Signals(stopped.signum).name}: {told}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + stopped.signum) from None
+        again = "" if argv[0] not in COMMANDS else f"{AGAIN.get(argv[0], '')}run the same command again"
+        line, code = ending(Stopped(stopped.signum, again or stopped.way_out), {})
+        print(f"\nvmoe-momentum: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(code) from None
     except Exception as error:
         if debug:
             raise
-        ours = isinstance(error, ValueError)  # in words already, whatever lies behind it
-        full = (
-            None if ours else explain(error, "lower --batch_size or --limit where the command has them, or free memory")
-        )
-        line = full or one_line(error, _sections() if argv[0] in LIGHTNING else {})
-        expected = bool(full) or _is_expected(error)
-        if not expected:  # ours to mend, not the user's
-            line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"
+        line, code = ending(error, _sections() if argv[0] in LIGHTNING else {})
         sys.stdout.flush()
-        print(f"vmoe-momentum: error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(2 if expected else 1) from None
+        print(f"vmoe-momentum: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(code) from None
+
+
+def _leave(code: int) -> NoReturn:
+    """One of several ranks ends: at once, as what an interpreter clears up may wait for the others."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def use_large_pages() -> None:
@@ -190,17 +194,6 @@ def _sections() -> dict[str, list[str]]:
     """For the parser's messages; what was raised before there was one needs none."""
     loaded = sys.modules.get(f"{__package__}.lightning_cli")
     return loaded.sections() if loaded else {}
-
-
-def _is_expected(error: Exception) -> bool:
-    """What a user's mistake or machine can cause; anything else is a bug."""
-    if isinstance(error, ArgumentError | OSError | RuntimeError | ValueError):
-        return True
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from .training import NotFinite
-
-    return isinstance(error, MisconfigurationException | NotFinite)
 
 
 def quieten() -> None:

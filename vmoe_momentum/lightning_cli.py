@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
 from .configs import as_configs
+from .endings import Told, ending
 from .mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
 from .models.sharded import is_sharded
@@ -25,6 +26,8 @@ from .resources import Exhausted, explain
 from .staging import check_writable
 from .training import (
     AtomicCheckpointIO,
+    Attempts,
+    EndTogether,
     EpochSeconds,
     FiniteTraining,
     FSDP2Strategy,
@@ -35,6 +38,7 @@ from .training import (
     PartialEpoch,
     PredictionWriter,
     ResumedSettings,
+    RouterGuard,
     RouterStats,
     RunSummary,
     SaveOnStop,
@@ -46,6 +50,8 @@ from .training import (
     check_callbacks,
     check_experts,
     create_on_meta,
+    follow_first_rank,
+    join_attempt,
     refuse_unsharded,
 )
 
@@ -163,13 +169,23 @@ class VMoECLI(LightningCLI):
             if folder is not None and "://" not in str(folder):
                 check_writable(folder, f"trainer.{name}")
         check_callbacks(trainer.callbacks)
-        finite = [c for c in trainer.callbacks if isinstance(c, FiniteTraining)] or [FiniteTraining()]
-        others = [callback for callback in trainer.callbacks if callback not in finite]
+        guards = [
+            next((c for c in trainer.callbacks if isinstance(c, kind)), None) or kind()
+            for kind in (FiniteTraining, RouterGuard)
+        ]
+        others = [callback for callback in trainer.callbacks if callback not in guards]
         ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
-        ours.append(ResumedSettings())
-        trainer.callbacks = [*finite, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
-        trainer._signal_connector, trainer._checkpoint_connector = StopSignals(trainer), JobCheckpoints(trainer)
+        ours += [ResumedSettings(), Attempts(self.argv)]
+        self.together = EndTogether(self._ending, self.argv)
+        trainer.callbacks = [*guards, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
+        trainer._signal_connector, trainer._checkpoint_connector = (
+            StopSignals(trainer),
+            JobCheckpoints(trainer, self.argv),
+        )
         add_keepers(trainer.callbacks)
+        trainer.callbacks.insert(0, self.together)
+        follow_first_rank(trainer)
+        join_attempt(trainer.strategy)
         self._check_keyword(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # sharded ones are directories of their own
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -179,15 +195,26 @@ class VMoECLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except Exception as error:
-            data = self.datamodule
-            size = f"data.batch_size={data.batch_size}" if subcommand == "fit" else ""
-            size = f"{size or f'data.eval_batch_size={data.eval_batch_size}'} at data.image_size={data.image_size}"
-            more = ", raise trainer.accumulate_grad_batches to match" if subcommand == "fit" else ""
-            told = explain(error, f"{size} is too much; lower it{more}, or take a smaller image_size or network")
-            if told is None:
+        except BaseException as error:
+            code = self.together.leave()
+            if code is not None:
+                raise Told(code) from error
+            worded = self._in_words(error)
+            if worded is error:
                 raise
-            raise Exhausted(told) from error
+            raise worded from error
+
+    def _in_words(self, error: BaseException) -> BaseException:
+        """A full disk or memory with the setting to lower; other errors as they are."""
+        data, fitting = self.datamodule, self.subcommand == "fit"
+        size = f"data.batch_size={data.batch_size}" if fitting else f"data.eval_batch_size={data.eval_batch_size}"
+        more = ", raise trainer.accumulate_grad_batches to match" if fitting else ""
+        lower = f"{size} at data.image_size={data.image_size} is too much; lower it{more}, or take a smaller image_size"
+        told = explain(error, f"{lower} or network") if isinstance(error, Exception) else None
+        return error if told is None else Exhausted(told)
+
+    def _ending(self, error: BaseException) -> tuple[str, int]:
+        return ending(self._in_words(error), sections())
 
 
 def _share_folder(loggers: list[Any]) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+_LAST_BATCH = 20  # seconds; launchers kill after 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -32,6 +33,18 @@ def in_own_process(handle: Callable[[int], None]) -> Callable[[int, FrameType | 
             os.kill(os.getpid(), signum)
 
     return handler
+
+
+def serve_until_done(worker: int) -> None:
+    """As `worker_init_fn` of a DataLoader. Launchers send SIGTERM to whole groups of processes, and a run that is to
+    save first needs its batch: workers leave when it is done with them, or some seconds after.
+    """
+
+    def leave_later(*_: Any) -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_LAST_BATCH)
+
+    signal.signal(signal.SIGTERM, leave_later)
 
 
 def heeded() -> list[int]:

@@ -149,7 +149,7 @@ def test_under_every_way_of_training(where, settings, tmp_path, monkeypatch) -> 
 
 
 def test_so_many_steps_may_be_left_out(tmp_path) -> None:
-    """Weights stay as they were in those, the count travels with the checkpoint, and the next fault ends the run."""
+    """Weights stay as they were in those, the count travels with the checkpoint, and one more in a row ends the run."""
     seen = []
 
     class Watch(Callback):
@@ -158,16 +158,17 @@ def test_so_many_steps_may_be_left_out(tmp_path) -> None:
 
     guard = FiniteTraining(skip_steps=2)
     trainer, module = run(tmp_path, guard, Fault("images", float("nan"), 2), Fault("images", float("nan"), 3), Watch())
-    with pytest.warns(UserWarning, match="step 2, batch 2 of epoch 0.*step skipped, 1 more may be"):
+    with pytest.warns(UserWarning, match="step 2, batch 2 of epoch 0.*step skipped, 1 more in a row may be"):
         trainer.fit(module, batches(), batches(1))
     assert torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
     assert not torch.equal(seen[3], seen[4]) and trainer.global_step == 8 and guard.skipped == 2
     again = FiniteTraining(skip_steps=2)
-    trainer, module = run(tmp_path, again, Fault("images", float("nan"), 10), max_steps=12)
+    faults = [Fault("images", float("nan"), at) for at in (8, 9, 10)]
+    trainer, module = run(tmp_path, again, *faults, max_steps=12)
     trainer.fit_loop.max_epochs = 3
     with pytest.raises(NotFinite, match="step 10, batch 2 of epoch 2"):
         trainer.fit(module, batches(), batches(1), ckpt_path=tmp_path / "last.ckpt")
-    assert again.skipped == 2
+    assert again.skipped == 4
     with pytest.raises(ValueError, match="FiniteTraining.skip_steps=-1"):
         FiniteTraining(-1)
     trainer, module = run(tmp_path / "weights", FiniteTraining(5), Fault("weights", float("nan")))

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..pictures import UnreadablePicture, read_picture
+from ..stopping import serve_until_done
 from .batches import BatchPlan
 from .jpegs import Decoder, read_fast
 from .layout import ImageFile
@@ -119,6 +120,7 @@ class FolderLoader(EpochLoader):
             _Images(self.files, self.transform(epoch), self.plan.seed, epoch, self.upright, self.decoder),
             batch_sampler=[batch.tolist() for batch in batches],
             num_workers=self.num_workers,
+            worker_init_fn=serve_until_done,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: drawing worker seeds from the global one would make training depend on this loader.

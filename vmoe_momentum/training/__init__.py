@@ -1,6 +1,7 @@
 """Lightning: the module, optimisation, callbacks, and what a checkpoint says of its network."""
 
 from .accepted import MonitorCheck, check_apart, check_callbacks
+from .attempts import Attempts, join_attempt
 from .callbacks import EpochSeconds, RouterStats, RunSummary
 from .continuing import ResumedSettings
 from .experts import check_experts
@@ -11,14 +12,18 @@ from .module import ImageClassifier
 from .optimization import OptimizerSettings, ScheduleSettings
 from .partial import PartialEpoch
 from .predictions import PredictionWriter
+from .ranks import EndTogether, follow_first_rank
 from .resuming import AtomicCheckpointIO, SeededSteps
 from .robustness import RobustnessCheck
+from .routing_guard import RouterGuard
 from .sharding import FSDP2Strategy, refuse_unsharded
 from .stopping import JobCheckpoints, SaveOnStop, StopSignals
 
 __all__ = [
     "MonitorCheck",
     "AtomicCheckpointIO",
+    "Attempts",
+    "EndTogether",
     "EpochSeconds",
     "FSDP2Strategy",
     "FiniteTraining",
@@ -30,6 +35,7 @@ __all__ = [
     "PredictionWriter",
     "ResumedSettings",
     "RobustnessCheck",
+    "RouterGuard",
     "RouterStats",
     "RunSummary",
     "SaveOnStop",
@@ -41,5 +47,7 @@ __all__ = [
     "check_apart",
     "check_callbacks",
     "check_experts",
+    "follow_first_rank",
+    "join_attempt",
     "refuse_unsharded",
 ]

@@ -27,24 +27,26 @@ class FiniteTraining(Callback):
     """Ends a run at the first loss or gradient that is not finite, naming step, batch and layer; evaluation, too.
 
     In every run; give it by hand to set it: --trainer.callbacks+=FiniteTraining --trainer.callbacks.skip_steps=3.
-    Overflow that float16's loss scaling mends by itself is none. A skipped step leaves weights and the optimizer as
-    they were and counts as a step; the mean loss of its epoch is not finite. Weights that are not finite end a run
-    whatever the setting.
+    Overflow that float16's loss scaling mends by itself is none. All ranks skip a step or none does: it leaves weights
+    and the optimizer's moments as they were, averages go on with the same weights, the schedule counts it as a step,
+    and the mean loss of its epoch is not finite. `train/skipped_steps` logs how many there were. Weights that are not
+    finite end a run whatever the setting. With trainer.gradient_clip_val the norm of all gradients must be finite, too:
+    clipping by an infinite one would make every gradient zero.
 
     Args:
-        skip_steps: Steps that a run may leave out, in all, before it ends, 0 to 1e9; 0 ends it at the first.
+        skip_steps: Steps in a row that may be left out before the run ends, 0 to 1e9; 0 ends it at the first.
     """
 
     def __init__(self, skip_steps: int = 0) -> None:
-        self.skip_steps, self.skipped = skip_steps, 0
+        self.skip_steps, self.skipped, self.in_a_row = skip_steps, 0, 0
         self._current: tuple[Any, int] | None = None  # batch and its number
         self._bad: tuple[Any, int, float] | None = None  # the first whose loss is not finite, and that loss
 
     def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.skipped = state_dict["skipped"]
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict.get("in_a_row", 0)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._current = (batch, batch_idx)
@@ -54,17 +56,25 @@ class FiniteTraining(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Before the weights move: gradients are those of the whole step, summed over its batches and the ranks."""
-        gradients = finite(p.grad for group in optimizer.param_groups for p in group["params"])
+        found = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        gradients = finite(found, norm=2.0 if trainer.gradient_clip_val else float("inf"))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         mends_itself = scaler is not None and scaler.get_scale() > _SMALLEST_SCALE
         fine = self._bad is None and (gradients or mends_itself)
-        if trainer.strategy.reduce_boolean_decision(fine, all=True):
-            return
+        fine = trainer.strategy.reduce_boolean_decision(fine, all=True)
+        if fine:
+            self.in_a_row = 0
+        else:
+            self._skip_or_end(trainer, pl_module, optimizer, gradients)
+        if self.skip_steps:
+            pl_module.log("train/skipped_steps", float(self.skipped))
+
+    def _skip_or_end(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any, gradients: bool) -> None:
         told, weights = self._where(trainer, pl_module, gradients)
-        if weights and self.skipped < self.skip_steps:
-            self.skipped += 1
+        if weights and self.in_a_row < self.skip_steps:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone
-            rank_zero_warn(f"{told}; step skipped, {self.skip_steps - self.skipped} more may be")
+            rank_zero_warn(f"{told}; step skipped, {self.skip_steps - self.in_a_row} more in a row may be")
             self._bad = None
             return
         raise NotFinite(f"{told}; {_way_out(trainer, pl_module)}")
@@ -80,7 +90,8 @@ class FiniteTraining(Callback):
         what = "gradient" if loss is None else f"loss ({loss})"
         if layer is None and loss is None and not gradients:
             named = [name for name, p in module.model.named_parameters() if not finite([p.grad])]
-            layer = f"the gradient of {named[-1]}" if named else None  # backward begins with the last
+            # backward begins with the last
+            layer = f"the gradient of {named[-1]}" if named else "the norm of all, each of which is finite"
         at = f"step {trainer.global_step}, batch {number} of epoch {trainer.current_epoch}"
         told = f"{at}: the {what} is not finite, first in {layer or 'the loss itself'}"
         return _agreed((loss is not None or not gradients, told, weights is None))
@@ -134,12 +145,15 @@ def refuse_to_save(module: Any, checkpoint: dict[str, Any]) -> None:
     raise NotFinite(f"{told}; {_way_out(trainer, module)}")
 
 
-def finite(tensors: Any) -> bool:
-    """Of floating tensors, of sharded ones this rank's part; None are skipped. One wait for the device for all."""
+def finite(tensors: Any, norm: float = float("inf")) -> bool:
+    """Of floating tensors, of sharded ones this rank's part; None are skipped. One wait for the device for all.
+
+    norm: which one of all together has to be finite.
+    """
     own = [t.to_local() if hasattr(t, "to_local") else t for t in tensors if t is not None]
     values = [t.detach() for t in own if t.is_floating_point() and t.numel()]
     # the largest magnitude, unlike a norm of squares, overflows for none
-    return not values or bool(nn.utils.get_total_norm(values, float("inf")).isfinite())
+    return not values or bool(nn.utils.get_total_norm(values, norm).isfinite())
 
 
 def first_not_finite(model: nn.Module) -> str | None:

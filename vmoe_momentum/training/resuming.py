@@ -1,6 +1,7 @@
 """What makes a resumed run the run it would have been: random draws by step, checkpoints that are whole or absent."""
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     checkpoint. Reads only what is as it was written.
 
     Lightning 2.6.6 writes to $TMPDIR and moves, which copies where that is another file system and can be cut short.
+
+    Attributes:
+        writing: A lock, held while a file is being written.
     """
+
+    def __init__(self) -> None:
+        self.writing = threading.Lock()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises OSError: no room; what was there stays."""
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         target = Path(path)
-        with room_for(target, _size(checkpoint)), draft_of(target) as file, sealed(file) as archive:
+        with self.writing, room_for(target, _size(checkpoint)), draft_of(target) as file, sealed(file) as archive:
             torch.save(checkpoint, archive)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

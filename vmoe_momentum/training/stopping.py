@@ -4,11 +4,8 @@ Signals only leave a note; the trainer reads it where its state can be saved: be
 """
 
 import os
-import re
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,13 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ..stopping import Stopped, end_at_once, heeded, in_own_process
+from .attempts import newest_of_job, slurm_job
 from .partial import keeps_gradients
+from .ranks import resume_command
 
 _SAME_PRESS = 0.5  # seconds: launchers pass on the Ctrl-C that their children have got already
 _VAL = "epoch_loop.val_loop.batch_progress"
@@ -62,7 +62,8 @@ class StopSignals(_SignalConnector):
             if hasattr(launcher, "kill"):
                 launcher.kill(signum)
             raise Stopped(signum, "nothing new to save; the same command starts again")
-        os.write(2, b"\nstopping: saving after this batch; Ctrl-C again ends at once, without\n")
+        if self.trainer.is_global_zero:
+            os.write(2, b"\nstopping: saving after this batch; Ctrl-C again ends at once, without\n")
 
     def _note_requeue(self, signum: int) -> None:
         self.requeue = signum
@@ -70,7 +71,11 @@ class StopSignals(_SignalConnector):
 
 class JobCheckpoints(_CheckpointConnector):
     """What SLURM's warning saves is named by its job and found again by that job only: Lightning would load whatever
-    hpc_ckpt_N.ckpt lies in the folder that a job starts in."""
+    hpc_ckpt_N.ckpt lies in the folder that a job starts in. So is what earlier attempts of the same command left."""
+
+    def __init__(self, trainer: pl.Trainer, argv: list[str]) -> None:
+        super().__init__(trainer)
+        self.argv = argv
 
     @property
     def _hpc_resume_path(self) -> str | None:
@@ -81,13 +86,12 @@ class JobCheckpoints(_CheckpointConnector):
         return str(path) if path.is_file() else None
 
     def hpc_save_path(self, folderpath: Any) -> str:
-        return str(Path(folderpath) / f"slurm_{_job_id()}.ckpt")
+        return str(Path(folderpath) / f"slurm_{slurm_job() or 0}.ckpt")
 
-
-def _job_id() -> str:
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    name = os.environ.get("SLURM_JOB_ID", "0") if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return re.sub(r"[^\w-]", "_", name)
+    def _select_ckpt_path(self, state_fn: Any, ckpt_path: Any, **kwargs: Any) -> Any:
+        """An earlier attempt of this very run went on from what --ckpt_path says."""
+        earlier = newest_of_job(self.trainer, self.argv) if state_fn == TrainerFn.FITTING else None
+        return super()._select_ckpt_path(state_fn, earlier or ckpt_path, **kwargs)
 
 
 class SaveOnStop(Checkpoint):
@@ -178,21 +182,8 @@ def _counts(total: tuple[int, ...], current: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def resume_command(argv: list[str], path: Path) -> str:
-    """The command line once more, from the checkpoint on."""
-    words, skip = [], False
-    for word in argv:
-        if not skip and not word.startswith("--ckpt_path="):
-            skip = word == "--ckpt_path"
-            words += [] if skip else [word]
-        else:
-            skip = False
-    program = "python -m vmoe_momentum" if Path(sys.argv[0]).name == "__main__.py" else "vmoe-momentum"
-    return f"{program} {shlex.join([*words, f'--ckpt_path={path}'])}"
-
-
 def _ask_for_requeue() -> None:
-    job = _job_id()
+    job = slurm_job()
     try:
         done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
         told = done.stderr.strip() if done.returncode else None

@@ -1,0 +1,28 @@
+"""benchmarks/kills.py, with fewer kills."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.long
+def test_killed_at_random_moments_it_always_goes_on(digits, tmp_path) -> None:
+    """Three kills, both ways to spread a network: each start after the first goes on where a kill ended the last."""
+    words = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), f"--data={digits}", "--kills=3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*words, f"--tmp={tmp_path}", f"--out={tmp_path / 'kills.csv'}"], env=environment, capture_output=True,
+        text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "kills.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["whole"] for row in rows] == ["1"] * 3 and all(row["lines"] == "1" for row in rows)
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(steps) and steps[0] > 0
