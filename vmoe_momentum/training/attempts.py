@@ -94,7 +94,7 @@ def newest_of_job(trainer: pl.Trainer, argv: list[str]) -> str | None:
     found += [own] if own.is_file() else []
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, tensors=False)
         except ValueError as error:
             rank_zero_warn(f"{error}; an older one is tried")
             continue
