@@ -156,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         expected = bool(full) or _is_expected(error)
         if not expected:  # ours to mend, not the user's
             line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"
+        line = ": ".join([*reversed(getattr(error, "__notes__", ())), line])  # where it was
         sys.stdout.flush()
         print(f"vmoe-momentum: error: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2 if expected else 1) from None

@@ -195,6 +195,10 @@ class Store:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
         return self.folder / f"{digest}.npz"
 
+    def names(self) -> set[str]:
+        """Of the files that are there."""
+        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+
     def read(self, path: Path) -> Outcome | None:
         """None where it is not there, or damaged (then it is made again)."""
         try:
