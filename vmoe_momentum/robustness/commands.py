@@ -43,7 +43,7 @@ def run(argv: list[str], open_models: Callable[[list[str]], "list[Model]"]) -> N
     if given["processes"] > 1:
         if place.count > 1:
             raise ValueError(
-                f"--processes={given['processes']}: this is {place.name} already; leave it out, or start one process"
+                f"--processes={given['processes']}: this is {place.name} already; leave it out, or start one"
             )
         place = Place(0, given["processes"], 0, given["processes"], f"process 0 of {given['processes']}")
     if is_helper():
