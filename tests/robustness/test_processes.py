@@ -63,7 +63,7 @@ def wait_for(path: Path) -> None:
 # ---- all at once
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_any_number_of_processes_writes_the_same(count: int, data: Path, one: dict[str, bytes], tmp_path: Path) -> None:
     """Every answer is made once, and everybody makes some."""
     workers = [begin(data, tmp_path, Place(rank, count)) for rank in range(count)]
@@ -74,7 +74,7 @@ def test_any_number_of_processes_writes_the_same(count: int, data: Path, one: di
     assert len({process for process, _ in made}) == count
 
 
-@pytest.mark.parametrize("held", ["clean", "pgd-2"])
+@pytest.mark.parametrize("held", [pytest.param("clean", marks=pytest.mark.long), "pgd-2"])
 def test_one_is_killed_and_the_others_do_its_cells(
     held: str, data: Path, one: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -249,9 +249,7 @@ def test_an_error_names_process_and_cell(digits: Path, here: Path, monkeypatch, 
         monkeypatch.setenv(name, value)
     assert fails([f"--data={digits}", *SHORT], capsys) == (2, told.format("process 5 of 8: "))
     code, line = fails([f"--data={digits}", *SHORT, "--processes=2"], capsys)
-    assert code == 2 and line.endswith(
-        "--processes=2: this is process 5 of 8 already; leave it out, or start one process"
-    )
+    assert code == 2 and line.endswith("--processes=2: this is process 5 of 8 already; leave it out, or start one")
 
 
 def test_the_first_process_writes_the_report_and_one_of_equals_does(
