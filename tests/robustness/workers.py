@@ -5,16 +5,13 @@ import os
 import time
 from pathlib import Path
 
+from forks import FORKS
 from planted import Planted, planted
 from torch import Tensor
 
 from vmoe_momentum.robustness import Settings, evaluate, make_plan, todo, write_report
 from vmoe_momentum.robustness.processes import ALONE, Place
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(  # not this file: Python 3.11's server does not look where pytest found it
-    ["torchattacks", "cv2", *(f"vmoe_momentum.robustness.{name}" for name in ("evaluate", "plan", "report"))]
-)
 SETTINGS = Settings(
     attacks=("fgsm", "pgd"), eps=(1 / 255, 2 / 255), steps=2, corruptions=("contrast", "pixelate"), severities=(1, 2)
 )
