@@ -35,7 +35,7 @@ ALLOWED = {  # room -> rooms it may import
         "stopping",
     },
     "analysis": {"configs", "models", "momentum", "moe", "parsers", "progress", "ranges", "stopping"},
-    "robustness": {"lazily", "parsers", "pictures", "progress", "ranges", "staging"},
+    "robustness": {"lazily", "parsers", "pictures", "progress", "ranges", "staging", "stopping"},
     "classifiers": {"analysis", "checksums", "models", "moe", "robustness"},
     "export": {
         "lazily",

@@ -53,6 +53,30 @@ def test_what_is_known_already_takes_no_time() -> None:
     assert work.seconds_left() == pytest.approx(7.0)
 
 
+def test_what_others_do_shortens_the_rest() -> None:
+    """Two that are equally fast: half the time; what lay there before says nothing of how fast they are."""
+    clock = Clock()
+    work = Work([("clean", 100), ("pgd", 1000)], clock)
+    work.skip("clean", 40)
+    clock.now += 6
+    work.advance("clean", 30)
+    assert work.seconds_left() == pytest.approx((30 + 1000) / 5)
+    work.help("clean", 30)
+    assert work.seconds_left() == pytest.approx(1000 / 5 / 2) and work.left["clean"] == 0
+    assert work.share == pytest.approx(100 / 1100) and work.seconds_of({"pgd": 10}) == pytest.approx(2)
+    work.help("pgd", 1000)
+    assert work.seconds_left() == 0 and work.share == 1
+
+
+def test_who_is_not_the_first_says_nothing(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    with Meter("robustness", Work([("a", 2)]), shown=False) as meter:
+        meter.tell("first")
+        meter.advance("a", 1)
+        meter.say("a line")
+    assert told(capsys) == [] and meter.work.share == 0.5
+
+
 def told(capsys) -> list[str]:
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -31,10 +31,11 @@ def ending(error: BaseException, sections: Mapping[str, Iterable[str]], way_out:
     ours = isinstance(error, ValueError)  # in words already, whatever lies behind it
     full = None if ours else explain(error, _LESS_MEMORY)
     line = full or one_line(error, sections)
+    where = "".join(f"{note}: " for note in reversed(getattr(error, "__notes__", ())))
     if full or _is_expected(error):
-        return f"error: {line}", 2
+        return f"error: {where}{line}", 2
     line = f"{type(error).__name__}: {line}; this is a bug: run again with --debug and report what it shows"
-    return f"error: {line}", 1
+    return f"error: {where}{line}", 1
 
 
 def _is_expected(error: BaseException) -> bool:

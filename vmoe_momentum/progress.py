@@ -1,7 +1,7 @@
 """How far something is: a bar where somebody watches, a line now and then where output goes into a file or a pipe."""
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ class Work:
             self.left[kind] = self.left.get(kind, 0.0) + cost
         self.total = sum(self.left.values())
         self.measured: dict[Hashable, tuple[float, float]] = {}  # kind -> cost done, seconds
+        self.helped: dict[Hashable, float] = {}  # kind -> cost that other processes did meanwhile
 
     def advance(self, kind: Hashable, cost: float) -> None:
         """So much of the kind was done since the last call."""
@@ -37,29 +38,44 @@ class Work:
         self.since = self.clock()
         self.left[kind] = max(0.0, self.left.get(kind, 0.0) - cost)
 
+    def help(self, kind: Hashable, cost: float) -> None:
+        """Another process did so much of the kind meanwhile."""
+        self.helped[kind] = self.helped.get(kind, 0.0) + cost
+        self.left[kind] = max(0.0, self.left.get(kind, 0.0) - cost)
+
     @property
     def share(self) -> float:
         """Done or skipped, in [0, 1]."""
         return 1.0 - sum(self.left.values()) / self.total if self.total else 1.0
 
     def seconds_left(self) -> float | None:
-        """None before anything is measured."""
+        """By all who work on it, at the share that others had so far. None before anything is measured."""
+        left = self.seconds_of(self.left)
+        if left is None:
+            return None
+        own = sum(seconds for _, seconds in self.measured.values())
+        return left * own / (own + self.seconds_of(self.helped)) if own else left
+
+    def seconds_of(self, costs: Mapping[Hashable, float]) -> float | None:
+        """Of this process alone, for so much of each kind. None before anything is measured."""
         done, seconds = (sum(values) for values in zip((0.0, 0.0), *self.measured.values(), strict=True))
         if not done:
             return None
         rates = {kind: took / cost for kind, (cost, took) in self.measured.items() if cost}
-        return sum(cost * rates.get(kind, seconds / done) for kind, cost in self.left.items())
+        return sum(cost * rates.get(kind, seconds / done) for kind, cost in costs.items())
 
 
 class Meter:
     """One piece of work as it goes on, told on stderr. A context manager."""
 
-    def __init__(self, what: str, work: Work | None) -> None:
-        """work: None where nobody knows how much there is."""
+    def __init__(self, what: str, work: Work | None, shown: bool = True) -> None:
+        """work: None where nobody knows how much there is. shown: False where another process tells it."""
         self.what, self.work, self.told, self.count = what, work, "", 0
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not shown)
         columns = [_Told(lambda: self.told or what), BarColumn(), _Told(self.amount), _Told(self.time_left)]
-        self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self.bar = Progress(
+            *columns, console=self.console, transient=True, disable=not (shown and self.console.is_terminal)
+        )
         self.task = self.bar.add_task(what, total=None if work is None else 1.0)
         self.lines, self.started = 0, time.monotonic()
         self.shown = self.started
@@ -87,6 +103,11 @@ class Meter:
     def skip(self, kind: Hashable, cost: float) -> None:
         """It need not be done."""
         self.work.skip(kind, cost)
+        self._show()
+
+    def help(self, kind: Hashable, cost: float) -> None:
+        """Another process did it."""
+        self.work.help(kind, cost)
         self._show()
 
     def amount(self) -> str:

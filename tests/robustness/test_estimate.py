@@ -42,6 +42,7 @@ def test_what_takes_most_of_a_long_run_is_named() -> None:
     long = tell({None: 100.0, "square": 7000.0})
     assert long.startswith("about 1:58:20 ") and "square takes 1:56:40 of it at most" in long
     assert long.endswith("lower --query_images or --queries")
+    assert "aside; shared by 4 processes, about 0:29:35; square takes" in tell({None: 100.0, "square": 7000.0}, 4)
     assert tell({"pgd": 700.0, None: 1.0}).endswith("pgd takes 0:11:40 of it: lower --limit or --steps")
     assert tell({"autoattack": 700.0}).endswith("at most: lower --limit")
     for even in ({"pgd": 400.0, "square": 400.0, "fgsm": 1.0}, {None: 9000.0, "pgd": 1.0}):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cli_helpers import rows
-from test_interrupted import start
+from forks import run_ranks
 
 from vmoe_momentum.datasets.batches import BatchPlan
 from vmoe_momentum.training import PredictionWriter, predictions
@@ -55,23 +55,46 @@ def test_a_loader_that_does_not_say_who_sees_what_is_refused_on_two_devices(tmp_
         PredictionWriter().write_on_epoch_end(trainer, None, seen_by(0, 2, 23, 8)[1], None)
 
 
-@pytest.mark.long
-def test_two_ranks_write_what_one_writes(digits: Path, tmp_path: Path) -> None:
-    """As programs over gloo."""
-    found = []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        given = {
-            "config": CONFIG, "data": "FolderDataModule", "data.root": digits, "data.num_workers": 1,
-            "data.eval_batch_size": 17, "trainer.devices": ranks, "trainer.logger": "false",
-            "trainer.strategy": "ddp" if ranks > 1 else "auto", "trainer.enable_progress_bar": "false",
-        }  # fmt: skip
-        done = start(folder, ["predict", *(f"--{name}={value}" for name, value in given.items())], ranks)
-        assert done.returncode == 0, done.stderr
-        found.append(rows(next(folder.rglob("predictions.csv"))))
-    one, two = found
-    assert [row["image"] for row in two] == [str(number) for number in range(360)]
-    for ours, theirs in zip(two, one, strict=True):
-        assert (ours["image"], ours["label"]) == (theirs["image"], theirs["label"])
-        assert float(ours["probability_1"]) == pytest.approx(float(theirs["probability_1"]), abs=2e-6)
+def evaluated(folder: Path, pictures: Path, ranks: int, strategy: list[str]) -> tuple[bytes, dict[str, float]]:
+    """Of nine images, three a batch: predictions.csv, and what `test` says."""
+    data = ["--data=FolderDataModule", f"--data.root={pictures}", "--data.num_workers=0", "--data.eval_batch_size=3"]
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=logs"]
+    more = [f"--trainer.devices={ranks}", "--trainer.enable_progress_bar=false", "--model.net.init_args.rule=HeavyBall"]
+    words = [f"--config={CONFIG}", *strategy, *data, *logger, *more]
+    codes = run_ranks(folder, [["predict", *words], ["test", *words]], ranks)
+    assert codes == [0] * ranks, (folder / "said0").read_text()[-2000:]
+    (said,) = folder.rglob("metrics.csv")
+    (scores,) = rows(said)
+    return next(folder.rglob("predictions.csv")).read_bytes(), {name: float(score) for name, score in scores.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(pictures: Path, tmp_path_factory) -> tuple[bytes, dict[str, float]]:
+    return evaluated(tmp_path_factory.mktemp("alone") / "one", pictures, 1, [])
+
+
+DDP, SHARDED = ["--trainer.strategy=ddp"], [f"--config={CONFIG.parent / 'scale' / 'fsdp2.yaml'}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        pytest.param(2, DDP, marks=pytest.mark.long),
+        pytest.param(4, DDP),
+        pytest.param(2, SHARDED, marks=pytest.mark.long),
+        pytest.param(4, SHARDED, marks=pytest.mark.long),
+    ],
+)
+def test_ranks_count_each_image_once(ranks: int, strategy: list[str], pictures: Path, alone, tmp_path: Path) -> None:
+    """Shares of 5 and 4, of 3, 2, 2 and 2: every row in order, to the byte, and scores weighted by the images."""
+    predicted, scores = evaluated(tmp_path / "r", pictures, ranks, strategy)
+    assert predicted == alone[0] and predicted.count(b"\n") == 10
+    assert {"test/loss", "test/top1", "test/block1/load_0"} <= scores.keys() == alone[1].keys()
+    for name, score in scores.items():
+        assert score == pytest.approx(alone[1][name], rel=2e-6, abs=1e-7), name
+
+
+def test_fewer_images_than_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 images are too few to evaluate on 4 devices; use at most 3"):
+        BatchPlan(3, 8, training=False, rank=0, world_size=4)

@@ -1,15 +1,16 @@
 """FSDP2 over gloo, as programs of two ranks: the network that one process, or DDP, would have made."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from test_interrupted import start
 from torch import Tensor
 
 from vmoe_momentum import cli
-from vmoe_momentum.training import FSDP2Strategy, refuse_unsharded
+from vmoe_momentum.training import FSDP2Strategy, RobustnessCheck, refuse_unsharded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
@@ -113,3 +114,12 @@ def test_lightnings_own_strategy_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="trainer.strategy=ModelParallelStrategy: .* use FSDP2Strategy"):
         refuse_unsharded(ModelParallelStrategy())
     refuse_unsharded(FSDP2Strategy())
+
+
+def test_a_robustness_check_of_sharded_weights_is_refused_in_words() -> None:
+    """It would wait for the other ranks forever."""
+    check, trainer = RobustnessCheck(), SimpleNamespace(strategy=FSDP2Strategy())
+    with pytest.raises(ValueError, match="trainer.strategy=FSDP2Strategy: RobustnessCheck .* leave the callback out"):
+        check.setup(trainer, None, "test")
+    check.setup(trainer, None, "fit")
+    check.setup(SimpleNamespace(strategy=SingleDeviceStrategy("cpu")), None, "test")

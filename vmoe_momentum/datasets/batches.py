@@ -46,6 +46,10 @@ class BatchPlan:
                 f"data.batch_size={batch_size} on {world_size} device(s) needs {batch_size * world_size} training"
                 f" images for one step, found {count}; lower data.batch_size or add images"
             )
+        if not training and count < world_size:
+            raise ValueError(
+                f"{count} images are too few to evaluate on {world_size} devices; use at most {count} (trainer.devices)"
+            )
         if not training and len(self) > count // world_size:
             raise ValueError(
                 f"data.eval_batch_size={batch_size}: {count} images cannot give each of {world_size} devices"

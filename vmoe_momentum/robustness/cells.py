@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..staging import write_together
+from ..staging import draft_of
 from .attacks import ATTACKS, Budget, Classifier, cross_entropy, input_gradient, run_attack
 from .models import Model
 from .pictures import Batch, Change, Pictures, batches
@@ -195,6 +195,10 @@ class Store:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
         return self.folder / f"{digest}.npz"
 
+    def names(self) -> set[str]:
+        """Of the files that are there."""
+        return set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+
     def read(self, path: Path) -> Outcome | None:
         """None where it is not there, or damaged (then it is made again)."""
         try:
@@ -220,7 +224,14 @@ class Store:
         self._write(path.with_suffix(".npy"), lambda file: np.save(file, pictures.numpy()))
 
     def _write(self, path: Path, fill: Callable[[BinaryIO], None]) -> None:
-        """Whole or not at all, also when two runs write the same cell."""
+        """Whole or not at all, also when two runs write the same cell; what a killed one left of its attempt goes."""
         content = io.BytesIO()
         fill(content)
-        write_together(self.folder, {path.name: content.getvalue()})
+        try:
+            with draft_of(path) as file:
+                file.write(content.getvalue())
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot be written ({error.strerror}): {len(content.getvalue()):,} bytes needed; make room, "
+                "or choose another --out"
+            ) from error

@@ -1,5 +1,6 @@
 """The command line `vmoe-momentum robustness ...`; benchmarks/robustness.py is the same."""
 
+import os
 import platform
 import shlex
 import time
@@ -11,9 +12,11 @@ from rich.console import Console
 
 from ..parsers import Parser, check_device, new_parser
 from ..pictures import UPRIGHT_HELP
-from ..ranges import COUNT, WORKERS
+from ..ranges import COUNT, WORKERS, Range
 from ..staging import check_writable
+from ..stopping import Stopped
 from .asked import ATTACK_NAMES, BENCHMARK, EXTRA, RANGES, SHIFTED
+from .processes import Helpers, Place, choose_device, end_with_parent, find_place, is_helper, shared_cores
 
 if TYPE_CHECKING:
     from .models import Model
@@ -24,26 +27,56 @@ _EXAMPLES = """examples:
   vmoe-momentum robustness --data data/imagenet --model vit_small_patch16_224 --imagenet_c data/imagenet-c --limit 1000
   vmoe-momentum robustness --data data/digits --model HB=s0.ckpt --model HB=s1.ckpt --model Res=s2.ckpt '--eps=[1/255]'
 
+  vmoe-momentum robustness --data data/imagenet --model a.ckpt --processes 8 --device cuda   # a GPU each
+  torchrun --nproc_per_node 8 --no-python vmoe-momentum robustness --data data/imagenet --model a.ckpt --device cuda
+  sbatch configs/scale/robustness_array.sbatch --data data/imagenet --model a.ckpt --out runs/robustness
+
 It writes rows.csv, report.json, report.md and report.html (self-contained) to --out; stopped, it goes on from there.
-What differs between two equal runs, their times, is in times.json."""
+What differs between two equal runs, their times, is in times.json. The same command with the same --out, started again
+elsewhere while it runs, takes its share of what is left; the report is the same whoever computed what."""
 
 
 def run(argv: list[str], open_models: Callable[[list[str]], "list[Model]"]) -> None:
     """argv: what follows `robustness`. Mistakes come out as exceptions, before anything is evaluated."""
     given = parser().parse_args(argv).as_dict()
+    place = find_place(os.environ)
+    if given["processes"] > 1:
+        if place.count > 1:
+            raise ValueError(
+                f"--processes={given['processes']}: this is {place.name} already; leave it out, or start one"
+            )
+        place = Place(0, given["processes"], 0, given["processes"], f"process 0 of {given['processes']}")
+    if is_helper():
+        end_with_parent()
+    try:
+        _run(given, argv, open_models, place)
+    except Exception as error:
+        if place.name:
+            error.add_note(place.name)
+        raise
+    except Stopped as stopped:
+        if is_helper():  # whoever started it says so
+            raise SystemExit(128 + stopped.signum) from None
+        raise
 
+
+def _run(
+    given: dict[str, Any], argv: list[str], open_models: Callable[[list[str]], "list[Model]"], place: Place
+) -> None:
+    from .claims import Claims
     from .effects import check_effects, named_in  # here: mistyped options are told before torch is imported
     from .evaluate import evaluate
     from .models import turned
     from .plan import check_settings, describe_pictures, make_plan
-    from .report import write_report
+    from .report import is_report, stamp, write_report
     from .terminal import show
     from .versions import versions
 
     settings = _settings(given)
     check_settings(settings)
     check_effects(named_in(argv), settings)
-    check_device(given["device"])
+    device = choose_device(given["device"], place)
+    check_device(device)
     if not given["out"].strip():
         raise ValueError("--out=: name a folder for the report")
     out = Path(given["out"])
@@ -52,18 +85,28 @@ def run(argv: list[str], open_models: Callable[[list[str]], "list[Model]"]) -> N
     if given["upright"] is not None:
         models = [turned(model, given["upright"]) for model in models]
     cells = make_plan(settings, models)
-    start = time.monotonic()
-    evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], given["device"])
+    start, before = time.monotonic(), stamp(out)
+    words = without_processes(argv)
+    helpers = Helpers(words, place.local_count) if given["processes"] > 1 else None
+    with shared_cores(place.local_count):
+        evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], device, place, helpers)
+    if place.rank:
+        return  # the first of those that were started together writes
     provenance = {
-        "command": shlex.join(["vmoe-momentum", "robustness", *argv]), "settings": settings._asdict(),
+        "command": shlex.join(["vmoe-momentum", "robustness", *words]), "settings": settings._asdict(),
         "models": {model.name: model.provenance for model in models}, "batch_size": given["batch_size"],
         "device": given["device"], "machine": platform.machine(), "python": platform.python_version(),
         "pictures": describe_pictures(cells), "versions": versions(),
     }  # fmt: skip
-    times = {"seconds": round(time.monotonic() - start, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
-    report = write_report(evaluation, out, provenance, times)
-    show(report)
-    told = f"{len(report.rows)} rows: {out / 'rows.csv'}; report: {out / 'report.html'}"
+    with Claims(out / "cells") as claims:  # others that were started by themselves may be as far
+        claims.wait_for("report", seconds=120)
+        if stamp(out) != before and is_report(out, provenance):
+            told = f"report: {out / 'report.html'}, by another process"
+        else:
+            times = {"seconds": round(time.monotonic() - start, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+            report = write_report(evaluation, out, provenance, times)
+            show(report)
+            told = f"{len(report.rows)} rows: {out / 'rows.csv'}; report: {out / 'report.html'}"
     Console().print(told, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -111,13 +154,24 @@ def parser() -> Parser:
     words.add_number("--limit", int | None, RANGES["limit"], text)
     words.add_number("--seed", int, RANGES["seed"], "Of corruptions, noise, attacks and subsets.", default=0)
     words.add_number("--batch_size", int, COUNT, "Pictures at once.", default=64)
-    words.add_number("--workers", int, WORKERS, "Processes that decode and corrupt.", default=0)
+    words.add_number("--workers", int, WORKERS, "Processes that decode and corrupt, of each of --processes.", default=0)
+    text = "That share the cells, on this machine; each a share of the cores and, with --device=cuda, a GPU in turn."
+    words.add_number("--processes", int, Range(1, 1024, whole=True), text, default=1)
     words.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
     words.add_argument("--upright", type=bool | None, help=f"{UPRIGHT_HELP} By default as each was trained.")
     words.add_argument(
         "--out", type=str, default="runs/robustness", help="Folder for the report; a report there is replaced."
     )
     return words
+
+
+def without_processes(argv: list[str]) -> list[str]:
+    """What changes no number is not part of the report, nor for helpers to repeat."""
+    return [
+        word
+        for place, word in enumerate(argv)
+        if word.partition("=")[0] != "--processes" and (not place or argv[place - 1] != "--processes")
+    ]
 
 
 def _settings(given: dict[str, Any]) -> "Settings":

@@ -34,7 +34,7 @@ def _by_spending(what: str) -> str:
 ALWAYS = Needs(lambda settings: True, "")
 NEEDS = {
     **dict.fromkeys(("model", "data", *PUBLISHED, "upright", "limit", "out", "help"), ALWAYS),
-    **dict.fromkeys(("batch_size", "workers", "device"), ALWAYS),
+    **dict.fromkeys(("batch_size", "workers", "processes", "device"), ALWAYS),
     "imagenet_c": Needs(lambda s: s.corruptions != (), "corruptions: leave out --corruptions=[none]"),
     "corruptions": Needs(
         lambda s: s.corruptions == () or _corrupts(s), "--imagenet_c, or --data without --regenerate=false"

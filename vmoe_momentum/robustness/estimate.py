@@ -54,10 +54,12 @@ def estimate(left: Iterable[tuple[Cell, Sequence[str]]], paces: dict[str, Pace])
     return found
 
 
-def tell(seconds: dict[str | None, float]) -> str:
-    """One line; of a long run it names the attack that takes most of it, and what lowers that."""
+def tell(seconds: dict[str | None, float], processes: int = 1) -> str:
+    """One line; of a long run it names the attack that takes most of it, and what lowers that. processes: at it."""
     total = sum(seconds.values())
     told = f"about {clock(total)} of passes through the models to come, reading and corrupting pictures aside"
+    if processes > 1:
+        told += f"; shared by {processes} processes, about {clock(total / processes)}"
     name = max(seconds, key=seconds.get)
     if name is None or total <= LONG or seconds[name] <= total / 2:
         return told
@@ -67,7 +69,11 @@ def tell(seconds: dict[str | None, float]) -> str:
 
 
 def estimate_line(
-    left: Sequence[tuple[Cell, Sequence[str]]], models: Sequence[Model], batch_size: int, device: str
+    left: Sequence[tuple[Cell, Sequence[str]]],
+    models: Sequence[Model],
+    batch_size: int,
+    device: str,
+    processes: int = 1,
 ) -> str | None:
     """None where nothing is left to do."""
     left = [(cell, names) for cell, names in left if names]
@@ -77,4 +83,4 @@ def estimate_line(
     gradients = any(cell.attack and ATTACKS[cell.attack].spends != "queries" for cell, _ in left)
     waiting = {name for _, names in left for name in names}
     paces = {model.name: measure(model, count, device, gradients) for model in models if model.name in waiting}
-    return tell(estimate(left, paces))
+    return tell(estimate(left, paces), processes)

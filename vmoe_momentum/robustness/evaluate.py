@@ -1,6 +1,7 @@
-"""Runs a plan: every cell once, all models on the same pictures, finished cells kept."""
+"""Runs a plan: every cell once, all models on the same pictures, finished cells kept, by one process or several."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,14 +9,16 @@ import torch
 
 from ..progress import Meter, Work
 from .attacks import ATTACKS
-from .cells import Cell, Memory, Outcome, Store, run_cell
+from .cells import Cell, Memory, Store, run_cell
+from .claims import Claims
 from .estimate import estimate_line
 from .models import Model, View, check_model
 from .pictures import batches
+from .processes import ALONE, Helpers, Place
 from .protocol import cost, count_pictures
+from .todo import Key, Kind, Outcomes, Todo, kind_of, name_of
 
 SHOWN = 4  # pictures of the run that models are checked with
-Outcomes = dict[tuple[str, int], Outcome]  # (model name, number of the cell)
 
 
 class Evaluation(NamedTuple):
@@ -32,10 +35,14 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     device: str = "cpu",
+    place: Place = ALONE,
+    helpers: Helpers | None = None,
 ) -> Evaluation:
     """Everything is checked before the first cell. Cells of an earlier call with the same pictures, models and settings
-    are read from OUT/cells.
+    are read from OUT/cells, and so are those of other processes that are at the same; all return the same, when every
+    cell is there.
 
+    place: the first process says how far all are. helpers: started once everything is checked, ended at the end.
     Raises ValueError: a model that gives no logits, a picture that cannot be decoded.
     """
     by_gradient = any(cell.attack is not None and ATTACKS[cell.attack].spends != "queries" for cell in cells)
@@ -44,41 +51,49 @@ def evaluate(
     sizes, parts = batch_sizes(cells, batch_size), any(cell.attack and ATTACKS[cell.attack].parts for cell in cells)
     shown = _some_pictures(cells, models)
     models = [check_model(model, device, by_gradient, sizes, parts, shown.get(model.view)) for model in models]
-    store, memory, outcomes, examples = Store(out / "cells"), Memory(), {}, {}
-    work = Work((_kind(cell), count_pictures(cell) * cost(cell) * len(models)) for cell in cells)
-    places = [{model.name: store.path(cell, model, batch_size, device) for model in models} for cell in cells]
-    left = [
-        (cell, [name for name, path in paths.items() if not path.is_file()])
-        for cell, paths in zip(cells, places, strict=True)
-    ]
-    with Meter("robustness", work) as meter:
-        line = estimate_line(left, models, batch_size, device)
-        if line is not None:
+    store, memory = Store(out / "cells"), Memory()
+    paths = {
+        (model.name, number): store.path(cell, model, batch_size, device)
+        for number, cell in enumerate(cells) for model in models
+    }  # fmt: skip
+    work = Work((kind_of(cell), count_pictures(cell) * cost(cell) * len(models)) for cell in cells)
+    meter = Meter("robustness", work, shown=place.rank == 0)
+    with Claims(store.folder) as claims, helpers or nullcontext(), meter:
+        todo = Todo(cells, models, store, paths, claims, meter, helpers)
+        if claims.missing:
+            meter.say(f"{store.folder}: no locks here ({claims.missing}), so processes may compute a cell twice")
+        if place.rank == 0 and (line := estimate_line(todo.by_cell(), models, batch_size, device, place.count)):
             meter.say(line)
-        for number, cell in enumerate(cells):
-            kind = _kind(cell)
-            meter.tell(f"{cell.pictures.name}: {cell.condition} {cell.severity}".strip())
-            paths = places[number]
-            known = {name: found for name, path in paths.items() if (found := store.read(path)) is not None}
-            outcomes |= {(name, number): found for name, found in known.items()}
-            missing = [model for model in models if model.name not in known]
-            meter.skip(kind, len(known) * count_pictures(cell) * cost(cell))
-            shown = next((s for path in paths.values() if (s := store.read_examples(path)) is not None), None)
-            if missing:
-                each = len(missing) * cost(cell)  # a picture
-                made, seen = run_cell(
-                    cell, missing, batch_size, workers, device, memory,
-                    lambda n, kind=kind, each=each: meter.advance(kind, n * each),
-                )  # fmt: skip
-                for name, outcome in made.items():
-                    store.write(paths[name], outcome)
-                    outcomes[name, number] = outcome
-                if missing[0] is models[0]:
-                    shown = seen
-                    store.write_examples(paths[models[0].name], shown)
-            if shown is not None:
-                examples[number] = shown
-    return Evaluation(list(cells), list(models), outcomes, examples)
+        while todo.left:
+            number, taken = todo.next(place.rank)
+            if not taken:  # others did the rest
+                break
+            cell, kind = cells[number], kind_of(cells[number])
+            meter.tell(name_of(cell))
+            each = len(taken) * cost(cell)  # a picture
+
+            def advance(count: int, kind: Kind = kind, each: int = each) -> None:
+                meter.advance(kind, count * each)
+                todo.look(every=2.0)
+
+            try:
+                made, seen = run_cell(cell, taken, batch_size, workers, device, memory, advance)
+            except Exception as error:
+                error.add_note(name_of(cell))
+                raise
+            if taken[0] is models[0]:  # before what says that all is there
+                store.write_examples(paths[models[0].name, number], seen)
+            todo.keep(number, made)
+    return Evaluation(list(cells), list(models), todo.outcomes, _examples(store, paths, len(cells)))
+
+
+def _examples(store: Store, paths: dict[Key, Path], count: int) -> dict[int, torch.Tensor]:
+    """Of each cell: those of the first model that has some."""
+    found: dict[int, torch.Tensor] = {}
+    for (_, number), path in paths.items():
+        if number not in found and (pictures := store.read_examples(path)) is not None:
+            found[number] = pictures
+    return {number: found[number] for number in range(count) if number in found}
 
 
 def batch_sizes(cells: Sequence[Cell], batch_size: int) -> set[int]:
@@ -93,8 +108,3 @@ def _some_pictures(cells: Sequence[Cell], models: Sequence[Model]) -> dict[View,
     count = min(SHOWN, len(pictures.paths))
     order = [k * len(pictures.paths) // count for k in range(count)]
     return next(batches(pictures, list({model.view for model in models}), count, 0, None, order)).views
-
-
-def _kind(cell: Cell) -> tuple[str, str]:
-    """What takes alike for the same cost: an attack, or a corruption made here."""
-    return cell.kind, cell.attack or (cell.condition if cell.kind == "regenerated" else "")

@@ -63,6 +63,25 @@ def write_report(
     return Report(rows, lines, warnings)
 
 
+def stamp(out: Path) -> tuple[int, int] | None:
+    """Of the report that stands there; another one has another. None for none."""
+    try:
+        found = (out / "report.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def is_report(out: Path, provenance: dict[str, Any]) -> bool:
+    """Whether the report that stands there is of the same models, pictures and settings, whoever wrote it."""
+    try:
+        there = json.loads((out / "report.json").read_text())["provenance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    wanted = json.loads(json.dumps(provenance, default=str))
+    return all(there.get(name) == value for name, value in wanted.items() if name not in ("command", "device"))
+
+
 def _pictures_of(out: Path) -> set[str]:
     """Of the report that stands here."""
     try:

@@ -35,8 +35,9 @@ class RouterStats(Callback):
         for block, stats in self.watch.result().items():
             values = {f"load_{expert}": share for expert, share in enumerate(stats.load)}
             values |= {name: value for name, value in stats._asdict().items() if name != "load" and value is not None}
-            # batch_size: these are means over the whole pass already
-            module.log_dict({f"{stage}/{block}/{k}": v for k, v in values.items()}, batch_size=1, sync_dist=True)
+            # means over the whole pass already; other ranks may have seen another number of tokens, see _evaluate
+            weight = int(self.watch.sums[block]["tokens"]) * module.trainer.world_size
+            module.log_dict({f"{stage}/{block}/{k}": v for k, v in values.items()}, batch_size=weight, sync_dist=True)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._start(pl_module)

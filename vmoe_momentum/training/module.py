@@ -212,7 +212,9 @@ class ImageClassifier(pl.LightningModule):
         logits = self._logits(images, flip=stage == "test" and self.test_time_flip)
         accuracy.update(logits, labels)
         loss = self.main_loss(logits, mixup_target(labels, self.num_classes))
-        self.log(f"{stage}/loss", loss, batch_size=len(labels), sync_dist=True)
+        # times the ranks: Lightning (2.6.6) divides the images of all by their number, in whole numbers
+        weight = len(labels) * self.trainer.world_size
+        self.log(f"{stage}/loss", loss, batch_size=weight, sync_dist=True)
         self.log_dict(accuracy, prog_bar=True, batch_size=len(labels))
         return loss
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
@@ -55,6 +56,13 @@ class RobustnessCheck(Callback):
             corruptions=tuple(corruptions), severities=tuple(severities), attacks=attacks, eps=budgets, limit=limit
         )
         check_settings(self.settings)
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "test" and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"trainer.strategy={type(trainer.strategy).__name__}: RobustnessCheck asks one process, and none has "
+                "the whole network; leave the callback out, and run vmoe-momentum robustness on the checkpoint"
+            )
 
     @rank_zero_only
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
