@@ -48,7 +48,7 @@ def moments(checkpoint: dict) -> list[Tensor]:
 
 
 SHARDED = f"--config={CONFIGS / 'scale' / 'fsdp2.yaml'}"
-OFF = "gradients under the Adam rule are 7e-5 off: rounding that it magnifies, or a fault; not known yet"
+OFF = "chaos, not a fault: in one process, 1e-7 of the weights becomes 9e-3 of the loss in 20 steps of this rule"
 CASES = [
     ("HeavyBall", "adamw"),
     *(pytest.param(*case, marks=pytest.mark.long)

@@ -84,7 +84,9 @@ def test_shards_compute_what_the_whole_does(rule, router, matrices, mesh) -> Non
     sharded = spread(seeded(partial(tiny, rule, router, post_norm="all", init_values=0.5)), mesh, matrices=matrices)
     logits, grads = passed(PixelModel(net).train().to(mesh.device_type), matrices)
     ours, own = passed(sharded, matrices)
-    sums = 0.0 if mesh.device_type == "cpu" else 1e-5  # a GPU adds in any order
+    sums = 0.0
+    if mesh.device_type != "cpu":  # a GPU adds in any order
+        sums = 1e-5 if matrices is None else 0.02
     if rule == "SAM" and matrices is not None:  # evaluates a layer twice: its gradients are added in bfloat16
         sums = 0.02
     torch.testing.assert_close(ours, logits, rtol=0, atol=0)

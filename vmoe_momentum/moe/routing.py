@@ -120,7 +120,7 @@ def _is_setting(name: str, value: Any) -> bool:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type that autocast computes in here; None where it is off. The meta device knows none."""
     kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 

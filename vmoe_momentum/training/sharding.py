@@ -188,6 +188,8 @@ def shard(
     """
     if isinstance(model, FSDPModule):
         return
+    for weight in model.parameters():  # FSDP2 cuts no others, so model.channels_last has no effect here
+        weight.data = weight.data.contiguous()
     policy = MixedPrecisionPolicy()
     if matrices is not None:
         policy = MixedPrecisionPolicy(matrices, torch.float32, cast_forward_inputs=False)  # the carry is float32

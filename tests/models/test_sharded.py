@@ -1,0 +1,117 @@
+"""Checkpoints that ranks write together: whole or not at all, and read by any number of ranks."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from vmoe_momentum.checksums import verify_folder
+from vmoe_momentum.models.sharded import is_sharded, read_into, read_rest, read_sharded, write_sharded
+
+WHOLE = {"wide": torch.arange(30.0).reshape(5, 6), "half": torch.arange(8).bfloat16()}  # rows do not divide
+
+
+def checkpoint(ranks: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (ranks,))
+    spread = {name: distribute_tensor(t.clone(), mesh, [Shard(0)]) for name, t in tensors.items()}
+    states = [{"state": {0: {"exp_avg": spread["wide"], "step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]}]
+    return {"state_dict": spread, "optimizer_states": states, "epoch": 2, "plain": torch.ones(())}
+
+
+def write(rank: int, path: str) -> None:
+    write_sharded(checkpoint(dist.get_world_size(), WHOLE), Path(path))
+    assert is_sharded(Path(path))
+
+
+def read(rank: int, path: str) -> None:
+    empty = checkpoint(dist.get_world_size(), {name: torch.zeros_like(t) for name, t in WHOLE.items()})
+    found = read_into(Path(path), empty)
+    for name, tensor in WHOLE.items():
+        assert torch.equal(found["state_dict"][name].full_tensor(), tensor)
+    assert torch.equal(found["optimizer_states"][0]["state"][0]["exp_avg"].full_tensor(), WHOLE["wide"])
+    with pytest.raises(ValueError, match="ckpt_path=.*: its tensors do not fit this network or optimizer"):
+        read_into(Path(path), {"state_dict": {}})
+    wrong = checkpoint(dist.get_world_size(), {"wide": torch.zeros(7, 6), "half": torch.zeros(8)})
+    with pytest.raises(ValueError, match="ckpt_path=.*: its tensors do not fit this network or optimizer"):
+        read_into(Path(path), wrong)
+
+
+def replace(rank: int, path: str) -> None:
+    """A second one takes the first one's place; one that fails on the last rank leaves it."""
+    first = read_rest(Path(path))
+    again = checkpoint(dist.get_world_size(), {name: t + 1 for name, t in WHOLE.items()}) | {"epoch": 3}
+    write_sharded(again, Path(path))
+    assert (first["epoch"], read_rest(Path(path))["epoch"]) == (2, 3)
+    dist.barrier()
+    broken = checkpoint(dist.get_world_size(), WHOLE) | {"epoch": 4}
+    if rank == dist.get_world_size() - 1:
+        broken["state_dict"]["wide"]._local_tensor = None  # cannot be written
+    with pytest.raises(Exception):  # noqa: B017  (whatever torch makes of it)
+        write_sharded(broken, Path(path))
+    dist.barrier()
+    assert read_rest(Path(path))["epoch"] == 3
+    verify_folder(Path(path))
+
+
+def assert_whole(path: Path, more: float = 0.0) -> None:
+    found = read_sharded(path)
+    for name, tensor in WHOLE.items():
+        assert torch.equal(found["state_dict"][name], tensor + more)
+    assert found["optimizer_states"][0]["param_groups"] == [{"lr": 0.1}]
+    assert float(found["optimizer_states"][0]["state"][0]["step"]) == 3
+    verify_folder(path)
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(2, [1]), pytest.param(4, [2, 1], marks=pytest.mark.long)])
+def test_any_number_of_ranks_reads_what_others_wrote(writers: int, readers: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    on_ranks(writers, write, tmp_path, str(path))
+    for number in readers:
+        (tmp_path / str(number)).mkdir()
+        on_ranks(number, read, tmp_path / str(number), str(path))
+    assert_whole(path)
+    (tmp_path / "second").mkdir()
+    on_ranks(2, replace, tmp_path / "second", str(path))
+    assert_whole(path, more=1.0)
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_damage_is_noticed_and_no_code_is_run(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    on_ranks(1, write, tmp_path, str(path))
+    shard = next(path.glob("__0_*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        verify_folder(path)
+
+    class Code:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (path / ".metadata").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(pickle.UnpicklingError, match="mkdir is not what an index of tensors holds"):
+        read_sharded(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_one_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+    """A process killed between the two renames."""
+    path = tmp_path / "last.ckpt"
+    on_ranks(1, write, tmp_path, str(path))
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+    draft = tmp_path / f".last.ckpt.{boot}-x.partial"
+    draft.mkdir()
+    (draft / "lock").touch()
+    path.rename(draft / "old")
+    assert is_sharded(path)
+    assert_whole(path)
