@@ -110,9 +110,6 @@ def test_every_rule_has_an_overlay() -> None:
 
 def test_the_overlay_for_gpus_goes_over_a_recipe(digits: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda what: compiled.append(what) or what)  # inductor takes minutes
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     configs = [f"--config={FOLDER / name}" for name in ("digits.yaml", "gpu.yaml")]
     data = ["--data=FolderDataModule", f"--data.root={digits}", "--data.num_workers=0"]
     short = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--model.schedule.warmup_steps=0"]
@@ -120,7 +117,7 @@ def test_the_overlay_for_gpus_goes_over_a_recipe(digits: Path, tmp_path, monkeyp
     weight = built.model.model.net.patch_embed.proj.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     built.trainer.fit(built.model, datamodule=built.datamodule)
-    assert built.trainer.precision == "bf16-mixed" and compiled
+    assert built.trainer.precision == "bf16-mixed"
     assert weight.is_contiguous(memory_format=torch.channels_last)
     saved = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["state_dict"]
     assert torch.equal(saved["model.net.patch_embed.proj.weight"], weight)

@@ -14,7 +14,7 @@ from ..moe.experts import Experts
 from .profile import saved_bytes
 from .sharding import FSDP2Strategy, blocks
 
-MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "nesterov": 1, "lion": 1, "sgd": 0}  # tensors as large as the weights
+MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "nesterov": 1, "lion": 1, "sgd": 1}  # tensors as large as the weights
 
 
 class Budget(NamedTuple):
