@@ -13,7 +13,6 @@ from vmoe_momentum.training import FSDP2Strategy, ImageClassifier, OptimizerSett
 from vmoe_momentum.training.budget import MOMENTS, Budget, budget, refuse_too_large, size
 from vmoe_momentum.training.profile import saved_bytes
 
-
 WHOLE = SimpleNamespace(root_device=torch.device("cpu"))
 
 
