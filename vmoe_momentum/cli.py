@@ -204,6 +204,7 @@ def quieten() -> None:
         ".*isinstance.treespec, LeafSpec",
         "Couldn't infer the batch indices",
         "The dirpath has changed",
+        "FSDP2-wrapped module .* returned a view tensor",  # which nothing of ours changes in place
     )
     for message in remarks:
         warnings.filterwarnings("ignore", message=message)

@@ -132,6 +132,13 @@ def test_a_position_inside_an_epoch_of_another_order_is_refused(digits):
             loader = module(FolderDataModule, digits, **change).train_dataloader()
             loader.load_state_dict(state)
             next(iter(loader))
+    elsewhere = {**state, "devices": 2, "data.batch_size": 32}  # as many images a step: they are the same ones
+    loader = module(FolderDataModule, digits, batch_size=64).train_dataloader()
+    loader.load_state_dict(elsewhere)
+    assert len(list(loader)) == len(loader) - 4
+    loader = module(FolderDataModule, digits, batch_size=32).train_dataloader()
+    loader.load_state_dict(elsewhere)
+    assert list(loader) == []  # the next epoch comes
     finished = {**state, "batch": state["batches"]}
     loader = module(FolderDataModule, digits, batch_size=32).train_dataloader()
     loader.load_state_dict(finished)  # between epochs any order may follow

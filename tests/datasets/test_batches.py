@@ -56,3 +56,16 @@ def test_too_few_images_are_refused_with_the_setting_named():
         BatchPlan(15, 8, training=True, world_size=2)
     with pytest.raises(ValueError, match=r"data\.eval_batch_size=1: 3 images"):
         BatchPlan(3, 1, training=False, world_size=2)
+
+
+@pytest.mark.parametrize(("count", "repeats"), [(64, 1), (77, 1), (77, 3)])
+def test_a_step_is_the_same_images_on_any_number_of_devices(count: int, repeats: int) -> None:
+    """For as many images a step: what lets a run go on inside an epoch elsewhere."""
+    steps = []
+    for world_size in (1, 2, 4):
+        settings = {"training": True, "repeats": repeats, "world_size": world_size}
+        plans = [BatchPlan(count, 8 // world_size, rank=rank, **settings) for rank in range(world_size)]
+        steps.append(
+            [sorted(np.concatenate(step).tolist()) for step in zip(*(p.batches(1) for p in plans), strict=True)]
+        )
+    assert len(steps[0]) == count // 8 and steps[0] == steps[1] == steps[2]

@@ -174,6 +174,57 @@ def test_any_number_of_devices_goes_on_from_its_checkpoint(digits: Path, picture
     assert ours == pytest.approx(theirs, abs=1e-5) and len(ours) == 2
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["ddp", "1", "2"])
+def test_four_ranks_two_one_and_four_again(way: str, digits: Path, tmp_path: Path) -> None:
+    """Saved inside an epoch, sharded where weights are: losses are those of a run that never stopped."""
+    saver = "lightning.pytorch.callbacks.ModelCheckpoint"
+    more = {
+        "steps": 6, "rough": False, "model.net.init_args.drop_rate": 0.0, "trainer.callbacks+": saver,
+        "trainer.callbacks.every_n_train_steps": 2, "trainer.callbacks.save_top_k": -1,
+        "trainer.callbacks.filename": "at{step}", "trainer.callbacks.auto_insert_metric_name": "false",
+    }  # fmt: skip
+    sharded = {} if way == "ddp" else {"trainer.strategy.init_args.checkpoints": "sharded"}
+
+    def going_on(ranks: int, here: str, saved: Path | None) -> list[str]:
+        own = {} if here == "one" else sharded
+        return words(digits, ranks, here, **more, **own, **({} if saved is None else {"ckpt_path": saved}))
+
+    def saved(name: str, step: int) -> Path:
+        return next((tmp_path / name).rglob(f"at{step}.ckpt"))
+
+    run_on_ranks(4, tmp_path, [("whole", going_on(4, way, None))])
+    run_on_ranks(2, tmp_path, [("two", going_on(2, way, saved("whole", 2)))])
+    run_on_ranks(4, tmp_path, [("again", going_on(4, way, saved("two", 4)))])
+    run_in(tmp_path / "one", going_on(1, "one", saved("two", 4)))
+    expected = losses(tmp_path / "whole", 4).mean(dim=0)
+    for name, ranks, done in (("two", 2, 4), ("again", 4, 8), ("one", 1, 8)):
+        found = losses(tmp_path / name, ranks).mean(dim=0)
+        torch.testing.assert_close(found, expected[done:], atol=1e-5, rtol=0)
+    if way != "ddp":
+        assert saved("whole", 2).is_dir()
+
+
+@pytest.mark.long
+def test_with_other_images_a_step_the_next_epoch_comes(digits: Path, tmp_path: Path, capfd) -> None:
+    saver = "lightning.pytorch.callbacks.ModelCheckpoint"
+    more = {
+        "rough": False, "trainer.callbacks+": saver, "trainer.callbacks.every_n_train_steps": 2,
+        "trainer.callbacks.save_top_k": -1, "trainer.callbacks.filename": "at{step}", "trainer.max_epochs": 2,
+        "trainer.callbacks.auto_insert_metric_name": "false",
+    }  # fmt: skip
+    run_on_ranks(2, tmp_path, [("first", words(digits, 2, "ddp", steps=3, **more))])
+    at = next((tmp_path / "first").rglob("at2.ckpt"))
+    more |= {"data.batch_size": 8, "ckpt_path": at}
+    run_in(tmp_path / "one", words(digits, 1, "one", steps=3, **more))
+    told = (
+        "lies inside epoch 0, in steps of 16 images on 2 devices; here they are 8 on 1: training goes on with the next"
+    )
+    assert told in capfd.readouterr().err
+    assert losses(tmp_path / "one", 1).shape[1] == 6
+    assert last(tmp_path / "one")["global_step"] == 5
+
+
 def scores(folder: Path) -> dict[str, float]:
     with next(folder.rglob("metrics.csv")).open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -8,7 +8,8 @@ import numpy as np
 class BatchPlan:
     """The batches of one process, as arrays of image indices.
 
-    Training shuffles by (seed, epoch), gives every process the same number of full batches and drops what is left.
+    Training shuffles by (seed, epoch), gives every process the same number of full batches and drops what is left. The
+    k-th batches of all processes are the same images however many processes they are shared by.
     Evaluation keeps the stored order and visits each image exactly once over all processes: no padding with
     duplicates, which would bias a metric.
 

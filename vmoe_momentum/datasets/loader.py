@@ -7,6 +7,7 @@ then, and whatever was started is closed in a `finally`.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from types import SimpleNamespace
@@ -68,7 +69,8 @@ class EpochLoader(ABC):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues at a saved position: the rest of that epoch's order, without decoding what came before.
 
-        The first batch raises ValueError when the position lies inside an epoch of a different order.
+        On another number of devices, too, where a step has as many images, which are the same ones then; else with the
+        next epoch, and a line says so. The first batch raises ValueError when the order is another one.
         """
         self._resume = state
 
@@ -77,10 +79,22 @@ class EpochLoader(ABC):
         state, self._resume = self._resume, None
         if state is None or state["epoch"] != epoch or state["batch"] in (0, state["batches"]):
             return 0
-        for setting, value in self.plan.identity().items():
+        ours, moved = self.plan.identity(), state.get("devices", self.plan.world_size) != self.plan.world_size
+        images = [told["data.batch_size"] * told["devices"] for told in (ours, {**ours, **state})]
+        for setting, value in ours.items():
+            if moved and setting in ("devices", "data.batch_size"):
+                continue
             if state.get(setting, value) != value:
                 raise ValueError(
                     f"{setting}={value}: the checkpoint was saved inside an epoch with {setting}={state[setting]};"
                     f" resume with that value, or from a checkpoint saved at the end of an epoch"
                 )
-        return state["batch"]
+        if images[0] == images[1]:
+            return state["batch"]
+        if self.plan.rank == 0:
+            print(
+                f"the checkpoint lies inside epoch {epoch}, in steps of {images[1]} images on {state['devices']} devices;"
+                f" here they are {images[0]} on {ours['devices']}: training goes on with the next epoch",
+                file=sys.stderr,
+            )
+        return len(self)
