@@ -92,9 +92,8 @@ class EpochLoader(ABC):
         if images[0] == images[1]:
             return state["batch"]
         if self.plan.rank == 0:
-            print(
-                f"the checkpoint lies inside epoch {epoch}, in steps of {images[1]} images on {state['devices']} devices;"
-                f" here they are {images[0]} on {ours['devices']}: training goes on with the next epoch",
-                file=sys.stderr,
-            )
+            there = f"epoch {epoch}, in steps of {images[1]} images on {state['devices']} devices"
+            here = f"{images[0]} on {ours['devices']}"
+            told = f"the checkpoint lies inside {there}; here they are {here}: training goes on with the next epoch"
+            print(told, file=sys.stderr)
         return len(self)
