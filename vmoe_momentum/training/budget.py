@@ -71,11 +71,11 @@ def refuse_too_large(needed: Budget, trainer: pl.Trainer) -> None:
     there, where = free_bytes(trainer)
     if needed.certain > there:
         sharded = isinstance(trainer.strategy, FSDP2Strategy)
+        each = f"each of {trainer.world_size} devices" if trainer.world_size > 1 else "one device"
         way_out = "more devices" if sharded else "--config configs/scale/fsdp2.yaml, which spreads them over devices"
         raise ValueError(
-            f"model.net: its weights, gradients and optimizer need {size(needed.certain)} on each of "
-            f"{trainer.world_size} devices ({needed.line()}), and {where} has {size(there)}; use {way_out}, or a "
-            "smaller network"
+            f"model.net: its weights, gradients and optimizer need {size(needed.certain)} on {each} ({needed.line()}), "
+            f"and {where} has {size(there)}; use {way_out}, or a smaller network"
         )
 
 
