@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -75,23 +76,46 @@ def assert_whole(path: Path, more: float = 0.0) -> None:
     verify_folder(path)
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(2, [1]), pytest.param(4, [2, 1], marks=pytest.mark.long)])
-def test_any_number_of_ranks_reads_what_others_wrote(writers: int, readers: list[int], tmp_path: Path) -> None:
+def write_read_replace(rank: int, path: str) -> None:
+    write(rank, path)
+    read(rank, path)
+    replace(rank, path)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """One rank, in this process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_any_number_of_ranks_reads_what_two_wrote(tmp_path: Path, alone: None) -> None:
     path = tmp_path / "last.ckpt"
-    on_ranks(writers, write, tmp_path, str(path))
-    for number in readers:
-        (tmp_path / str(number)).mkdir()
-        on_ranks(number, read, tmp_path / str(number), str(path))
+    on_ranks(2, write, tmp_path, str(path))
+    read(0, str(path))
     assert_whole(path)
-    (tmp_path / "second").mkdir()
-    on_ranks(2, replace, tmp_path / "second", str(path))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_takes_the_place_of_another_or_leaves_it(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    on_ranks(2, write_read_replace, tmp_path, str(path))
     assert_whole(path, more=1.0)
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_damage_is_noticed_and_no_code_is_run(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_two_ranks_read_what_four_wrote(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    on_ranks(1, write, tmp_path, str(path))
+    on_ranks(4, write, tmp_path, str(path))
+    (tmp_path / "two").mkdir()
+    on_ranks(2, read, tmp_path / "two", str(path))
+
+
+def test_damage_is_noticed_and_no_code_is_run(tmp_path: Path, alone: None) -> None:
+    path = tmp_path / "last.ckpt"
+    write(0, str(path))
     shard = next(path.glob("__0_*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
@@ -109,10 +133,10 @@ def test_damage_is_noticed_and_no_code_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_one_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+def test_one_that_was_being_replaced_comes_back(tmp_path: Path, alone: None) -> None:
     """A process killed between the two renames."""
     path = tmp_path / "last.ckpt"
-    on_ranks(1, write, tmp_path, str(path))
+    write(0, str(path))
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
     draft = tmp_path / f".last.ckpt.{boot}-x.partial"
     draft.mkdir()

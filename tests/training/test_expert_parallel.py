@@ -118,7 +118,7 @@ def last(folder: Path) -> dict:
 
 CHAOS = [pytest.mark.long, pytest.mark.xfail(reason=OFF, raises=AssertionError)]
 CASES = [
-    (2, "HeavyBall", ["2"]),
+    (2, "HeavyBall", ["1", "2"]),
     *(pytest.param(2, rule, ["1", "2"], marks=pytest.mark.long) for rule in ("Residual", "Robust")),
     pytest.param(2, "Adam", ["1", "2"], marks=CHAOS),
     *(pytest.param(4, rule, ["2", "4"], marks=pytest.mark.long) for rule in ("HeavyBall", "Residual", "Robust")),

@@ -15,7 +15,7 @@ from test_faults import words
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 40  # of three steps
-SCRIPTS = sorted((ROOT / "configs" / "scale").glob("*.sbatch"))
+SCRIPTS = sorted((ROOT / "configs" / "scale").glob("fit_*.sbatch"))
 FAKES = {
     # reads the script's own options, as SLURM does, and runs it
     "sbatch": """

@@ -213,7 +213,7 @@ class ImageClassifier(pl.LightningModule):
         accuracy.update(logits, labels)
         loss = self.main_loss(logits, mixup_target(labels, self.num_classes))
         # times the ranks: Lightning (2.6.6) divides the images of all by their number, in whole numbers
-        weight = len(labels) * self.trainer.world_size
+        weight = len(labels) * getattr(self._trainer, "world_size", 1)
         self.log(f"{stage}/loss", loss, batch_size=weight, sync_dist=True)
         self.log_dict(accuracy, prog_bar=True, batch_size=len(labels))
         return loss

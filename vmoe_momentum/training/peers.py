@@ -185,6 +185,8 @@ class Watch(threading.Thread):
     def _without_store(self) -> None:
         """Whoever watches the first rank speaks."""
         if self.ended is None and self.next == 0:
+            if self._has_died(0) is False:  # its connections may go before it does
+                time.sleep(1.0)
             died = "died without a word: killed, or its machine is gone"
             self._say(f"error: rank 0 {'cannot be reached any more' if self._has_died(0) is False else died}")
         self._leave(1 if self.ended is None else self.ended, self.patience.leaving)
