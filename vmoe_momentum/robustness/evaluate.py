@@ -64,6 +64,8 @@ def evaluate(
             meter.say(f"{store.folder}: no locks here ({claims.missing}), so processes may compute a cell twice")
         if place.rank == 0 and (line := estimate_line(todo.by_cell(), models, batch_size, device, place.count)):
             meter.say(line)
+        if not todo.left:
+            meter.tell("all cells are kept")
         while todo.left:
             number, taken = todo.next(place.rank)
             if not taken:  # others did the rest
