@@ -20,7 +20,7 @@ def run(digits: Path, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     base = [f"--config={CONFIGS / name}.yaml" for name in ("digits", "every_epoch")]
     base += ["--data=FolderDataModule", f"--data.root={digits}", "--data.num_workers=0"]
-    short = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=2", "--trainer.max_epochs=2"]
+    short = ["--trainer.limit_train_batches=3", "--trainer.limit_val_batches=6", "--trainer.max_epochs=2"]
     quiet = ["--model.schedule.warmup_steps=2", "--trainer.enable_progress_bar=false"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
