@@ -133,9 +133,14 @@ class ImageDataModule(LightningDataModule, ABC):
         return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps a saved position for the next training loader; testing a checkpoint has no use for it."""
+        """Keeps a saved position for the next training loader; testing a checkpoint has no use for it.
+
+        And for the one that is there: with sharded weights checkpoints are read once loaders are made.
+        """
         if self.trainer is None or self.trainer.state.fn == "fit":
             self._train_state = state_dict.get("train")
+            if self._train_loader is not None and self._train_state is not None:
+                self._train_loader.load_state_dict(self._train_state)
 
     @abstractmethod
     def check_split(self, split: str) -> None:
