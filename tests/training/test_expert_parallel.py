@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 from ranks import losses, on_ranks, run_in, run_on_ranks
-from test_sharding import OFF, moments, weights
+from test_sharding import CHAOS, moments, weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -116,7 +116,6 @@ def last(folder: Path) -> dict:
     return torch.load(next(folder.rglob("last.ckpt")), weights_only=True)
 
 
-CHAOS = [pytest.mark.long, pytest.mark.xfail(reason=OFF, raises=AssertionError)]
 CASES = [
     (2, "HeavyBall", ["1", "2"]),
     *(pytest.param(2, rule, ["1", "2"], marks=pytest.mark.long) for rule in ("Residual", "Robust")),

@@ -74,10 +74,10 @@ def read_into(path: Path, checkpoint: dict[str, Any], group: Group = None) -> di
 
     Raises ValueError: they do not fit.
     """
-    rest, wanted, own = read_rest(path), _names(read_rest(path)), {}
+    rest, own = read_rest(path), {}
     _noted("", checkpoint, own)
     try:
-        shards = {name: own[name] for name in wanted}
+        shards = {name: own[name] for name in _names(rest)}
         dcp.load(shards, storage_reader=_Reader(path), process_group=group)
     except (KeyError, CheckpointException) as error:
         why = f"no {error} here" if isinstance(error, KeyError) else _cause(error)

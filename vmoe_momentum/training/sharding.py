@@ -116,12 +116,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """What callbacks put in, such as averaged weights, is gathered or written as the network is."""
-        if not self._save_distributed_checkpoint:
-            checkpoint = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
         if self._save_distributed_checkpoint:
-            write_sharded(checkpoint, Path(self.broadcast(filepath)))
-        else:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return write_sharded(checkpoint, Path(self.broadcast(filepath)))
+        whole = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
+        super().save_checkpoint(whole, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Into network and optimizers; the weights in it come back sharded, for the callbacks that load them."""

@@ -183,7 +183,7 @@ def _counts(total: tuple[int, ...], current: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _ask_for_requeue() -> None:
-    job = slurm_job()
+    job = slurm_job() or "0"
     try:
         done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True)
         told = done.stderr.strip() if done.returncode else None
