@@ -108,5 +108,5 @@ def shape_of(trainer: pl.Trainer) -> str:
     strategy, ranks = trainer.strategy, trainer.world_size
     if isinstance(strategy, FSDP2Strategy):
         apart = f", experts on {strategy.expert_parallel} of them" if strategy.expert_parallel > 1 else ""
-        return f"FSDP2 over {ranks} devices{apart}"
+        return f"FSDP2 over {ranks} device{'s' if ranks > 1 else ''}{apart}"
     return f"{ranks} copies of the network, one a device" if ranks > 1 else "one device"

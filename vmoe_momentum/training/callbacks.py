@@ -90,7 +90,7 @@ class RunSummary(Callback):
         rows["parameters"] = f"{cost.parameters:,} in all, {cost.active:,} active"
         rows["per image"] = f"{cost.gflops:.3g} GFLOPs forward"
         rows["devices"] = shape_of(trainer)
-        rows["memory"] = f"{self.budget.line()} on each of them"
+        rows["memory"] = self.budget.line() + (", on each of them" if trainer.world_size > 1 else "")
         rows["steps"] = f"{steps:,}"
         images = trainer.datamodule.batch_size if trainer.datamodule is not None else None
         if images is not None and not isinstance(pl_module.model, FSDPModule):  # sharded ones have no passes to time
