@@ -150,9 +150,12 @@ def main(argv: list[str] | None = None) -> None:
             traceback.print_exception(told.__cause__)
         _leave(told.code)
     except Stopped as stopped:
+        from .robustness.processes import is_helper
+
         again = "" if argv[0] not in COMMANDS else f"{AGAIN.get(argv[0], '')}run the same command again"
         line, code = ending(Stopped(stopped.signum, again or stopped.way_out), {})
-        print(f"\nvmoe-momentum: {line}", file=sys.stderr, flush=True)
+        if not is_helper():  # whoever started it says so
+            print(f"\nvmoe-momentum: {line}", file=sys.stderr, flush=True)
         raise SystemExit(code) from None
     except Exception as error:
         if debug:

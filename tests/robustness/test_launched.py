@@ -108,6 +108,19 @@ def test_helpers_end_with_who_started_them(name: str, code: int, digits: Path, f
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.5, 1.0, 2.0, 4.0])
+def test_helpers_are_silent_whenever_they_end(seconds: float, digits: Path, folder: Path) -> None:
+    """While they import, read their options, look for cells, compute."""
+    with Program(digits, folder / "o", "--processes=2") as program:
+        program.wait(lambda: len(program.workers()) == 2)
+        time.sleep(seconds)
+        program.process.send_signal(signal.SIGTERM)
+        found, told = program.end()
+    assert found == 143 and told.count("stopped by") == 1 and "Traceback" not in told
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
 def test_a_helper_is_killed_and_the_report_is_the_same(digits: Path, folder: Path) -> None:
     with Program(digits, folder / "o", "--processes=2") as program:
         program.wait(lambda: len(program.workers()) == 2 and program.cells())

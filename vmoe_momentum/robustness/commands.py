@@ -14,7 +14,6 @@ from ..parsers import Parser, check_device, new_parser
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS, Range
 from ..staging import check_writable
-from ..stopping import Stopped
 from .asked import ATTACK_NAMES, BENCHMARK, EXTRA, RANGES, SHIFTED
 from .processes import Helpers, Place, choose_device, end_with_parent, find_place, is_helper, shared_cores
 
@@ -53,10 +52,6 @@ def run(argv: list[str], open_models: Callable[[list[str]], "list[Model]"]) -> N
     except Exception as error:
         if place.name:
             error.add_note(place.name)
-        raise
-    except Stopped as stopped:
-        if is_helper():  # whoever started it says so
-            raise SystemExit(128 + stopped.signum) from None
         raise
 
 
