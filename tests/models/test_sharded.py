@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from vmoe_momentum.checksums import verify_folder
 from vmoe_momentum.models.sharded import is_sharded, read_into, read_rest, read_sharded, write_sharded
+from vmoe_momentum.training.later import Later
 
 WHOLE = {"wide": torch.arange(30.0).reshape(5, 6), "half": torch.arange(8).bfloat16()}  # rows do not divide
 
@@ -76,10 +78,50 @@ def assert_whole(path: Path, more: float = 0.0) -> None:
     verify_folder(path)
 
 
+def replace_later(rank: int, path: str) -> None:
+    """What is trained meanwhile is not in it; one that fails on the last rank leaves what was there."""
+    later, place = Later(), Path(path)
+    trained = checkpoint(dist.get_world_size(), {name: t + 1 for name, t in WHOLE.items()}) | {"epoch": 3}
+    gone = []
+    with patch.object(dcp.FileSystemWriter, "write_data", slow(dcp.FileSystemWriter.write_data)):
+        later.write(trained, place, nullcontext())
+        for tensor in trained["state_dict"].values():
+            tensor.fill_(-1)
+        trained["optimizer_states"][0]["state"][0]["step"].fill_(-1)
+        later.then(lambda: gone.append(read_rest(place)["epoch"]))
+        assert read_rest(place)["epoch"] == 2 and not gone  # the previous one is kept
+        later.finish()
+    assert gone == [3]
+    dist.barrier()
+    assert_whole(place, more=1.0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    last = rank == dist.get_world_size() - 1
+    with patch.object(dcp.FileSystemWriter, "write_data", side_effect=full) if last else nullcontext():
+        later.write(checkpoint(dist.get_world_size(), WHOLE) | {"epoch": 4}, place, nullcontext())
+        later.then(lambda: gone.append("what it was to replace"))
+        with pytest.raises(OSError, match=r"last.ckpt: No space left on device \(about \d+ bytes needed"):
+            later.finish()
+    later.check()
+    later.close()
+    assert gone == [3] and read_rest(place)["epoch"] == 3
+
+
+def slow(write: Any) -> Any:
+    def slowly(*args: Any) -> Any:
+        time.sleep(1.0)
+        return write(*args)
+
+    return slowly
+
+
 def write_read_replace(rank: int, path: str) -> None:
     write(rank, path)
     read(rank, path)
     replace(rank, path)
+    dist.barrier()
+    write(rank, path)
+    dist.barrier()
+    replace_later(rank, path)
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ a note in place of each spread tensor, and checksums.json lists the sha256 of al
 import os
 import pickle
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +42,65 @@ def write_sharded(checkpoint: dict[str, Any], path: Path, group: Group = None) -
 
     Raises OSError: no room on some rank's disk, or no right; on every rank.
     """
-    shards: dict[str, Tensor] = {}
-    rest = _noted("", checkpoint, shards)
     with ExitStack() as stack:
-        draft = _by_first(lambda: stack.enter_context(staged(path, overwrite=True, mark=LISTS[1])), group)
-        with room_for(path, sum(shard.to_local().nbytes for shard in shards.values())):
-            _save(shards, draft, group)
-        own = {file.name: sha256(file) for file in draft.glob(f"__{dist.get_rank(group)}_*")}
-        digests: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(digests, own, group=group)
-        _by_first(lambda: _finish(rest, draft, {k: v for found in digests for k, v in found.items()}), group)
-        _by_first(stack.close, group)  # takes its name
+        shards, rest, draft = _begin(checkpoint, path, stack, group)
+        with _room(path, shards):
+            dcp.save(shards, storage_writer=dcp.FileSystemWriter(draft), process_group=group)
+        _end(rest, draft, stack, group)
+
+
+def write_sharded_later(
+    checkpoint: dict[str, Any], path: Path, group: Group, ends: Executor, writing: AbstractContextManager
+) -> Future[None]:
+    """The same, but returns once all is copied to this machine's memory; training may go on.
+
+    group: For CPUs, used by nothing else meanwhile. ends: One thread, for what follows the tensors. writing: Entered
+    there. The future raises what `write_sharded` does.
+    """
+    with ExitStack() as stack:
+        shards, rest, draft = _begin(checkpoint, path, stack, group)
+        with _room(path, shards):
+            saving = dcp.async_save(shards, storage_writer=dcp.FileSystemWriter(draft), process_group=group)
+        later = stack.pop_all()
+
+    def finish() -> None:
+        with writing, later:
+            with _room(path, shards):
+                saving.result()
+            _end(rest, draft, later, group)
+
+    return ends.submit(finish)
+
+
+def _begin(
+    checkpoint: dict[str, Any], path: Path, stack: ExitStack, group: Group
+) -> tuple[dict[str, Tensor], bytes, Path]:
+    """Spread tensors by name, the rest as a file, and the folder to fill, which `stack` gives its name or removes."""
+    shards: dict[str, Tensor] = {}
+    noted = _noted("", checkpoint, shards)
+    rest = BytesIO()
+    if dist.get_rank(group) == 0:
+        torch.save(noted, rest)
+    return shards, rest.getvalue(), _by_first(lambda: stack.enter_context(staged(path, True, LISTS[1])), group)
+
+
+def _end(rest: bytes, draft: Path, stack: ExitStack, group: Group) -> None:
+    """The tensors are written."""
+    own = {file.name: sha256(file) for file in draft.glob(f"__{dist.get_rank(group)}_*")}
+    digests: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(digests, own, group=group)
+    _by_first(lambda: _finish(rest, draft, {k: v for found in digests for k, v in found.items()}), group)
+    _by_first(stack.close, group)  # takes its name
+
+
+@contextmanager
+def _room(path: Path, shards: dict[str, Tensor]) -> Iterator[None]:
+    """Raises the disk's error, of whichever rank's, with what this rank needs."""
+    with room_for(path, sum(shard.to_local().nbytes for shard in shards.values())):
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
 
 
 def read_rest(path: Path) -> dict[str, Any]:
@@ -130,21 +180,13 @@ def _names(value: Any) -> set[str]:
     return set().union(*map(_names, value)) if isinstance(value, list | tuple) else set()
 
 
-def _save(shards: dict[str, Tensor], draft: Path, group: Group) -> None:
-    try:
-        dcp.save(shards, storage_writer=dcp.FileSystemWriter(draft), process_group=group)
-    except CheckpointException as error:
-        failed = next(iter(error.failures.values()))[0]
-        raise failed from error
-
-
 def _cause(error: CheckpointException) -> str:
     return str(next(iter(error.failures.values()))[0]).split("\n")[0]
 
 
-def _finish(rest: dict[str, Any], draft: Path, digests: dict[str, str]) -> None:
-    with room_for(draft, 0), (draft / REST).open("wb") as file:
-        torch.save(rest, file)
+def _finish(rest: bytes, draft: Path, digests: dict[str, str]) -> None:
+    with room_for(draft, len(rest)), (draft / REST).open("wb") as file:
+        file.write(rest)
         file.flush()
         os.fsync(file.fileno())
     seal_folder(draft, digests)

@@ -1,6 +1,7 @@
 """Weights, gradients and moments spread over devices (FSDP2), each block gathered only while it computes."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from ..moe import Router
 from ..moe.experts import Experts
 from ..ranges import COUNT, in_range
 from .experts import experts_mesh, shard_experts
+from .later import Later
 from .materializing import materialize
 from .module import ImageClassifier, forward_normalized
 from .scalars import keep_scalars
@@ -49,7 +51,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         process_group_backend: torch.distributed's: nccl, gloo, ...; by default as the device wants it.
         checkpoints: whole ones, which the first device gathers in its memory; or sharded ones, folders that all devices
             write at once, with the same guarantees. Any number of devices goes on from either, and all commands read
-            both; `vmoe-momentum consolidate` makes the one of the other.
+            both; `vmoe-momentum consolidate` makes the one of the other. sharded_async ones are written while
+            training goes on, from a copy of each share in its machine's memory; what they replace stays until then.
         expert_parallel: Ranks that hold one copy of all experts among them, whole ones each, and send each other the
             tokens for them (expert parallelism), 1 to 1e9; a divisor of all ranks and of the number of experts.
             Further copies share each expert's weights among them. 1 treats experts as any other weights.
@@ -59,11 +62,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         reshard_after_forward: bool = True,
         process_group_backend: str | None = None,
-        checkpoints: Literal["whole", "sharded"] = "whole",
+        checkpoints: Literal["whole", "sharded", "sharded_async"] = "whole",
         expert_parallel: int = 1,
     ) -> None:
-        sharded = checkpoints == "sharded"
+        sharded = checkpoints != "whole"
         super().__init__(save_distributed_checkpoint=sharded, process_group_backend=process_group_backend)
+        self._later = Later() if checkpoints == "sharded_async" else None
         self.reshard_after_forward, self.expert_parallel = reshard_after_forward, expert_parallel
 
     def setup_environment(self) -> None:
@@ -117,13 +121,43 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """What callbacks put in, such as averaged weights, is gathered or written as the network is."""
         if self._save_distributed_checkpoint:
-            return write_sharded(checkpoint, Path(self.broadcast(filepath)))
+            path, writing = Path(self.broadcast(filepath)), getattr(self.checkpoint_io, "writing", nullcontext())
+            if self._later is not None:
+                return self._later.write(checkpoint, path, writing)
+            with writing:
+                return write_sharded(checkpoint, path)
         whole = tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), checkpoint)
         super().save_checkpoint(whole, filepath, storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Once what takes its place is whole."""
+        if self._later is None:
+            return super().remove_checkpoint(filepath)
+        self._later.then(lambda: super(FSDP2Strategy, self).remove_checkpoint(filepath))
+
+    def finish_saving(self) -> None:
+        """Until all that was saved lies whole on the disk. Raises OSError: it could not be written."""
+        if self._later is not None:
+            self._later.finish()
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        if self._later is not None:
+            self._later.check()
+        super().on_train_batch_start(*args, **kwargs)
+
+    def on_train_end(self) -> None:
+        self.finish_saving()
+        super().on_train_end()
+
+    def teardown(self) -> None:
+        if self._later is not None:
+            self._later.close()
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Into network and optimizers; the weights in it come back sharded, for the callbacks that load them."""
         self._reshard()
+        self.finish_saving()
         path = Path(self.broadcast(checkpoint_path))
         ours = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
         weights = self.lightning_module.state_dict()

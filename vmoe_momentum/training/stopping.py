@@ -23,6 +23,7 @@ from ..stopping import Stopped, end_at_once, heeded, in_own_process
 from .attempts import newest_of_job, slurm_job
 from .partial import keeps_gradients
 from .ranks import resume_command
+from .sharding import FSDP2Strategy
 
 _SAME_PRESS = 0.5  # seconds: launchers pass on the Ctrl-C that their children have got already
 _VAL = "epoch_loop.val_loop.batch_progress"
@@ -160,6 +161,8 @@ class SaveOnStop(Checkpoint):
             # begun and not done: what makes Lightning validate, before it trains on, from the first batch
             progress.load_state_dict(_counts(total=(1, 1, 0, 0), current=(0, 0, 0, 0)))
         trainer.save_checkpoint(path)
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.finish_saving()  # it is about to be named, and the job to end
         if validating:
             progress.load_state_dict(before)
             for callback in trainer.callbacks:
