@@ -4,8 +4,9 @@
 
 A row a kill: what was killed and when, how long the others lived, how many lines of ours told of it, the step of the
 newest checkpoint that reads whole, and what half-written files lay there after the next start's first save. Checkpoints
-are written after every step and lie on another file system than TMPDIR (--target, --tmp). Ends with 1 if any kill left
-the run without a way on, a process after 60 seconds, or a file behind.
+are written after every step and lie on another file system than TMPDIR (--target, --tmp). The ways to spread a network
+and to save it (--strategies) take turns, each going on from the one before. Ends with 1 if any kill left the run
+without a way on, a process after 60 seconds, or a file behind.
 """
 
 import argparse
@@ -21,8 +22,16 @@ import time
 from pathlib import Path
 
 from vmoe_momentum.models.saved import read_checkpoint
+from vmoe_momentum.models.sharded import is_checkpoint
 
 ROOT = Path(__file__).parent.parent
+CHECKPOINTS = "trainer.strategy.init_args.checkpoints"
+STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {  # overlay, settings
+    "ddp": ("ddp", {}),
+    "fsdp2": ("fsdp2", {}),
+    "fsdp2 sharded": ("fsdp2", {CHECKPOINTS: "sharded"}),
+    "fsdp2 sharded_async": ("fsdp2", {CHECKPOINTS: "sharded_async"}),
+}
 LIMIT = 60.0  # seconds that others may live on
 
 
@@ -37,7 +46,9 @@ def command(data: Path, target: Path, ranks: int, strategy: str, last: Path | No
         "trainer.callbacks.every_n_train_steps": 1, "trainer.callbacks.enable_version_counter": "false",
         "model.schedule.warmup_steps": 1,
     }  # fmt: skip
-    configs = [ROOT / "configs" / "digits.yaml", ROOT / "configs" / "scale" / f"{strategy}.yaml"]
+    overlay, options = STRATEGIES[strategy]
+    configs = [ROOT / "configs" / "digits.yaml", ROOT / "configs" / "scale" / f"{overlay}.yaml"]
+    given |= options
     words = [*(f"--config={path}" for path in configs), *(f"--{name}={value}" for name, value in given.items())]
     words += [f"--ckpt_path={last}"] if last else []
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -61,13 +72,21 @@ def runs(pid: int) -> bool:
 def newest(target: Path) -> tuple[Path | None, int]:
     """The checkpoint to go on from, and its step. Raises ValueError: it is damaged."""
     path = target / "last.ckpt"
-    return (path, read_checkpoint(path)["global_step"]) if path.is_file() else (None, -1)
+    return (path, read_checkpoint(path)["global_step"]) if is_checkpoint(path) else (None, -1)
+
+
+def stamp(target: Path) -> int:
+    """Of the checkpoint's writing; 0 while there is none."""
+    try:
+        return (target / "last.ckpt").stat().st_mtime_ns
+    except FileNotFoundError:  # or between two
+        return 0
 
 
 def kill_once(number: int, data: Path, target: Path, tmp: Path, ranks: int, strategy: str, draw: random.Random) -> dict:
     """One start, from the newest checkpoint, and one kill, up to 8 seconds after its first save."""
     last, before = newest(target)
-    stamp = last.stat().st_mtime_ns if last else 0
+    earlier = stamp(target)
     log = tmp / f"log{number}"
     environment = {**os.environ, "TMPDIR": str(tmp), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
@@ -75,7 +94,7 @@ def kill_once(number: int, data: Path, target: Path, tmp: Path, ranks: int, stra
         job = subprocess.Popen(words, cwd=tmp, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
         until = time.monotonic() + 200
-        while not (target / "last.ckpt").is_file() or (target / "last.ckpt").stat().st_mtime_ns == stamp:
+        while stamp(target) in (0, earlier):
             if job.poll() is not None or time.monotonic() > until:
                 raise SystemExit(f"kill {number}: the run did not go on\n{log.read_text()[-3000:]}")
             time.sleep(0.05)
@@ -116,6 +135,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the digits, as `data prepare digits` wrote them")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="in turns")
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES, help="in turns")
     parser.add_argument("--target", type=Path, default=Path("/dev/shm"), help="where checkpoints lie")
     parser.add_argument("--tmp", type=Path, default=Path("/tmp"), help="TMPDIR of the runs")
     parser.add_argument("--seed", type=int, default=None, help="of the moments; by default another one each time")
@@ -130,7 +150,7 @@ def main() -> None:
     try:
         for number in range(options.kills):
             ranks = options.ranks[number % len(options.ranks)]
-            strategy = ("ddp", "fsdp2")[number // 2 % 2]
+            strategy = options.strategies[number // 2 % len(options.strategies)]
             rows.append(kill_once(number, options.data, target, tmp, ranks, strategy, draw))
             print(rows[-1], flush=True)
     finally:

@@ -19,7 +19,7 @@ from .configs import as_configs
 from .endings import Told, ending
 from .mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
-from .models.sharded import is_sharded
+from .models.sharded import is_checkpoint
 from .parsers import WholeFirst
 from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, Range, check_all
 from .resources import Exhausted, explain
@@ -132,7 +132,7 @@ class VMoECLI(LightningCLI):
             return
         if "://" in str(path):
             raise ValueError(f"ckpt_path={path}: checkpoints load from local files only; download it first")
-        if not Path(path).is_file() and not is_sharded(Path(path)):
+        if not is_checkpoint(Path(path)):
             raise FileNotFoundError(f"ckpt_path={path}: no such file; give a .ckpt that fit wrote, or leave it out")
         read_checkpoint(Path(path), "ckpt_path=", tensors=False)
 

@@ -24,13 +24,16 @@ _LOCK, _OLD = "lock", "old"  # in the folder around a draft: the lock, and what 
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
+def staged(out: Path, overwrite: bool, mark: str, for_file: bool = False) -> Iterator[Path]:
     """Gives a folder to fill; renames it to `out` when the block succeeds, removes it when it raises.
 
     mark: a file that every finished folder of this kind has. Raises ValueError when `out` exists and `overwrite` is
-    False, or is True and `out` lacks the mark: what it would delete may be anything.
+    False, or is True and `out` lacks the mark: what it would delete may be anything. for_file: A file may have this
+    name; it is then removed.
     """
-    refuse_existing(out, overwrite, mark)
+    remove_abandoned(out)
+    if not (for_file and out.is_file()):
+        refuse_existing(out, overwrite, mark)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         around, claim = _locked_folder(out)
@@ -53,14 +56,14 @@ def staged(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
 
 
 @contextmanager
-def draft_of(target: Path) -> Iterator[BinaryIO]:
+def draft_of(target: Path, for_folder: bool = False) -> Iterator[BinaryIO]:
     """Gives a file to write, which is on the disk and called `target` when the block succeeds, and gone when it raises.
 
-    Removes what killed processes left of their attempts at `target`. Raises OSError: no room, no right.
+    for_folder: A folder may have this name; it is then removed. Removes what killed processes left of their attempts at
+    `target`. Raises OSError: no room, no right, a folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        _remove_if_left(left)
+    remove_abandoned(target)
     handle, draft = _locked_file(target)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -70,7 +73,10 @@ def draft_of(target: Path) -> Iterator[BinaryIO]:
             os.umask(umask)
             os.fchmod(file.fileno(), 0o666 & ~umask)
             os.fsync(file.fileno())
-            draft.replace(target)
+            if for_folder and target.is_dir():
+                _replace_folder(draft, target)
+            else:
+                draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
     folder = os.open(target.parent, os.O_RDONLY)
@@ -207,8 +213,19 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.{kernel}-"
 
 
+def _replace_folder(draft: Path, out: Path) -> None:
+    around, claim = _locked_folder(out)
+    try:
+        work = around / "new"
+        draft.rename(work)
+        _swap(work, out)
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+        os.close(claim)
+
+
 def _swap(work: Path, out: Path) -> None:
-    """Renames `work` to `out`; what stood there is deleted only after the new folder is in place."""
+    """Renames `work` to `out`; what stood there is deleted only after the new one is in place."""
     if not out.exists():
         work.rename(out)
         return

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from vmoe_momentum.checksums import verify_folder
 from vmoe_momentum.models.sharded import is_sharded, read_into, read_rest, read_sharded, write_sharded
 from vmoe_momentum.training.later import Later
+from vmoe_momentum.training.resuming import AtomicCheckpointIO
 
 WHOLE = {"wide": torch.arange(30.0).reshape(5, 6), "half": torch.arange(8).bfloat16()}  # rows do not divide
 
@@ -145,6 +146,25 @@ def test_a_checkpoint_takes_the_place_of_another_or_leaves_it(tmp_path: Path) ->
     on_ranks(2, write_read_replace, tmp_path, str(path))
     assert_whole(path, more=1.0)
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_file_and_a_folder_take_each_others_place(tmp_path: Path, alone: None) -> None:
+    """Of a run that goes on with the other kind of checkpoints."""
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    for _ in range(2):
+        io.save_checkpoint({"epoch": 1}, path)
+        assert path.is_file() and io.load_checkpoint(path) == {"epoch": 1}
+        write(0, str(path))
+        assert path.is_dir()
+        assert_whole(path)
+    other = tmp_path / "theirs.ckpt"
+    other.mkdir()
+    (other / "notes.txt").touch()  # whatever it is, it is not ours to remove
+    with pytest.raises(ValueError, match="not written by this command"):
+        write(0, str(other))
+    with pytest.raises(IsADirectoryError):
+        io.save_checkpoint({"epoch": 1}, other)
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "theirs.ckpt", "store"}
 
 
 @pytest.mark.long

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.long
 def test_killed_at_random_moments_it_always_goes_on(digits, tmp_path) -> None:
-    """Three kills, both ways to spread a network: each start after the first goes on where a kill ended the last."""
-    words = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), f"--data={digits}", "--kills=3"]
+    """Whole checkpoints, then folders: each start after the first goes on where a kill ended the last."""
+    words = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), f"--data={digits}", "--kills=4"]
+    words += ["--strategies", "fsdp2", "fsdp2 sharded_async"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*words, f"--tmp={tmp_path}", f"--out={tmp_path / 'kills.csv'}"], env=environment, capture_output=True,
@@ -23,6 +24,6 @@ def test_killed_at_random_moments_it_always_goes_on(digits, tmp_path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "kills.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["whole"] for row in rows] == ["1"] * 3 and all(row["lines"] == "1" for row in rows)
+    assert [row["whole"] for row in rows] == ["1"] * 4 and all(row["lines"] == "1" for row in rows)
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(steps) and steps[0] > 0

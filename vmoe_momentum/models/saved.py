@@ -18,7 +18,7 @@ from .factory import create_model
 from .loading import fit_to_data
 from .pixels import PixelModel
 from .settings import completed
-from .sharded import is_sharded, read_rest, read_sharded
+from .sharded import is_checkpoint, is_sharded, read_rest, read_sharded
 
 KEY = "vmoe_momentum"
 RAW = "current_model_state"  # where Lightning's weight averaging keeps what it averages over
@@ -69,7 +69,7 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
         }  # fmt: skip
         return SavedNetwork(source, facts, None, None)
     path = Path(source)
-    if not path.is_file() and not is_sharded(path):
+    if not is_checkpoint(path):
         raise FileNotFoundError(f"{source}: no such file; give a .ckpt that fit wrote, or local-dir:PATH")
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     told = (checkpoint["epoch"] + 1, checkpoint["global_step"], _is_averaged(checkpoint), trust_pickle)

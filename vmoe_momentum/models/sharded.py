@@ -37,6 +37,11 @@ def is_sharded(path: Path) -> bool:
     return (path / REST).is_file()
 
 
+def is_checkpoint(path: Path) -> bool:
+    """A file, or such a folder."""
+    return path.is_file() or is_sharded(path)
+
+
 def write_sharded(checkpoint: dict[str, Any], path: Path, group: Group = None) -> None:
     """By all ranks of the group together: `path` becomes the whole new checkpoint, or stays the one it was.
 
@@ -81,7 +86,8 @@ def _begin(
     rest = BytesIO()
     if dist.get_rank(group) == 0:
         torch.save(noted, rest)
-    return shards, rest.getvalue(), _by_first(lambda: stack.enter_context(staged(path, True, LISTS[1])), group)
+    draft = staged(path, overwrite=True, mark=LISTS[1], for_file=True)
+    return shards, rest.getvalue(), _by_first(lambda: stack.enter_context(draft), group)
 
 
 def _end(rest: bytes, draft: Path, stack: ExitStack, group: Group) -> None:

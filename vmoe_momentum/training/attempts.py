@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ..models.saved import read_checkpoint
+from ..models.sharded import is_checkpoint
 from ..staging import draft_of
 
 
@@ -88,10 +89,10 @@ def newest_of_job(trainer: pl.Trainer, argv: list[str]) -> str | None:
         return None
     name, restarts = known
     own = Path(trainer.default_root_dir) / f"{name}.ckpt"  # saved at SLURM's warning
-    if not restarts and not own.is_file():
+    if not restarts and not is_checkpoint(own):
         return None
     found = [path for folder in _folders(trainer, argv) for path in Path(folder).glob("*.ckpt")] if restarts else []
-    found += [own] if own.is_file() else []
+    found += [own] if is_checkpoint(own) else []
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             checkpoint = read_checkpoint(path, tensors=False)

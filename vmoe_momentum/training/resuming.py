@@ -67,7 +67,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         target = Path(path)
-        with self.writing, room_for(target, _size(checkpoint)), draft_of(target) as file, sealed(file) as archive:
+        draft = draft_of(target, for_folder=is_sharded(target))
+        with self.writing, room_for(target, _size(checkpoint)), draft as file, sealed(file) as archive:
             torch.save(checkpoint, archive)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

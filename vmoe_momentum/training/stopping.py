@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ..models.sharded import is_checkpoint
 from ..stopping import Stopped, end_at_once, heeded, in_own_process
 from .attempts import newest_of_job, slurm_job
 from .partial import keeps_gradients
@@ -82,9 +83,9 @@ class JobCheckpoints(_CheckpointConnector):
     def _hpc_resume_path(self) -> str | None:
         path = Path(self.hpc_save_path(self.trainer.default_root_dir))
         foreign = sorted(path.parent.glob("hpc_ckpt_*.ckpt"))
-        if not path.is_file() and foreign:
+        if not is_checkpoint(path) and foreign:
             rank_zero_warn(f"{foreign[-1]}: which job saved it is unknown, so it is not loaded; ask with --ckpt_path")
-        return str(path) if path.is_file() else None
+        return str(path) if is_checkpoint(path) else None
 
     def hpc_save_path(self, folderpath: Any) -> str:
         return str(Path(folderpath) / f"slurm_{slurm_job() or 0}.ckpt")
