@@ -333,7 +333,9 @@ def test_help_lists_every_command(capsys) -> None:
         assert command in printed
 
 
-@pytest.mark.parametrize("backend", [pytest.param("FFCVDataModule", marks=requires_ffcv), "FolderDataModule"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("FFCVDataModule", marks=[requires_ffcv, pytest.mark.long]), "FolderDataModule"]
+)
 def test_a_whole_process_ends_with_one_line(backend: str, here: Path) -> None:
     """The console script itself: exit code, and the last line of stderr."""
     command = [sys.executable, "-m", "vmoe_momentum", "fit", *arguments(here / "nowhere", backend)]

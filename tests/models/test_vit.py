@@ -161,6 +161,7 @@ def test_logits_do_not_depend_on_batch_mates() -> None:
         torch.testing.assert_close(net(x[:size]), together[:size], atol=1e-6, rtol=0)
 
 
+@pytest.mark.long
 def test_a_learned_rule_compiles_whole_and_exports_with_a_dynamic_batch() -> None:
     """The others: test_zoo.py."""
     net, x = shallow(HeavyBall(learn=True)).eval(), images(3)

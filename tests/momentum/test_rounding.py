@@ -32,7 +32,7 @@ def losses(rule: str, moved: float) -> Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rounding_stays_rounding_but_under_the_adam_rule() -> None:
     """It divides by the root of a second moment, so what is near zero turns its sign. 1e-5 over 20 steps, the bar of
     sharded runs, is no measure of this rule."""

@@ -49,7 +49,7 @@ def coupled(module: nn.Module, batch_size: int = 64) -> bool:
         return find_coupling(module.eval(), torch.rand(2, 3, 16, 16), batch_size)
 
 
-@pytest.mark.parametrize("images", [2, "batch", *(pytest.param(k, marks=pytest.mark.long) for k in (4, 8, 12, 24))])
+@pytest.mark.parametrize("images", [2, *(pytest.param(k, marks=pytest.mark.long) for k in ("batch", 4, 8, 12, 24))])
 @pytest.mark.parametrize("kind", list(ROUTERS))
 def test_groups_of_several_images_are_found(kind: str, images: int | str) -> None:
     assert coupled(Regrouped(kind, images))

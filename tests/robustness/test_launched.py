@@ -88,7 +88,7 @@ def rows(program: Program, out: Path) -> bytes:
 
 
 ENDS = [
-    pytest.param("SIGTERM", 143, marks=pytest.mark.slow),
+    pytest.param("SIGTERM", 143, marks=pytest.mark.long),
     pytest.param("SIGINT", 130, marks=pytest.mark.long),
     pytest.param("SIGKILL", -9, marks=pytest.mark.long),
 ]

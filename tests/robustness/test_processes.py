@@ -63,7 +63,7 @@ def wait_for(path: Path) -> None:
 # ---- all at once
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.long), 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_any_number_of_processes_writes_the_same(count: int, data: Path, one: dict[str, bytes], tmp_path: Path) -> None:
     """Every answer is made once, and everybody makes some."""
     workers = [begin(data, tmp_path, Place(rank, count)) for rank in range(count)]
@@ -89,6 +89,7 @@ def test_one_is_killed_and_the_others_do_its_cells(
     assert not list((tmp_path / "cells").glob("*.partial"))
 
 
+@pytest.mark.long
 def test_one_that_is_stuck_is_not_waited_for(data: Path, one: dict[str, bytes], tmp_path: Path) -> None:
     """Stopped while it holds a claim; it, too, ends well when it is woken."""
     stuck = begin(data, tmp_path, ALONE, "pgd-2")

@@ -117,14 +117,12 @@ def last(folder: Path) -> dict:
 
 
 CASES = [
-    (2, "HeavyBall", ["1", "2"]),
-    *(pytest.param(2, rule, ["1", "2"], marks=pytest.mark.long) for rule in ("Residual", "Robust")),
+    *(pytest.param(2, rule, ["1", "2"], marks=pytest.mark.long) for rule in ("HeavyBall", "Residual", "Robust")),
     pytest.param(2, "Adam", ["1", "2"], marks=CHAOS),
     *(pytest.param(4, rule, ["2", "4"], marks=pytest.mark.long) for rule in ("HeavyBall", "Residual", "Robust")),
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "rule", "ways"), CASES)
 def test_loss_curves_are_those_of_ddp(ranks: int, rule: str, ways: list[str], digits: Path, tmp_path: Path) -> None:
     """With mixup, accumulation, clipping and averaged weights."""

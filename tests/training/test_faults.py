@@ -84,14 +84,14 @@ STOPS += [(target, "lightning", strategy) for target in ("rank 0", "rank 1", "al
 NAMES = {"SIGTERM": 143, "SIGINT": 130}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("target", "launcher", "strategy", "name"),
     [
         ("rank 1", "torchrun", "ddp", "SIGTERM"),
-        *(pytest.param(*stop, "SIGTERM", marks=pytest.mark.long) for stop in STOPS),
-        pytest.param("launcher", "torchrun", "ddp", "SIGINT", marks=pytest.mark.long),
-        pytest.param("all", "lightning", "ddp", "SIGINT", marks=pytest.mark.long),
+        *((*stop, "SIGTERM") for stop in STOPS),
+        ("launcher", "torchrun", "ddp", "SIGINT"),
+        ("all", "lightning", "ddp", "SIGINT"),
     ],
 )
 def test_a_signal_to_any_rank_stops_all_with_a_checkpoint(target, launcher, strategy, name, pictures, tmp_path):

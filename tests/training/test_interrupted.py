@@ -88,7 +88,7 @@ def test_killed_and_resumed_is_never_stopped(backend, pictures, tmp_path, monkey
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs), f"killed before batch {kill_at}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("backend", FFCV_FIRST)
 def test_two_ranks_killed_and_resumed(backend, pictures, tmp_path) -> None:
     """Started by torchrun over gloo. Validation counts each image once, and both ranks end with the same weights."""

@@ -20,7 +20,8 @@ def callbacks(folder: Path) -> list[str]:
     return [f"--trainer.callbacks=[{ema}, {{class_path: ModelCheckpoint, init_args: {{{told}}}}}]"]
 
 
-@pytest.mark.parametrize("overlay", ["released_robust", pytest.param("released_heavy_ball", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("overlay", ["released_robust", "released_heavy_ball"])
 def test_resumed_averaged_and_rebuilt(overlay: str, digits: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     form = [f"--config={RULES / overlay}.yaml", "--trainer.logger=false"]
