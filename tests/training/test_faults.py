@@ -44,7 +44,7 @@ def saved(folder: Path) -> dict:
 FAULTS = {
     "killed": r"rank 1 \(process \d+ on .*\) died without a word: killed",
     "memory": r"rank 1: out of memory .*data.batch_size=4 at data.image_size=16 is too much; lower it",
-    "loss": r"rank \d: step 4, batch 1 of epoch 1: the loss \(nan\) is not finite, first in the loss itself",
+    "loss": r"rank 1: step 4, batch 1 of epoch 1: the loss \(nan\) is not finite, first in the loss itself",
     "disk": r"rank 0: .*last.ckpt: File too large \(about .* bytes needed, .* bytes free\)",
     "loader": r"rank \d: .*train/.*; replace it",
 }

@@ -74,6 +74,7 @@ def alone(pictures: Path, tmp_path_factory) -> tuple[bytes, dict[str, float]]:
 
 
 DDP, SHARDED = ["--trainer.strategy=ddp"], [f"--config={CONFIG.parent / 'scale' / 'fsdp2.yaml'}"]
+EXPERTS = [f"--config={CONFIG.parent / 'scale' / 'expert_parallel.yaml'}"]
 
 
 @pytest.mark.slow
@@ -84,6 +85,8 @@ DDP, SHARDED = ["--trainer.strategy=ddp"], [f"--config={CONFIG.parent / 'scale' 
         pytest.param(4, DDP),
         pytest.param(2, SHARDED, marks=pytest.mark.long),
         pytest.param(4, SHARDED, marks=pytest.mark.long),
+        pytest.param(2, [*EXPERTS, "--trainer.strategy.expert_parallel=2"], marks=pytest.mark.long),
+        pytest.param(4, [*EXPERTS, "--trainer.strategy.expert_parallel=2"], marks=pytest.mark.long),
     ],
 )
 def test_ranks_count_each_image_once(ranks: int, strategy: list[str], pictures: Path, alone, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +19,23 @@ _SMALLEST_SCALE = 2.0**-8
 
 
 class NotFinite(FloatingPointError):
-    """A loss, gradient, weight or score became infinite or not a number."""
+    """A loss, gradient, weight or score became infinite or not a number.
+
+    rank: where it began; all raise it.
+    """
+
+    def __init__(self, told: str, rank: int = 0) -> None:
+        super().__init__(told)
+        self.rank = rank
+
+
+class Finding(NamedTuple):
+    """What one rank found. cause: 0 where it began there, 1 where it may have come from another, 2 for nothing."""
+
+    cause: int
+    told: str
+    weights: bool  # are all finite?
+    rank: int = 0
 
 
 @in_range("FiniteTraining.", skip_steps=COUNT_OR_NONE)
@@ -70,21 +86,22 @@ class FiniteTraining(Callback):
             pl_module.log("train/skipped_steps", float(self.skipped))
 
     def _skip_or_end(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any, gradients: bool) -> None:
-        told, weights = self._where(trainer, pl_module, gradients)
-        if weights and self.in_a_row < self.skip_steps:
+        found = self._where(trainer, pl_module, gradients)
+        if found.weights and self.in_a_row < self.skip_steps:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone
-            rank_zero_warn(f"{told}; step skipped, {self.skip_steps - self.in_a_row} more in a row may be")
+            rank = f"rank {found.rank}, " if trainer.world_size > 1 else ""
+            rank_zero_warn(f"{rank}{found.told}; step skipped, {self.skip_steps - self.in_a_row} more in a row may be")
             self._bad = None
             return
-        raise NotFinite(f"{told}; {_way_out(trainer, pl_module)}")
+        raise NotFinite(f"{found.told}; {_way_out(trainer, pl_module)}", found.rank)
 
     def _keep(self, loss: Any) -> None:
         if self._bad is None and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
             self._bad = (*self._current, float(loss.detach().float().mean()))
 
-    def _where(self, trainer: pl.Trainer, module: Any, gradients: bool) -> tuple[str, bool]:
-        """What, step, batch and layer, in words, the same on all ranks; and whether weights are all finite."""
+    def _where(self, trainer: pl.Trainer, module: Any, gradients: bool) -> Finding:
+        """What, step, batch and layer, in words, the same on all ranks."""
         batch, number, loss = self._bad or (*self._current, None)
         weights, layer = _state_or_layer(trainer, module, batch, number, training=True)
         what = "gradient" if loss is None else f"loss ({loss})"
@@ -94,7 +111,10 @@ class FiniteTraining(Callback):
             layer = f"the gradient of {named[-1]}" if named else "the norm of all, each of which is finite"
         at = f"step {trainer.global_step}, batch {number} of epoch {trainer.current_epoch}"
         told = f"{at}: the {what} is not finite, first in {layer or 'the loss itself'}"
-        return _agreed((loss is not None or not gradients, told, weights is None))
+        cause = 2 if loss is None else 0
+        if loss is None and not gradients:  # the sum over ranks, or over some
+            cause = 1
+        return _agreed(Finding(cause, told, weights is None))
 
     # Evaluation: decided at its end, which all ranks reach.
 
@@ -109,9 +129,10 @@ class FiniteTraining(Callback):
         weights, layer = _state_or_layer(trainer, module, batch, number, training=False)
         value = "" if loss is None else f" ({loss})"
         told = f"step {trainer.global_step}, {what} batch {number}: its result{value} is not finite"
-        told, _ = _agreed((loss is not None, f"{told}, first in {layer or 'the loss itself'}", weights is None))
-        fitting = trainer.state.fn == "fit"
-        raise NotFinite(f"{told}; {_way_out(trainer, module) if fitting else 'use another checkpoint or precision'}")
+        told = f"{told}, first in {layer or 'the loss itself'}"
+        found = _agreed(Finding(2 if loss is None else 0, told, weights is None))
+        way_out = _way_out(trainer, module) if trainer.state.fn == "fit" else "use another checkpoint or precision"
+        raise NotFinite(f"{found.told}; {way_out}", found.rank)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -141,8 +162,8 @@ def refuse_to_save(module: Any, checkpoint: dict[str, Any]) -> None:
     if trainer.strategy.reduce_boolean_decision(found is None, all=True):
         return
     told = f"step {trainer.global_step}: {found} is not finite, so no checkpoint is written"
-    told, _ = _agreed((found is not None, told, False))
-    raise NotFinite(f"{told}; {_way_out(trainer, module)}")
+    agreed = _agreed(Finding(2 if found is None else 0, told, False))
+    raise NotFinite(f"{agreed.told}; {_way_out(trainer, module)}", agreed.rank)
 
 
 def finite(tensors: Any, norm: float = float("inf")) -> bool:
@@ -239,10 +260,11 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
         yield from _tensors(name, vars(value))
 
 
-def _agreed(ours: tuple[bool, str, bool]) -> tuple[str, bool]:
-    """The words of the first rank that has something to say, and whether weights are finite on all."""
+def _agreed(ours: Finding) -> Finding:
+    """That of the first rank where it began; weights are those of all."""
     everyone: list[Any] = [ours]
     if dist.is_available() and dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, ours)
-    return next(told for has, told, _ in [*everyone, (True, ours[1], True)] if has), all(fine for *_, fine in everyone)
+    rank, found = min(enumerate(everyone), key=lambda item: item[1].cause)
+    return found._replace(rank=rank, weights=all(other.weights for other in everyone))

@@ -61,7 +61,7 @@ class EndTogether(Callback):
                 return
         kind, _, told = line.partition(": ")
         if kind == "error":
-            told = f"rank {trainer.global_rank}: {told}"
+            told = f"rank {getattr(exception, 'rank', trainer.global_rank)}: {told}"
         known = "--ckpt_path=" in told or "same command" in told
         told = told if known else f"{told}; {way_out(trainer, self.argv)}"
         os.write(2, f"\nvmoe-momentum: {kind}: {told}\n".encode())
