@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from vmoe_momentum import create_model
 from vmoe_momentum.training import FSDP2Strategy, ImageClassifier, OptimizerSettings
 from vmoe_momentum.training.budget import MOMENTS, Budget, budget, refuse_too_large, size
-from vmoe_momentum.training.profile import saved_bytes
+from vmoe_momentum.training.profile import measure_cost, saved_bytes
 
 WHOLE = SimpleNamespace(root_device=torch.device("cpu"))
 
@@ -61,6 +61,14 @@ def test_activations_grow_with_images_and_fall_with_checkpointing() -> None:
     real = sum(nbytes for pointer, nbytes in kept.items() if pointer not in own) / 4
     assert saved_bytes(made, 16) == pytest.approx(real, rel=0.25)
     assert saved_bytes(module(grad_checkpointing=True).model, 16) < saved_bytes(made, 16) / 4
+
+
+def test_what_is_counted_is_not_compiled() -> None:
+    """Inductor writes no code for what has no numbers, and a run that is compiled is counted before it begins."""
+    made = module()
+    eager = saved_bytes(made.model, 16), measure_cost(made.model, 16)
+    made.model.compile()
+    assert (saved_bytes(made.model, 16), measure_cost(made.model, 16)) == eager
 
 
 def test_shares_are_what_each_of_several_devices_holds() -> None:
