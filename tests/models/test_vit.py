@@ -330,7 +330,7 @@ def test_the_representation_layer_is_a_tanh_before_the_head() -> None:
         ({"moe_layers": [3, 8]}, r"moe_layers=\[3, 8\]: index 8 is past depth=8; use 0..7"),
         ({"moe_layers": "first2"}, "moe_layers='first2'"),
         ({"depth": 0}, "moe_layers='every2': a network of depth 0"),
-        ({"expert_ratio": 0.01}, "expert_ratio=0.01: leaves an expert no hidden unit; use 0.015625 or more"),
+        ({"expert_ratio": 0.01}, "expert_ratio=0.01: leaves an expert no hidden unit; use at least 0.015625"),
         ({"moe_layers": "last9"}, "moe_layers='last9'"),
         ({"moe_layers": [1, 1]}, "names a block twice"),
         ({"image_size": 18}, "image_size=18 is not a multiple of the patch size 4; use 16 or 20"),
