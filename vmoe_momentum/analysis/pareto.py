@@ -5,8 +5,8 @@ shortest vector is the step of the multiple-gradient descent algorithm, and zero
 B images, N tokens, D width, T tokens looked at, E experts, M = min(D, E).
 """
 
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, product
 from typing import NamedTuple
 
 import torch
@@ -74,20 +74,20 @@ def pareto(
     """
     for subject in subjects:
         _check(subject)
-    rows = []
+    rows, notes = [], []
     for subject in subjects:
         answers = _answers(subject, batches, tokens, device)
-        for block, found in answers.items():
-            rows += _rows(subject, block, found)
+        found = {block: _rows(subject, block, own) for block, own in answers.items()}
+        notes += _missing(subject, found)
+        rows += chain.from_iterable(found.values())
     if not rows:
         raise ValueError(f"--tokens={tokens}: none of those sampled reaches an expert; use more")
     files.write(rows)
     files.save(_panels(_latest(subjects, rows), lambda row: row.block, "block"))
     _draw_training(files, rows)
     _show(_latest(subjects, rows))
-    for subject in subjects:
-        if not any((r.model, r.epoch, r.experts) == (subject.label, subject.epoch, "chosen") for r in rows):
-            print(f"{subject.name}: no token gets two experts, so there is no hull of those chosen")
+    for note in notes:
+        print(note)
     return rows
 
 
@@ -110,9 +110,7 @@ def _check(subject: Subject) -> None:
                 "token has outputs of its own to combine; leave this network out"
             )
         if mlp.experts.fc1.weight.shape[0] < 2:
-            raise ValueError(
-                f"--model={subject.saved.source}: it has one expert a layer, so there is nothing to combine"
-            )
+            raise ValueError(f"--model={subject.saved.source}: one expert a layer, so there is nothing to combine")
 
 
 @torch.no_grad()
@@ -167,6 +165,16 @@ def _rows(subject: Subject, block: int, answers: Answers) -> list[ParetoRow]:
                 for name, values in compare_points(vectors, answers.weights[kept], members[kept]).items()
             ]
     return rows
+
+
+def _missing(subject: Subject, found: dict[int, list[ParetoRow]]) -> Iterator[str]:
+    """What a CSV without these rows does not say."""
+    unreached = [str(block) for block, rows in found.items() if not rows]
+    single = [str(block) for block, rows in found.items() if rows and rows[-1].experts == "all"]
+    if unreached:
+        yield f"{subject.name}, block {', '.join(unreached)}: no token sampled reaches an expert"
+    if single:
+        yield f"{subject.name}, block {', '.join(single)}: no token has two experts, so no hull of those chosen"
 
 
 def _show(rows: list[ParetoRow]) -> None:
