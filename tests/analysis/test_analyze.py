@@ -136,7 +136,7 @@ def test_ablate_without_validation_says_so(digits: Path, here: Path, capsys) -> 
         (["norms", "{data}", "--model=dense.ckpt"], "dense.ckpt: this network has no MoE layers"),
         (["sensitivity", "{data}", "--model=moe.ckpt", "--model=dense.ckpt"], "dense.ckpt: this network has no MoE"),
         (["pareto", "{data}", "--model=dense.ckpt"], "dense.ckpt: this network has no MoE layers"),
-        (["pareto", "{data}", "--model=moe.ckpt", "--model=s=soft.ckpt"], "soft.ckpt: SoftRouter gives experts mixtures"),
+        (["pareto", "{data}", "--model=moe.ckpt", "--model=s=soft.ckpt"], "soft.ckpt: SoftRouter gives experts"),
         (["pareto", "{data}", "--model=moe.ckpt", "--tokens=0"], "--tokens=0: use a whole number from 1"),
         (["load", "{data}", "--model=poison.ckpt"], "poison.ckpt: not a checkpoint that can be read safely"),
         (["load", "{data}", "--model=moe.ckpt", "--model=moe2.ckpt"], "moe2.ckpt are both Residual"),

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ..models import PixelModel
+from ..models import MomentumBlock, PixelModel
 from ..moe import Plan, SoftRouter
 from ..progress import track
 from .hulls import compare_points
@@ -25,6 +25,7 @@ from .subjects import Subject, latest
 from .trace import Visit, walk
 
 HULLS = list(product(("all", "chosen"), ("raw", "unit")))  # of which experts, of which outputs
+CHUNK = 256  # tokens that all experts answer at a time
 STYLES = {"router": "-", "shuffled": "-.", "equal": ":"}
 PANELS = {
     "norm": "norm",
@@ -139,14 +140,17 @@ def _pick(total: int, tokens: int) -> Tensor:
 def _answer(subject: Subject, model: PixelModel, visit: Visit, picked: Tensor) -> Answers:
     block, tokens = model.net.blocks[visit.block], visit.tokens.flatten(0, 1)
     weights = combine_weights(visit.plan, len(tokens), block.mlp.experts.fc1.weight.shape[0])[picked]
-    outputs = block.ls2(block.mlp.every_output(tokens[picked])).double()
+    outputs = torch.cat([_outputs(subject, visit.block, block, part) for part in tokens[picked].split(CHUNK)])
+    return Answers(outputs.cpu(), weights.cpu())
+
+
+def _outputs(subject: Subject, index: int, block: MomentumBlock, tokens: Tensor) -> Tensor:
+    """[T, D] -> [T, E, M]."""
+    outputs = block.ls2(block.mlp.every_output(tokens)).double()
     if not outputs.isfinite().all():
-        raise ValueError(
-            f"--model={subject.saved.source}: experts of block {visit.block} give numbers that are not finite"
-        )
+        raise ValueError(f"--model={subject.saved.source}: experts of block {index} give numbers that are not finite")
     # Of a matrix whose columns are the outputs, R of QR has the same lengths and angles in far fewer numbers.
-    triangle = torch.linalg.qr(outputs.transpose(1, 2), mode="r").R  # [T, M, E]
-    return Answers(triangle.transpose(1, 2).cpu(), weights.cpu())
+    return torch.linalg.qr(outputs.transpose(1, 2), mode="r").R.transpose(1, 2)
 
 
 def _rows(subject: Subject, block: int, answers: Answers) -> list[ParetoRow]:
@@ -178,16 +182,16 @@ def _missing(subject: Subject, found: dict[int, list[ParetoRow]]) -> Iterator[st
 
 
 def _show(rows: list[ParetoRow]) -> None:
-    where = ("model", "epoch", "block", "experts", "outputs")
     groups: dict[tuple, dict[str, ParetoRow]] = {}
     for row in rows:
-        groups.setdefault(tuple(getattr(row, name) for name in where), {})[row.combination] = row
+        key = (row.model, row.epoch, row.block, f"{row.experts} {row.outputs}")
+        groups.setdefault(key, {})[row.combination] = row
     cells = []
     for key, at in groups.items():
-        router, gaps = at["router"], [at[name].relative_gap for name in STYLES]
-        cells.append((*key, router.least_norm, router.norm, "" if router.cosine is None else router.cosine, *gaps))
-    columns = (*where, "least", "norm", "cosine", "gap", "shuffled", "equal")
-    show("Distance of the router's combination from the least-norm point, by its norm", columns, cells)
+        cosine = at["router"].cosine
+        cells.append((*key, "" if cosine is None else cosine, *(at[name].relative_gap for name in STYLES)))
+    columns = ("model", "epoch", "block", "hull", "cosine", "gap", "shuffled", "equal")
+    show("Gap between the router's combination and the least-norm point, by its norm", columns, cells)
 
 
 def _latest(subjects: list[Subject], rows: list[ParetoRow]) -> list[ParetoRow]:
@@ -204,7 +208,7 @@ def _draw_training(files: Files, rows: list[ParetoRow]) -> None:
             steps.setdefault(row.model, set()).add(row.step)
     rows = [row for row in rows if row.step is not None and len(steps[row.model]) > 1]
     if rows:
-        files.save(_panels(rows, lambda row: row.step, "step; mean over blocks, band: all of the router's"), "training")
+        files.save(_panels(rows, lambda row: row.step, "step (mean over blocks, band: router's)"), "training")
 
 
 def _panels(rows: list[ParetoRow], place: Callable[[ParetoRow], int], xlabel: str) -> Figure:
@@ -212,7 +216,7 @@ def _panels(rows: list[ParetoRow], place: Callable[[ParetoRow], int], xlabel: st
     hulls = [hull for hull in HULLS if any(hull == (row.experts, row.outputs) for row in rows)]
     colors = {label: f"C{number % 10}" for number, label in enumerate(dict.fromkeys(row.model for row in rows))}
     figure, axes = grid(len(hulls), len(PANELS), 3.9, 2.9)
-    for line, hull in zip(axes, hulls, strict=True):
+    for number, (line, hull) in enumerate(zip(axes, hulls, strict=True), 1):
         for axis, (metric, title) in zip(line, PANELS.items(), strict=True):
             for label, color in colors.items():
                 own = [row for row in rows if row.model == label and (row.experts, row.outputs) == hull]
@@ -220,8 +224,10 @@ def _panels(rows: list[ParetoRow], place: Callable[[ParetoRow], int], xlabel: st
             low, high = axis.get_ylim()
             axis.set_ylim(min(0, low) if metric == "cosine" else 0, high + 0.05 * high)
             axis.set_title(f"{hull[0]} experts, {hull[1]} outputs\n{title}", fontsize=9)
-            axis.set_xlabel(xlabel, fontsize=8)
             whole_numbers(axis)
+            if number == len(hulls):
+                axis.set_xlabel(xlabel, fontsize=8)
+            axis.tick_params(labelbottom=number == len(hulls))
     keys = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
     keys += [Line2D([], [], color="black", linestyle=style, label=name) for name, style in STYLES.items()]
     keys.append(Line2D([], [], color="black", linestyle="--", label="least-norm point"))
