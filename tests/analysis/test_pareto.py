@@ -146,9 +146,9 @@ def test_shuffled_weights_stay_with_the_members() -> None:
 # ---- what the network does
 
 
-def seen(net: nn.Module) -> list:
+def seen(net: nn.Module, count: int = 6) -> list:
     with record(net) as visits, torch.no_grad():
-        net(torch.cat(images()) / 127.5 - 1)
+        net(torch.cat(images(count)) / 127.5 - 1)
     return list(visits)
 
 
@@ -212,8 +212,8 @@ def least_by_slsqp(vectors: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["TopK", "dropping", "expert choice"])
 def test_rows_by_a_loop_over_tokens(kind: str, tmp_path: Path) -> None:
     net = NETS[kind]()
-    found = pareto([subject(net, tmp_path)], images(), undrawn(tmp_path))
-    visit = next(visit for visit in seen(net) if visit.block == BLOCK)
+    found = pareto([subject(net, tmp_path)], images(3, 2), undrawn(tmp_path))
+    visit = next(visit for visit in seen(net, 3) if visit.block == BLOCK)
     experts, tokens = net.blocks[BLOCK].mlp.experts.requires_grad_(False), visit.tokens.flatten(0, 1)
     weights = combine_weights(visit.plan, len(tokens), 4)  # held against the network's update above
     dropped, count = 0, {}
