@@ -69,3 +69,21 @@ def test_the_guides_figures_are_those_of_the_committed_rows() -> None:
         shares = [100 * float(row[column]) for row in rows]
         spans.append(f"{min(shares):.0f} to {max(shares):.0f} %")
     assert f"({spans[0]} against {spans[1]})" in " ".join(GUIDE.read_text().split())
+
+
+def test_the_guides_gaps_are_those_of_the_committed_rows() -> None:
+    """Relative gaps over the blocks of the last epoch's networks, all experts, raw."""
+    told = " ".join(GUIDE.read_text().split())
+    with (ROOT / "benchmarks" / "results" / "analysis" / "pareto.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["epoch"], row["experts"]) == ("20", "all")]
+    gaps = {
+        (model, name): [float(row["relative_gap"]) for row in rows if row["outputs"] == "raw"
+                        and (row["model"], row["combination"]) == (model, name)]
+        for model in ("HeavyBall", "Residual") for name in ("router", "shuffled", "equal")
+    }  # fmt: skip
+    span = {key: f"{min(values):.2f} to {max(values):.2f}" for key, values in gaps.items()}
+    for model in ("HeavyBall", "Residual"):
+        assert f"{span[model, 'router']} for {model} against {span[model, 'shuffled']} shuffled" in told
+        assert len(gaps[model, "router"]) == 4
+        assert all(own > blind for own, blind in zip(gaps[model, "router"], gaps[model, "shuffled"], strict=True))
+    assert f"{span['HeavyBall', 'equal']} and {span['Residual', 'equal']}. That is one seed" in told

@@ -29,7 +29,7 @@ commands:
   validate   evaluate on the validation split
   test       evaluate a checkpoint:  vmoe-momentum test --config configs/digits.yaml --ckpt_path runs/.../last.ckpt
   predict    write class probabilities to predictions.csv
-  analyze    look into trained networks: spectrum, load, norms, sensitivity, ablate, compare (... analyze --help)
+  analyze    look into trained networks: spectrum, load, norms, sensitivity, pareto, ablate, compare (--help)
   robustness corruptions, other pictures, attacks: a report for one or many models (... robustness --help)
   consolidate  a checkpoint that many devices wrote, as one file
   export     a checkpoint as timm directory, exported program, ONNX or tensors (... export --help)

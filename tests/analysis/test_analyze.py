@@ -49,6 +49,7 @@ def words(digits: Path, *more: str) -> list[str]:
         ("load", [], ["load.csv", "load.png"]),
         ("norms", ["--logs=[{run}]"], ["norms.csv", "norms.png", "norms_training.png"]),
         ("sensitivity", ["--noise=[0,8]"], ["sensitivity.csv", "sensitivity.png"]),
+        ("pareto", ["--tokens=50"], ["pareto.csv", "pareto.png", "pareto_training.png"]),
     ],
 )
 def test_instruments(instrument: str, more: list[str], files: list[str], run: Path, digits: Path, here: Path) -> None:
@@ -134,6 +135,9 @@ def test_ablate_without_validation_says_so(digits: Path, here: Path, capsys) -> 
         (["load", "{data}", "--model=empty"], "--model=empty: no .ckpt in this folder"),
         (["norms", "{data}", "--model=dense.ckpt"], "dense.ckpt: this network has no MoE layers"),
         (["sensitivity", "{data}", "--model=moe.ckpt", "--model=dense.ckpt"], "dense.ckpt: this network has no MoE"),
+        (["pareto", "{data}", "--model=dense.ckpt"], "dense.ckpt: this network has no MoE layers"),
+        (["pareto", "{data}", "--model=moe.ckpt", "--model=s=soft.ckpt"], "soft.ckpt: SoftRouter gives experts"),
+        (["pareto", "{data}", "--model=moe.ckpt", "--tokens=0"], "--tokens=0: use a whole number from 1"),
         (["load", "{data}", "--model=poison.ckpt"], "poison.ckpt: not a checkpoint that can be read safely"),
         (["load", "{data}", "--model=moe.ckpt", "--model=moe2.ckpt"], "moe2.ckpt are both Residual"),
         (["load", "{data}", "--model=moe.ckpt", "--data.image_size=32"], "moe.ckpt takes 16 pixels"),
@@ -190,6 +194,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     write_checkpoint(tiny(), here / "moe2.ckpt")
     write_checkpoint(timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, depth=1), here / "dense.ckpt")
     torch.save({"x": Path}, here / "poison.ckpt")
+    write_checkpoint(tiny(router="SoftRouter"), here / "soft.ckpt", epoch=4)
     (here / "empty").mkdir()
     write_checkpoint(tiny(rule="HeavyBall"), here / "other.ckpt", epoch=3)
     write_checkpoint(tiny(), here / "mixed" / "a.ckpt", epoch=1)
@@ -208,7 +213,7 @@ def test_mistakes_are_one_line_and_write_nothing(
 
 
 def test_help_teaches(capsys) -> None:
-    for argv in (["analyze", "--help"], ["analyze", "spectrum", "--help"], ["analyze", "ablate", "--help"]):
+    for argv in (["analyze", "--help"], *(["analyze", name, "--help"] for name in ("spectrum", "pareto", "ablate"))):
         with pytest.raises(SystemExit) as stopped:
             cli.main(argv)
         assert not stopped.value.code

@@ -5,6 +5,7 @@ from .compare import compare
 from .load import load
 from .norms import norms
 from .output import Files
+from .pareto import pareto
 from .sensitivity import sensitivity
 from .spectrum import spectrum
 from .stability import residual_radius, spectral_radius, step_size
@@ -18,6 +19,7 @@ __all__ = [
     "load",
     "norms",
     "open_subjects",
+    "pareto",
     "parse_axis",
     "record",
     "residual_radius",

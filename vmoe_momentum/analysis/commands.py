@@ -15,6 +15,7 @@ from .compare import TARGET, check_targets, compare
 from .load import load
 from .norms import norms
 from .output import Files
+from .pareto import pareto
 from .sensitivity import sensitivity
 from .spectrum import spectrum
 from .subjects import open_subjects
@@ -36,6 +37,7 @@ ON_MODELS = {
     "load": "what each expert receives, and how often the expert with the i-th largest output is chosen",
     "norms": "size of residual stream, updates and momentum over depth",
     "sensitivity": "how far logits and expert choices move under input noise",
+    "pareto": "the router's combination of experts beside the least-norm point of their outputs",
 }
 
 
@@ -79,6 +81,8 @@ def _on_models(command: str, settings: dict[str, Any]) -> None:
         load(subjects, batches, files, device)
     elif command == "norms":
         norms(subjects, batches, files, settings["logs"], device)
+    elif command == "pareto":
+        pareto(subjects, batches, files, settings["tokens"], device)
     else:
         sensitivity(subjects, batches, files, settings["noise"], device)
 
@@ -174,8 +178,10 @@ def _model_parser(name: str, text: str, data: dict[str, Any] | None, data_class:
     )  # fmt: skip
     text = "At most so many images, evenly over the validation split."
     parser.add_number("--images", int, COUNT, text, default=360)
+    if name in ("spectrum", "pareto"):
+        text, tokens = "At most so many tokens, sampled from the images.", {"spectrum": 128, "pareto": 2048}[name]
+        parser.add_number("--tokens", int, COUNT, text, default=tokens)
     if name == "spectrum":
-        parser.add_number("--tokens", int, COUNT, "At most so many tokens, sampled from the images.", default=128)
         text = "Whole images, where routing couples their tokens (soft)."
         parser.add_number("--coupled_images", int, COUNT, text, default=2)
         parser.add_number("--eigenvalues", int, COUNT, "Largest eigenvalues of each of those images.", default=24)

@@ -53,16 +53,9 @@ def load(subjects: list[Subject], batches: list[Tensor], files: Files, device: s
     return rows
 
 
-def expert_norms(block: MomentumBlock, tokens: Tensor) -> Tensor:
-    """|E_e(x)| of every expert on every token, chosen or not. tokens: [T, D] -> [T, E]."""
-    num_tokens, num_experts = len(tokens), block.mlp.experts.fc1.weight.shape[0]
-    outputs = block.mlp.experts(tokens.repeat(num_experts, 1), None)
-    return outputs.norm(dim=-1).reshape(num_experts, num_tokens).T
-
-
 def _count(block: MomentumBlock, visit: Visit) -> dict[str, Tensor]:
     tokens, assigned = visit.tokens.flatten(0, 1), visit.plan.assigned().flatten(0, 1)
-    by_norm = expert_norms(block, tokens).argsort(dim=-1, descending=True, stable=True)
+    by_norm = block.mlp.every_output(tokens).norm(dim=-1).argsort(dim=-1, descending=True, stable=True)
     return {
         "load": visit.plan.load(),
         "load_by_norm": assigned.gather(-1, by_norm).sum(dim=0),

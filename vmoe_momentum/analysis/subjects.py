@@ -20,6 +20,10 @@ class Subject(NamedTuple):
         return self.saved.epoch
 
     @property
+    def step(self) -> int | None:
+        return self.saved.step
+
+    @property
     def name(self) -> str:
         """For pictures that show several epochs of one label."""
         return self.label if self.epoch is None else f"{self.label}, epoch {self.epoch}"

@@ -39,5 +39,12 @@ class SparseMlp(nn.Module):
         outputs = plan.combine(self._on_the_wire(self.experts(rows, ends, even)))
         return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary)
 
+    def every_output(self, tokens: Tensor) -> Tensor:
+        """What each expert makes of each token, chosen or not: [T, D] -> [T, E, D]."""
+        num_experts = self.experts.fc1.weight.shape[0]
+        rows = self._on_the_wire(tokens).repeat(num_experts, 1)
+        outputs = self._on_the_wire(self.experts(rows, None))
+        return outputs.reshape(num_experts, *tokens.shape).transpose(0, 1)
+
     def _on_the_wire(self, x: Tensor) -> Tensor:
         return x.bfloat16().to(x.dtype) if self.router.bfloat16_dispatch else x
