@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_job_that_slurm_warns_is_queued_again_and_goes_on(told, pictures, clus
              "SLURM_NTASKS_PER_NODE": "2"}  # fmt: skip
     known["PYTHONPATH"] += os.pathsep + str(ROOT / "tests" / "training")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path}
-    first = subprocess.Popen(job, env=known, **pipes)
+    first = subprocess.Popen(job, env=known, start_new_session=True, **pipes)
     try:
         until = time.monotonic() + 120
         while not (tmp_path / "checkpoints" / "last.ckpt").is_file():
@@ -113,7 +114,8 @@ def test_a_job_that_slurm_warns_is_queued_again_and_goes_on(told, pictures, clus
             os.kill(pid, signal.SIGTERM)
         out = first.communicate(timeout=60)[0]
     finally:
-        first.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(first.pid, signal.SIGKILL)  # its tasks, too, which hold the job's port
     assert first.returncode == 143, out
     assert (tmp_path / "requeued").read_text() == "requeue 77\n" and (tmp_path / "slurm_77.ckpt").is_file()
     (line,) = lines(out)
