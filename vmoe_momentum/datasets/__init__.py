@@ -10,6 +10,7 @@ from ..lazily import lazily
 
 if TYPE_CHECKING:
     from .datamodules import FFCVDataModule, FolderDataModule, ImageDataModule
+    from .idx import prepare_idx
     from .imagenet import prepare_imagenet
     from .info import sample
     from .photos import prepare_photos
@@ -23,6 +24,7 @@ __all__ = [
     "ProgressiveResize",
     "prepare_digits",
     "prepare_folder",
+    "prepare_idx",
     "prepare_imagenet",
     "prepare_photos",
     "sample",
@@ -32,6 +34,7 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "datamodules": ("FFCVDataModule", "FolderDataModule", "ImageDataModule"),
+        "idx": ("prepare_idx",),
         "imagenet": ("prepare_imagenet",),
         "info": ("sample",),
         "photos": ("prepare_photos",),

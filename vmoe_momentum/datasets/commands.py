@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from ..parsers import new_parser
+from .idx import prepare_idx
 from .imagenet import prepare_imagenet
 from .info import info, sample
 from .photos import prepare_photos
@@ -17,13 +18,17 @@ from .verify import verify
 _EXAMPLES = """examples:
   vmoe-momentum data prepare digits --out data/digits
   vmoe-momentum data prepare photos --out data/photos
+  vmoe-momentum data prepare idx --out data/fashion
   vmoe-momentum data prepare folder --source pictures --out data/pictures --images hardlink
   vmoe-momentum data prepare imagenet --source /data/ILSVRC2012 --out data/imagenet
   vmoe-momentum data verify data/digits
   vmoe-momentum data info data/digits
   vmoe-momentum data sample data/photos --out sheet.png --augment"""
 
-PREPARE = {"digits": prepare_digits, "photos": prepare_photos, "folder": prepare_folder, "imagenet": prepare_imagenet}
+PREPARE = {
+    "digits": prepare_digits, "photos": prepare_photos, "idx": prepare_idx, "folder": prepare_folder,
+    "imagenet": prepare_imagenet,
+}  # fmt: skip
 LOOK = {"verify": verify, "info": info, "sample": sample}
 
 _FLAGS = {
