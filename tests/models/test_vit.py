@@ -326,7 +326,6 @@ CHANGES = {
     "router": TopKRouter(top_k=1),
     "moe_layers": "last2",
     "num_experts": 5,
-    "depth": 6,
     "representation_size": 24,
     "pos_embed": "sincos2d",
     "expert_drop_rate": 0.5,
