@@ -15,18 +15,20 @@ from ..momentum import MomentumRule
 from ..ranges import in_range
 from .placement import PostNorm
 from .settings import did_you_mean, from_spec, to_spec
-from .vit import NUMBERS, WIDTH
+from .vit import BLOCKS, NUMBERS, RATIO, WIDTH
 
 OURS = "*moe*"
 
 
-@in_range("", **NUMBERS, representation_size=WIDTH.or_(None))
+@in_range("", **NUMBERS, representation_size=WIDTH.or_(None), depth=BLOCKS.or_(None), expert_ratio=RATIO)
 def create_model(
     name: str = "vmoe_small_patch32_224",
     rule: MomentumRule | None = None,
     router: Router | None = None,
+    depth: int | None = None,
     moe_layers: str | list[int] | None = None,
     num_experts: int | None = None,
+    expert_ratio: float | None = None,
     representation_size: int | None = None,
     pos_embed: Literal["learn", "sincos2d", "none"] | None = None,
     expert_drop_rate: float | None = None,
@@ -53,9 +55,12 @@ def create_model(
         rule: Momentum rule across the MoE blocks, by class name: Residual (the default), HeavyBall, Nesterov,
             Complex, Adam, Robust, SAM.
         router: Router of every MoE block: TopKRouter, ExpertChoiceRouter, SoftRouter, GShardRouter, M6TRouter.
+        depth: Blocks of a V-MoE, 0 to 10000.
         moe_layers: Sparse blocks: a list of indices, 0 to 10000, "last2" (the last two odd blocks), "every2" (every odd
             block) or "none".
         num_experts: Experts of a sparse layer, 1 to 65536.
+        expert_ratio: Hidden width of an expert over the network's, in (0, 1024]; that of dense MLPs where nothing is
+            said. One expert of K times the ratio, chosen alone (top_k 1), is the dense MLP of equal active FLOPs.
         representation_size: Width of the tanh layer before the head, 0 to 65536; 0 for none.
         pos_embed: Learned positions, fixed sines and cosines, or none.
         expert_drop_rate: Dropout inside the experts, in [0, 1).
@@ -87,13 +92,13 @@ def create_model(
     is_directory = name.startswith(("local-dir:", "hf-hub:"))
     pretrained = is_directory if pretrained is None else pretrained
     sparse: dict[str, Any] = {
-        "rule": rule, "router": router, "moe_layers": moe_layers, "num_experts": num_experts,
-        "representation_size": representation_size, "pos_embed": pos_embed, "expert_drop_rate": expert_drop_rate,
-        "share_expert_init": share_expert_init, "momentum_last": momentum_last, "momentum_restart": momentum_restart,
-        "post_norm": post_norm,
+        "rule": rule, "router": router, "depth": depth, "moe_layers": moe_layers, "num_experts": num_experts,
+        "expert_ratio": expert_ratio, "representation_size": representation_size, "pos_embed": pos_embed,
+        "expert_drop_rate": expert_drop_rate, "share_expert_init": share_expert_init, "momentum_last": momentum_last,
+        "momentum_restart": momentum_restart, "post_norm": post_norm,
     }  # fmt: skip
     given = {key: value for key, value in sparse.items() if value is not None}
-    for key in ("representation_size", "pos_embed", "share_expert_init"):
+    for key in ("depth", "expert_ratio", "representation_size", "pos_embed", "share_expert_init"):
         if architecture == "vmoe_upcycled" and key in given:
             raise ValueError(f"{key}={given[key]}: an upcycled network has its backbone's; leave it out")
     if given and not _is_ours(architecture):

@@ -48,6 +48,10 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         "For 16-pixel images; ours: width 64, 8 blocks, MLP 128, 4 experts in every odd block, K 2, no tanh layer.",
         {**TINY, "depth": 8, "moe_layers": "every2", "num_experts": 4},
     ),
+    "vmoe_tiny_patch7_28": (
+        "For 28-pixel images, such as Fashion-MNIST: vmoe_tiny_patch4_16's blocks on 16 patches of 7 pixels. Ours.",
+        {**TINY, "img_size": 28, "patch_size": 7, "depth": 8, "moe_layers": "every2", "num_experts": 4},
+    ),
     "deep_vmoe_tiny_patch4_16": (
         "vmoe_tiny_patch4_16 with 56 blocks, 28 of them sparse: what does momentum do over many steps? Ours.",
         {**TINY, "depth": 56, "moe_layers": "every2", "num_experts": 4},

@@ -27,6 +27,7 @@ from .positions import AutocastStream, SinCos2d
 from .settings import from_spec, to_spec
 
 BLOCKS, WIDTH = Range(0, 10_000, whole=True), Range(0, 2**16, whole=True)
+RATIO = Range(0, 1024, above=True).or_(None)
 SPARSE = {  # ranges of the settings that are about sparse blocks
     "moe_layers": BLOCKS.or_(None, str), "expert_drop_rate": MOMENTUM.or_(None),
     "num_experts": replace(WIDTH, low=1).or_(None).because("V-MoE uses 8 experts in a sparse layer"),
@@ -38,7 +39,7 @@ NUMBERS = {  # and of a whole network
 }  # fmt: skip
 
 
-@in_range("", **SPARSE, representation_size=WIDTH, depth=BLOCKS)
+@in_range("", **SPARSE, representation_size=WIDTH, depth=BLOCKS, expert_ratio=RATIO)
 class MomentumVisionTransformer(VisionTransformer):
     """V-MoE (arXiv:2106.05974) with a momentum rule across its MoE blocks (arXiv:2410.14574).
 
@@ -52,6 +53,7 @@ class MomentumVisionTransformer(VisionTransformer):
         router: Router | dict[str, Any] | str = "TopKRouter",
         moe_layers: str | list[int] = "last2",
         num_experts: int = 8,
+        expert_ratio: float | None = None,
         representation_size: int = 0,
         expert_drop_rate: float | None = None,
         share_expert_init: bool = True,
@@ -77,8 +79,10 @@ class MomentumVisionTransformer(VisionTransformer):
             shared = {"rule": rule, **block_settings(index, indices, steps, post_norm)}
             if index not in indices:
                 return DenseBlock(**block, **shared)
-            sparse = {"num_experts": num_experts, "router": router}
-            return MomentumBlock(**block, **sparse, **shared, expert_drop=expert_drop_rate)
+            sparse = {"num_experts": num_experts, "router": router, "expert_drop": expert_drop_rate}
+            if expert_ratio is not None:
+                block["mlp_ratio"] = expert_ratio
+            return MomentumBlock(**block, **sparse, **shared)
 
         seed = draw_seed()  # before anything that draws on some devices only
         table = "learn" if pos_embed == "learn" else "none"
