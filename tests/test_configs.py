@@ -9,9 +9,11 @@ from dataset_helpers import HAS_FFCV
 
 from vmoe_momentum import TopKRouter, cli, create_model
 from vmoe_momentum.lightning_cli import run_lightning
+from vmoe_momentum.models import PixelModel
 from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import MomentumRule
+from vmoe_momentum.training.profile import measure_cost
 
 FOLDER = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((FOLDER / "rules").glob("*.yaml"))
@@ -106,6 +108,20 @@ def test_every_overlay_says_how_to_use_it_and_builds() -> None:
 def test_every_rule_has_an_overlay() -> None:
     named = {yaml.safe_load(path.read_text())["model"]["net"]["init_args"]["rule"]["class_path"] for path in OVERLAYS}
     assert named == set(subclasses(MomentumRule))
+
+
+def test_the_dense_baseline_of_the_evidence_has_the_same_active_flops() -> None:
+    """But for the routers, a few products of which are left out or there for nothing."""
+    files = [yaml.safe_load((FOLDER / name).read_text()) for name in ("fashion.yaml", "fashion_dense.yaml")]
+    told = [file["model"]["net"]["init_args"] for file in files]
+    sparse, dense = create_model(**told[0]), create_model(**{**told[0], **told[1]})
+    assert sparse.moe_layers == dense.moe_layers == (1, 3, 5, 7)
+    tokens, width = 17, sparse.embed_dim
+    routers = [2e-9 * 4 * tokens * width * experts for experts in (4, 1)]
+    costs = [
+        measure_cost(PixelModel(net), 28).gflops - gate for net, gate in zip((sparse, dense), routers, strict=True)
+    ]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-3)
 
 
 def test_the_overlay_for_gpus_goes_over_a_recipe(digits: Path, tmp_path, monkeypatch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vmoe_momentum
 from vmoe_momentum import HeavyBall, Nesterov, Residual, TopKRouter, create_model
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
+from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import Carry, MomentumRule
 from vmoe_momentum.training import OptimizerSettings
@@ -52,6 +53,47 @@ def test_without_experts_it_is_timms_vit_bitwise() -> None:
         assert torch.equal(*outputs)
     gradients = [torch.autograd.grad(net.eval()(x).square().sum(), list(net.parameters())) for net in (ours, theirs)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_one_expert_that_all_tokens_take_is_the_dense_vit_of_equal_active_flops() -> None:
+    """In place of each layer of K experts an MLP K times as wide, with the gradients of timm's."""
+    sparse = tiny(router=TopKRouter(top_k=2))
+    one = tiny(num_experts=1, expert_ratio=4.0, router=TopKRouter(top_k=1))
+    moe_mlp = sparse.blocks[1].mlp.experts.fc1.weight
+    assert one.blocks[1].mlp.experts.fc1.weight.shape == (1, 2 * moe_mlp.shape[1], 64)
+
+    def block(depth: int, **settings) -> timm.models.vision_transformer.Block:
+        wide = {"mlp_ratio": 4.0} if depth in one.moe_layers else {}
+        return timm.models.vision_transformer.Block(**{**settings, **wide})
+
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "num_heads": 4, "depth": 8, "mlp_ratio": 2.0}
+    act = type(one.blocks[0].mlp.act)
+    dense = timm.models.VisionTransformer(**shape, num_classes=10, act_layer=act, block_fn=block)
+    ours = {name: value for name, value in one.state_dict().items() if ".mlp.router." not in name}
+    dense.load_state_dict(
+        {name.replace(".experts", ""): value[0] if ".experts." in name else value for name, value in ours.items()}
+    )
+    x, gradients = images(), []
+    for net in (one.train(), dense.train()):
+        logits = net(x)
+        logits.square().sum().backward()
+        gradients.append((logits.detach(), net.blocks[0].attn.qkv.weight.grad, net.blocks[7].norm2.weight.grad))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert one.forward_with_aux(x)[1] == 0
+
+
+def test_depth_is_a_setting() -> None:
+    named, told = create_model("deep_vmoe_tiny_patch4_16"), create_model("vmoe_tiny_patch4_16", depth=56)
+    assert named.moe_layers == told.moe_layers == tuple(range(1, 56, 2))
+    assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in told.state_dict().items()}
+
+
+def test_a_directory_is_not_given_another_shape(tmp_path) -> None:
+    save(tiny(), tmp_path / "net")
+    for setting, value in {"depth": 4, "num_experts": 5, "expert_ratio": 1.0, "moe_layers": "none"}.items():
+        with pytest.raises(ValueError, match=f"{setting}={value}: the weights in .* of another shape; .*pretrained=fa"):
+            create_model(f"local-dir:{tmp_path}/net", **{setting: value})
+    assert len(create_model(f"local-dir:{tmp_path}/net", depth=4, pretrained=False).blocks) == 4
 
 
 def test_heavy_ball_without_momentum_is_residual_bitwise() -> None:
@@ -306,6 +348,8 @@ def test_the_representation_layer_is_a_tanh_before_the_head() -> None:
     [
         ({"moe_layers": [3, 8]}, r"moe_layers=\[3, 8\]: index 8 is past depth=8; use 0..7"),
         ({"moe_layers": "first2"}, "moe_layers='first2'"),
+        ({"depth": 0}, "moe_layers='every2': a network of depth 0"),
+        ({"expert_ratio": 0.01}, "expert_ratio=0.01: leaves an expert no hidden unit; use 0.015625 or more"),
         ({"moe_layers": "last9"}, "moe_layers='last9'"),
         ({"moe_layers": [1, 1]}, "names a block twice"),
         ({"image_size": 18}, "image_size=18 is not a multiple of the patch size 4; use 16 or 20"),
@@ -324,8 +368,10 @@ CHANGES = {
     "momentum_last": 2,
     "momentum_restart": 2,
     "router": TopKRouter(top_k=1),
+    "depth": 4,
     "moe_layers": "last2",
     "num_experts": 5,
+    "expert_ratio": 1.0,
     "representation_size": 24,
     "pos_embed": "sincos2d",
     "expert_drop_rate": 0.5,

@@ -18,6 +18,7 @@ from .settings import did_you_mean, from_spec, to_spec
 from .vit import BLOCKS, NUMBERS, RATIO, WIDTH
 
 OURS = "*moe*"
+SHAPING = ("depth", "moe_layers", "num_experts", "expert_ratio", "representation_size")  # what tensors there are
 
 
 @in_range("", **NUMBERS, representation_size=WIDTH.or_(None), depth=BLOCKS.or_(None), expert_ratio=RATIO)
@@ -125,6 +126,12 @@ def create_model(
             raise
         raise ValueError(f"dynamic_img_size=True: {name} has no such setting ({error}); leave it out") from error
     except RuntimeError as error:
+        shaping = [key for key in SHAPING if key in given]
+        if is_directory and pretrained and shaping:
+            raise ValueError(
+                f"{shaping[0]}={given[shaping[0]]}: the weights in {name} are of a network of another shape; leave it"
+                " out, or start anew with pretrained=false"
+            ) from error
         if ".norm3." not in str(error):
             raise
         raise ValueError(

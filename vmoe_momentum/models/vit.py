@@ -73,6 +73,11 @@ class MomentumVisionTransformer(VisionTransformer):
         rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
         indices = moe_indices(moe_layers, depth)
         steps = momentum_steps(len(indices), momentum_last, momentum_restart)
+        width = timm_args.get("embed_dim", 768)
+        if expert_ratio is not None and int(width * expert_ratio) < 1:
+            raise ValueError(
+                f"expert_ratio={expert_ratio}: leaves an expert no hidden unit; use at least {1 / width:g}"
+            )
 
         def block_fn(**block: Any) -> nn.Module:
             index = block["depth"]
