@@ -78,7 +78,8 @@ No run is excluded or repeated for what it gave.
 Stopping. When every cell is there, or the time is up; verdicts are given only for questions all of whose seeds are
 there, and the page names the cells that are missing. Nobody chooses an arm, a measure or a threshold after this.
 
-Time: SEE BELOW
+Time, measured beforehand in CPU seconds of one thread: 465 for a main run (104 of them for the measures), 45 for
+margin, 75 for depth, there times blocks over 8: 234 runs, 18 hours of one core, nine of two.
 """
 
 import shutil

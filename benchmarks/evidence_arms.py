@@ -1,4 +1,4 @@
-"""What is trained: the arms of benchmarks/evidence.py, each the recipe configs/fashion.yaml with some settings changed."""
+"""What is trained: the arms of benchmarks/evidence.py, each configs/fashion.yaml with some settings changed."""
 
 import json
 import math
@@ -8,8 +8,8 @@ NET = "--model.net.init_args"
 GAMMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 DEPTHS = (8, 16, 32, 56)
 SHORT = {"margin": 150, "depth": 300}  # steps of 128 pictures; the learning rate decays to the last one
-# fit at this many seconds an arm on two cores where no row says more, measures included; depth times its blocks over 8
-GUESS = {"main": 330.0, "margin": 45.0, "depth": 75.0}
+# seconds of a run of one thread, measures included, where no row says more; depth times its blocks over 8
+GUESS = {"main": 465.0, "margin": 45.0, "depth": 75.0}
 
 
 class Arm(NamedTuple):

@@ -22,6 +22,7 @@ from vmoe_momentum.momentum import MomentumRule
 from vmoe_momentum.robustness import BENCHMARK, SEVERITIES, Model, Settings, corrupt, make_plan
 from vmoe_momentum.robustness.evaluate import Evaluation, evaluate
 from vmoe_momentum.robustness.labels import list_folders
+from vmoe_momentum.robustness.pictures import batches
 from vmoe_momentum.robustness.plan import subset
 from vmoe_momentum.robustness.summary import make_rows
 from vmoe_momentum.staging import staged
@@ -69,7 +70,7 @@ def measure(arm: Arm, folder: Path, data: Path, corrupted: Path) -> Found:
     if arm.part == "main":
         found |= clean(model, data, out) | corruptions(model, corrupted, out) | attacks(model, data, out)
     if arm.rule is not None:
-        found |= instruments(arm, f"{arm.name}={checkpoint}", data, model.view.size, out)
+        found |= instruments(arm, f"{arm.name}={checkpoint}", model, data, out)
     return found
 
 
@@ -114,15 +115,15 @@ def run(settings: Settings, model: Model, out: Path) -> Evaluation:
     return evaluate(make_plan(settings, [model]), [model], out, batch_size=BATCH)
 
 
-def instruments(arm: Arm, subject: str, data: Path, size: int, out: Path) -> Found:
+def instruments(arm: Arm, subject: str, model: Model, data: Path, out: Path) -> Found:
     """Means over blocks, but for the largest |s|, the largest of all."""
-    batches, subjects = shown(data), open_subjects([subject], size)
-    loads = load(subjects, batches, fresh(out, "load"))
+    images, subjects = shown(model, data), open_subjects([subject], model.view.size)
+    loads = load(subjects, images, fresh(out, "load"))
     ranks = [mean(row.value for row in loads if (row.metric, row.index) == ("load_by_norm", i)) for i in range(4)]
-    moved = sensitivity(subjects, batches, fresh(out, "sensitivity"), [NOISE])
-    sizes = norms(subjects, batches, fresh(out, "norms"))
+    moved = sensitivity(subjects, images, fresh(out, "sensitivity"), [NOISE])
+    sizes = norms(subjects, images, fresh(out, "norms"))
     streams = [row.mean for row in sizes if row.metric == "token_norm"]
-    blocks = spectrum(subjects, batches, fresh(out, "spectrum"), tokens=TOKENS)
+    blocks = spectrum(subjects, images, fresh(out, "spectrum"), tokens=TOKENS)
     own = [row.share_rule for row in blocks if row.share_rule is not None]  # none where the step is not linear
     found: Found = {
         "load_cv": mean(row.value for row in loads if row.metric == "cv"),
@@ -152,10 +153,11 @@ def inside(arm: Arm, path: Path) -> Found:
     return {name: float((radius < 1).double().mean()) for name, radius in zip(INSIDE, radii, strict=True)}
 
 
-def shown(data: Path) -> list[Tensor]:
-    """uint8 [B, 3, H, W] each."""
-    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in held_out(data, PICTURES["instruments"])]
-    return list(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).split(BATCH // 2))
+def shown(model: Model, data: Path) -> list[Tensor]:
+    """uint8 [B, 3, H, W] each, as the model is shown them."""
+    settings = Settings(data=str(data), corruptions=(), attacks=(), regenerate=False, limit=PICTURES["instruments"])
+    pictures = make_plan(settings, [model])[0].pictures
+    return [batch.views[model.view] for batch in batches(pictures, [model.view], BATCH // 2, workers=0)]
 
 
 def fresh(out: Path, name: str) -> Files:

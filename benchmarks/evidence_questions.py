@@ -1,4 +1,4 @@
-"""What is asked of the rows of benchmarks/evidence.py, fixed before the first run: pairs of arms, measures, thresholds."""
+"""What is asked of the rows of benchmarks/evidence.py, fixed before the first run: pairs, measures, thresholds."""
 
 from typing import NamedTuple
 
@@ -27,14 +27,14 @@ class Measure(NamedTuple):
 # Primary. Each measure is a family of its own: Holm over its ten questions.
 MAIN = (
     Question(1, "Does momentum help as the paper writes it (mu 0.7, no norm)?", "heavy_ball_07", "residual"),
-    Question(2, "Does it help behind the norm that the authors' vision code adds?", "heavy_ball_07_norm", "residual_norm"),
-    Question(3, "Does the authors' vision setting help (mu 0.9, the norm in both)?", "heavy_ball_09_norm", "residual_norm"),
+    Question(2, "Does it help behind the norm of the authors' vision code?", "heavy_ball_07_norm", "residual_norm"),
+    Question(3, "Does the authors' vision setting help (mu 0.9, norm in both)?", "heavy_ball_09_norm", "residual_norm"),
     Question(4, "What does the norm do without momentum?", "residual_norm", "residual"),
     Question(5, "Does Adam in depth help?", "adam", "residual"),
     Question(6, "Does the robust rule help in the paper's form?", "robust", "residual"),
     Question(7, "Does the robust rule help as released (norm in both)?", "robust_released_norm", "residual_norm"),
-    Question(8, "Is it momentum, or a larger step? Both with total step 1/(1 - 0.7)", "heavy_ball_07", "residual_step_of_07"),
-    Question(9, "Is it momentum, or a larger step? Both with total step 1", "heavy_ball_07_small_step", "residual"),
+    Question(8, "Is it momentum, or a larger step? Total steps of 1/(1 - 0.7)", "heavy_ball_07", "residual_step_of_07"),
+    Question(9, "Is it momentum, or a larger step? Total steps of 1", "heavy_ball_07_small_step", "residual"),
     Question(10, "Does momentum in dense blocks, too, help beyond that in sparse ones?", "heavy_ball_07_dense_blocks",
              "heavy_ball_07"),
 )  # fmt: skip
