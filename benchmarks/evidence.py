@@ -91,7 +91,6 @@ from pathlib import Path
 import jsonargparse
 from evidence_arms import Cell, cells, guess
 from evidence_measures import forget, make_corrupted
-from evidence_page import write_page
 from evidence_rows import CODE, REPEATED, ROOT, Row, add_row, provenance, read_rows
 from evidence_runs import name_of, run_cell
 from rich.console import Console
@@ -162,6 +161,12 @@ def main(
         raise ValueError(f"--processes={processes}: one of them ended with {max(codes, key=abs)}; see above")
     if processes:
         write_page(read_rows(folder / "rows.csv"), folder)
+
+
+def write_page(rows: list[Row], folder: Path) -> None:
+    from evidence_page import write_page  # needs statsmodels, which runs do not
+
+    write_page(rows, folder)
 
 
 def run_left(left: list[Cell], path: Path, data: Path, out: Path, made: Row, extra: list[str]) -> None:
