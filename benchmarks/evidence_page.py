@@ -53,7 +53,7 @@ def status(rows: list[Row]) -> str:
     told += f" Made with {'; '.join(made)}."
     if not missing:
         return told
-    names = [f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in missing.items()]
+    names = [f"{name} (seeds {', '.join(map(str, missing[name]))})" for name in ARMS if name in missing]
     return f"{told}\n\n**Not complete.** Missing: {'; '.join(names)}."
 
 
@@ -157,13 +157,13 @@ def secondary(rows: list[Row]) -> str:
 
 
 CAPTIONS = (
-    ("forest", "main", """Paired differences over seeds, a dot a seed. Bars are the intervals at each question's own step
-in Holm's order, the grey band is what does not count. Questions with a missing seed have no bar."""),
+    ("forest", "main", """Paired differences over seeds, a dot a seed. Bars are the intervals at each question's own
+step in Holm's order, the grey band is what does not count. Questions with a missing seed have no bar."""),
     ("mechanism", "main", """Mean over seeds, a dot a seed: share of eigenvalues inside the rule's region, expert load,
 how many choose the expert with the largest output, routing change under noise."""),
     ("depth", "depth", "Clean top-1 over the number of blocks; a dot a seed, the line is their mean."),
     ("margin", "margin", """Left: clean top-1 over gamma; crosses became not finite. Right: the share of eigenvalues of
-the networks trained with gamma 1 that lies inside each rule's region at that gamma: what the theory says beforehand."""),
+the networks trained with gamma 1 that lies inside each rule's region at that gamma: what the theory says before."""),
 )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_a_run_that_is_not_finite_is_a_row(digits: Path, tmp_path: Path, little)
     assert row["diverged"] == "training" and not row["top1"] and row["seconds"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_margin_says_what_would_lie_inside_at_each_gamma(digits: Path, tmp_path: Path, little) -> None:
     (row,) = run(digits, tmp_path, "margin_heavy_ball_07_1", 0)
     assert float(row["inside_at_1"]) == pytest.approx(float(row["share_rule"]), abs=1e-6)

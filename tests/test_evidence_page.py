@@ -157,7 +157,7 @@ def test_every_number_of_the_questions_is_that_of_the_rows() -> None:
 
 
 def test_no_sentence_claims_more_than_its_interval() -> None:
-    for seed in range(20):
+    for seed in range(5):
         draws = np.random.default_rng(seed)
         samples = [tuple(draws.normal(draws.normal(0, 0.5), draws.uniform(0.05, 1), 5)) for _ in questions.MAIN]
         for question, found in zip(questions.MAIN, statistics.family(samples), strict=True):
@@ -166,7 +166,7 @@ def test_no_sentence_claims_more_than_its_interval() -> None:
             assert ("a gain of +" in told) <= (low > 0 and found.mean >= 0.5)
             assert ("a loss, -" in told) <= (high < 0 and found.mean <= -0.5)
             assert ("less than the 0.5 points" in told) <= (statistics.leaves_out_zero(low, high))
-            assert ("neither" in told) <= (-0.5 < low and high < 0.5)
+            assert ("neither" in told) <= (low > -0.5 and high < 0.5)
             assert f"({low:+.2f} to {high:+.2f}" in told
             assert ("the bootstrap disagrees" in told) == (not found.agree)
 
