@@ -101,7 +101,7 @@ def answers(rows: list[Row]) -> list[Answer]:
 def _family(asked: list[tuple[Question, Measure, dict[int, float], int]]) -> list[Answer]:
     """Questions with a missing seed keep their place in Holm's count, with p = 1."""
     samples = [tuple(values[seed] for seed in sorted(values)) if len(values) == n else None for *_, values, n in asked]
-    found = family(samples)
+    found = family(samples, [measure.step for _, measure, *_ in asked])
     return [Answer(q, m, len(v), n, d) for (q, m, v, n), d in zip(asked, found, strict=True)]
 
 

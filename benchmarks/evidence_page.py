@@ -82,7 +82,8 @@ def told(answer: Answer) -> str:
     start = f"question {question.number}, {question.arm} against {question.control}, {measure.told}:"
     if answer.found is None:
         return f"{start} not answered, {answer.seeds} of {answer.wanted} seeds are there"
-    mean, counts = f"{answer.found.mean:+.2f} {measure.unit}", f"{measure.counts:g} {measure.unit}"
+    mean = f"{answer.found.mean:+.2f} {measure.unit}"
+    counts = f"{measure.counts:g} {measure.unit.removesuffix('s') if measure.counts == 1 else measure.unit}"
     words = {
         "gain": f"a gain of {mean}",
         "loss": f"a loss, {mean}",

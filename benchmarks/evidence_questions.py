@@ -22,6 +22,7 @@ class Measure(NamedTuple):
     unit: str
     scale: float  # from the column to the unit
     counts: float  # the smallest difference that counts, in the unit
+    step: float = 0.0  # between two values that it can have, in the unit: a smaller spread than its rounding is none
 
 
 # Primary. Each measure is a family of its own: Holm over its ten questions.
@@ -39,8 +40,8 @@ MAIN = (
              "heavy_ball_07"),
 )  # fmt: skip
 PRIMARY = (
-    Measure("top1", "clean top-1", "points", 100.0, 0.5),
-    Measure("corrupted_top1", "top-1 over 75 corruptions", "points", 100.0, 1.0),
+    Measure("top1", "clean top-1", "points", 100.0, 0.5, 0.01),
+    Measure("corrupted_top1", "top-1 over 75 corruptions", "points", 100.0, 1.0, 0.003),
 )
 # The paper's mechanism: a third family of four. "arm" and "control" are rules there, compared as `told` says.
 DEPTH = (
@@ -51,8 +52,8 @@ MARGIN = (
     Question(13, "Does mu 0.7 bear a larger gamma?", "heavy_ball_07", "residual"),
     Question(14, "Does mu 0.9 bear a larger gamma?", "heavy_ball_09", "residual"),
 )
-GAIN_OF_DEPTH = Measure("top1", "gain at 56 blocks minus gain at 8", "points", 100.0, 0.5)
-BORNE = Measure("top1", "largest gamma borne", "gamma", 1.0, 0.5)
+GAIN_OF_DEPTH = Measure("top1", "gain at 56 blocks minus gain at 8", "points", 100.0, 0.5, 0.01)
+BORNE = Measure("top1", "largest gamma borne", "gamma", 1.0, 0.5, 0.5)
 
 # Shown with plain 95 % intervals and without a verdict.
 SECONDARY = (

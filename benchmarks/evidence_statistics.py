@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from evidence_questions import DRAWS, LEVEL, POWER
 from scipy.optimize import brentq
-from scipy.stats import bootstrap, nct, t, ttest_1samp
+from scipy.stats import bootstrap, nct, t
 from statsmodels.stats.multitest import multipletests
 
 
@@ -30,37 +30,52 @@ class Difference(NamedTuple):
         return leaves_out_zero(self.low, self.high) == leaves_out_zero(*self.bootstrap)
 
 
-def family(samples: list[tuple[float, ...] | None]) -> list[Difference | None]:
-    """Holm over all of them, in their order. samples: paired differences, at least two each; None: not there, p = 1."""
-    ps = [1.0 if values is None else p_value(values) for values in samples]
+def family(samples: list[tuple[float, ...] | None], steps: list[float] | None = None) -> list[Difference | None]:
+    """Holm over all of them, in their order.
+
+    samples: paired differences, at least two each; None: not there, p = 1. steps: of `spread_of`.
+    """
+    steps = [0.0] * len(samples) if steps is None else steps
+    ps = [1.0 if v is None else p_value(v, step) for v, step in zip(samples, steps, strict=True)]
     shown, adjusted, *_ = multipletests(ps, alpha=LEVEL, method="holm")
     place = np.argsort(np.argsort(ps, kind="stable"), kind="stable")
     levels = [LEVEL / (len(ps) - int(rank)) for rank in place]
-    rest = zip(samples, ps, adjusted, shown, levels, strict=True)
+    rest = zip(samples, steps, adjusted, shown, levels, strict=True)
     return [
-        None if values is None else single(values, level, p, float(holm), bool(is_shown))
-        for values, p, holm, is_shown, level in rest
+        None if values is None else single(values, level, step, float(holm), bool(is_shown))
+        for values, step, holm, is_shown, level in rest
     ]
 
 
 def single(
-    values: tuple[float, ...], level: float = LEVEL, p: float | None = None, adjusted: float = math.nan,
+    values: tuple[float, ...],
+    level: float = LEVEL,
+    step: float = 0.0,
+    adjusted: float = math.nan,
     shown: bool = False,
-) -> Difference:  # fmt: skip
+) -> Difference:
     """Of one question by itself, without Holm."""
-    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
+    mean, spread = float(np.mean(values)), spread_of(values, step)
     reach = t.ppf(1 - level / 2, len(values) - 1) * spread / math.sqrt(len(values))
-    p = p_value(values) if p is None else p
     smallest = smallest_effect(len(values), level) * spread
-    return Difference(tuple(values), mean, mean - reach, mean + reach, resampled(values, level), level, p, adjusted,
-                      shown, smallest)  # fmt: skip
+    about = (mean, mean - reach, mean + reach, resampled(values, level), level)
+    return Difference(tuple(values), *about, p_value(values, step), adjusted, shown, smallest)
 
 
-def p_value(values: tuple[float, ...]) -> float:
-    """Of the paired t test, two-sided. Equal differences have no spread: 0 where they are not 0, else 1."""
-    if np.ptp(values) == 0:
-        return float(values[0] == 0)
-    return float(ttest_1samp(values, 0.0).pvalue)
+def spread_of(values: tuple[float, ...], step: float) -> float:
+    """Sample standard deviation, or that of rounding two values to `step` where it is less: step / sqrt(6).
+
+    Three seeds that agree on a coarse grid do not make a certainty.
+    """
+    return max(float(np.std(values, ddof=1)), step / math.sqrt(6))
+
+
+def p_value(values: tuple[float, ...], step: float = 0.0) -> float:
+    """Of the paired t test, two-sided; 1 where there is neither a difference nor a spread."""
+    mean, spread = abs(float(np.mean(values))), spread_of(values, step)
+    if spread == 0:
+        return float(mean == 0)
+    return float(2 * t.sf(mean / (spread / math.sqrt(len(values))), len(values) - 1))
 
 
 def resampled(values: tuple[float, ...], level: float) -> tuple[float, float]:

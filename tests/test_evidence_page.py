@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -30,6 +31,19 @@ def test_a_t_interval_by_hand() -> None:
     assert not found.agree  # t holds 0 inside, the bootstrap does not
     same = statistics.single((0.5, 0.5, 0.5))
     assert (same.low, same.high, same.p, same.bootstrap) == (0.5, 0.5, 0.0, (0.5, 0.5))
+
+
+def test_seeds_that_agree_on_a_grid_are_not_certain() -> None:
+    found = statistics.single((1.0, 1.0, 1.0), step=0.5)
+    reach = 4.302653 * 0.5 / 6**0.5 / 3**0.5
+    assert (found.low, found.high) == pytest.approx((1 - reach, 1 + reach))
+    t = 1 / (0.5 / 6**0.5 / 3**0.5)
+    assert found.p == pytest.approx(1 - t / (t * t + 2) ** 0.5)
+
+
+def test_p_is_scipys() -> None:
+    values = tuple(np.random.default_rng(0).normal(0.3, 1.0, 5))
+    assert statistics.p_value(values) == pytest.approx(ttest_1samp(values, 0.0).pvalue)
 
 
 def of_p(p: float) -> tuple[float, float, float]:
@@ -109,7 +123,8 @@ def test_planted_differences_are_found_and_nothing_else() -> None:
     assert verdicts[5] == verdicts[10] == "loss"
     assert all(verdicts[number] in ("none", "small") for number in (2, 3, 4, 6, 7, 9))
     assert found[11].found.mean == pytest.approx(100 * 0.0005 * 48, abs=0.4)
-    assert found[13].found.values == (1.0, 1.0, 1.0) and found[13].verdict == "gain"
+    assert found[13].found.values == (1.0, 1.0, 1.0)
+    assert found[13].verdict == "undecided"  # one step of the grid in three seeds
 
 
 def test_a_run_that_is_not_finite_counts_as_chance_and_ends_what_is_borne() -> None:
