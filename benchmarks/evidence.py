@@ -49,8 +49,8 @@ Questions, each a paired difference over seeds, arm minus control.
   13 heavy_ball_07 - residual, the largest gamma borne
   14 heavy_ball_09 - residual, the largest gamma borne
   A rule bears a gamma of the grid if there, and at all gammas from 1 up to it, its run stays finite and loses no more
-  than 5 points of top-1 against its own run with gamma 1 and the same seed. At most 4, the end of the grid. A spread over
-  seeds below what rounding to the grid makes (0.5 / sqrt 6) counts as that: three equal values are no certainty.
+  than 5 points of top-1 against its own run with gamma 1 and the same seed. At most 4, the end of the grid. A spread
+  over seeds below what rounding to the grid makes (0.5 / sqrt 6) counts as that: three equal values are no certainty.
 
 Test. The paired t test (df = seeds - 1), two-sided; Holm at 5 % over the ten questions of each of the two measures, and
 over the four on the mechanism: three families. Each question has the t interval at its own step in Holm's order, which
