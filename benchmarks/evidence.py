@@ -22,9 +22,9 @@ Arms (evidence_arms.py has their settings).
   residual; residual_step_of_07 and residual_step_of_09 with gamma = 1 / (1 - mu), the total step of heavy ball;
   residual_norm, the norm without momentum; heavy_ball_07_dense_blocks, momentum in the MLPs of dense blocks, too.
   Further, three seeds: heavy_ball_05, heavy_ball_learned, nesterov, complex (phi pi/8).
-  Margin, three seeds, 300 steps of 64 pictures: residual, heavy_ball_07, heavy_ball_09 and complex with gamma 0.5, 1,
+  Margin, three seeds, 200 steps of 64 pictures: residual, heavy_ball_07, heavy_ball_09 and complex with gamma 0.5, 1,
   1.5, 2, 2.5, 3 and 4.
-  Depth, three seeds, 600 steps of 64 pictures: residual and heavy_ball_07, without and with the norm, of 8, 16, 32
+  Depth, three seeds, 300 steps of 64 pictures: residual and heavy_ball_07, without and with the norm, of 8, 16, 32
   and 56 blocks.
 
 Pairs. Runs of one seed share initial weights (all that both networks have) and the order and cropping of pictures.
@@ -32,7 +32,7 @@ Runs are made seed by seed, all arms of seed 0 first, so that every interruption
 
 Questions, each a paired difference over seeds, arm minus control.
   On clean top-1 of the 10,000 held-out pictures, and on mean top-1 over the 15 x 5 corruptions of ImageNet-C (the
-  parameters for small pictures) of 500 of them, fixed ids:
+  parameters for small pictures) of 300 of them, fixed ids:
    1 heavy_ball_07 - residual               momentum as the paper writes it
    2 heavy_ball_07_norm - residual_norm     the same behind the norm
    3 heavy_ball_09_norm - residual_norm     the authors' vision setting
@@ -64,7 +64,7 @@ narrow for five seeds: where the two disagree about 0 the page says so, and the 
   no gain or loss that counts   Holm does not, and the interval lies within plus or minus that difference
   undecided    anything else
 Other measures and arms are shown with plain 95 % t intervals, unadjusted, and no verdict: negative log-likelihood,
-calibration (ECE, 15 bins), PGD-20 on 250 and Square (100 queries) on 100 of the held-out pictures at eps 2/255 and
+calibration (ECE, 15 bins), PGD-20 on 150 and Square (100 queries) on 60 of the held-out pictures at eps 2/255 and
 8/255 (28 px grey: at 8 an undefended network should fall, at 2 stand in part), epochs to 85, 88 and 90 %, expert load
 (CV, entropy), load by output norm, routing change under noise of 16/255, share of eigenvalues inside each region.
 
@@ -79,8 +79,8 @@ No run is excluded or repeated for what it gave.
 Stopping. When every cell is there, or the time is up; verdicts are given only for questions all of whose seeds are
 there, and the page names the cells that are missing. Nobody chooses an arm, a measure or a threshold after this.
 
-Time, measured beforehand in CPU seconds of one thread: 465 for a main run (104 of them for the measures), 45 for
-margin, 75 for depth, there times blocks over 8: 234 runs, 18 hours of one core, nine of two.
+Time, estimated from CPU seconds of one thread on two busy cores: 600 for a main run (some 75 of them for measures),
+48 for margin, 62 for depth, there times blocks over 8: 234 runs, 21 hours of one core, about ten of two.
 """
 
 import shutil

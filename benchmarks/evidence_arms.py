@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 NET = "--model.net.init_args"
 GAMMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 DEPTHS = (8, 16, 32, 56)
-SHORT = {"margin": 300, "depth": 600}  # steps of 64 pictures; the learning rate decays to the last one
+SHORT = {"margin": 200, "depth": 300}  # steps of 64 pictures; the learning rate decays to the last one
 # seconds of a run of one thread, measures included, where no row says more; depth times its blocks over 8
-GUESS = {"main": 465.0, "margin": 45.0, "depth": 75.0}
+GUESS = {"main": 600.0, "margin": 48.0, "depth": 62.0}
 
 
 class Arm(NamedTuple):

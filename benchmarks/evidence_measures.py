@@ -28,12 +28,12 @@ from vmoe_momentum.robustness.summary import make_rows
 from vmoe_momentum.staging import staged
 
 # Of the 10,000 held-out pictures, the same ones for every run; clean accuracy, NLL and ECE are of all of them.
-PICTURES = {"corrupted": 500, "attacked": 250, "square": 100, "instruments": 256}
+PICTURES = {"corrupted": 300, "attacked": 150, "square": 60, "instruments": 256}
 EPS, STEPS, QUERIES, NOISE = (2, 8), 20, 100, 16.0  # eps and the noise's standard deviation: of 255
 TOKENS = 64  # whose eigenvalues are found, a block
 BINS = 15  # of the expected calibration error
 TARGETS = {"epochs_to_85": 0.85, "epochs_to_88": 0.88, "epochs_to_90": 0.90}
-BATCH = 250
+BATCH = 150
 Found = dict[str, float | int | None]
 
 

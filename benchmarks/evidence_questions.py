@@ -41,7 +41,7 @@ MAIN = (
 )  # fmt: skip
 PRIMARY = (
     Measure("top1", "clean top-1", "points", 100.0, 0.5, 0.01),
-    Measure("corrupted_top1", "top-1 over 75 corruptions", "points", 100.0, 1.0, 0.003),
+    Measure("corrupted_top1", "top-1 over 75 corruptions", "points", 100.0, 1.0, 0.004),
 )
 # The paper's mechanism: a third family of four. "arm" and "control" are rules there, compared as `told` says.
 DEPTH = (

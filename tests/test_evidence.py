@@ -219,4 +219,4 @@ def test_what_cannot_be_run_is_told(settings: dict, message: str) -> None:
 
 def test_list_says_what_is_left(tmp_path: Path, capsys) -> None:
     evidence.main(list=True, results=str(tmp_path))
-    assert "234 of 234 runs are left, about 17.7 hours" in capsys.readouterr().out
+    assert "234 of 234 runs are left, about 21.0 hours" in capsys.readouterr().out
