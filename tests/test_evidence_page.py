@@ -124,7 +124,7 @@ def test_planted_differences_are_found_and_nothing_else() -> None:
     assert all(verdicts[number] in ("none", "small") for number in (2, 3, 4, 6, 7, 9))
     assert found[11].found.mean == pytest.approx(100 * 0.0005 * 48, abs=0.4)
     assert found[13].found.values == (1.0, 1.0, 1.0)
-    assert found[13].level == 0.025 and found[13].verdict == "gain"  # two of its family are before it
+    assert found[13].found.level == 0.025 and found[13].verdict == "gain"  # two of its family are before it
 
 
 def test_a_run_that_is_not_finite_counts_as_chance_and_ends_what_is_borne() -> None:
