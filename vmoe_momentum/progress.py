@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
@@ -68,10 +68,13 @@ class Work:
 class Meter:
     """One piece of work as it goes on, told on stderr. A context manager."""
 
-    def __init__(self, what: str, work: Work | None, shown: bool = True) -> None:
-        """work: None where nobody knows how much there is. shown: False where another process tells it."""
+    def __init__(self, what: str, work: Work | None, shown: bool = True, file: IO[str] | None = None) -> None:
+        """work: None where nobody knows how much there is. shown: False where another process tells it.
+
+        file: stderr as it is now, where that is redirected meanwhile.
+        """
         self.what, self.work, self.told, self.count = what, work, "", 0
-        self.console = Console(stderr=True, quiet=not shown)
+        self.console = Console(file=file, stderr=True, quiet=not shown)
         columns = [_Told(lambda: self.told or what), BarColumn(), _Told(self.amount), _Told(self.time_left)]
         self.bar = Progress(
             *columns, console=self.console, transient=True, disable=not (shown and self.console.is_terminal)

@@ -13,7 +13,7 @@ from vmoe_momentum import HeavyBall, Nesterov, Residual, TopKRouter, create_mode
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
 from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.settings import subclasses
-from vmoe_momentum.momentum import MomentumRule
+from vmoe_momentum.momentum import Carry, MomentumRule
 from vmoe_momentum.training import OptimizerSettings
 
 RULES = {"Residual": Residual(), "HeavyBall": HeavyBall(), "HeavyBall learned": HeavyBall(learn=True)}
@@ -157,6 +157,25 @@ def test_momentum_runs_through_the_sparse_blocks_only() -> None:
         else:
             x = x + block.mlp(block.norm2(x))
     torch.testing.assert_close(net.forward_features(pixels), net.norm(x), atol=1e-6, rtol=1e-6)
+
+
+def test_momentum_of_dense_blocks_too_runs_from_the_first_sparse_block_on() -> None:
+    net, pixels = tiny(HeavyBall(mu=0.6, gamma=0.9, dense_blocks=True)).eval(), images()
+    x = net._pos_embed(net.patch_embed(pixels))
+    p = torch.zeros_like(x)
+    for index, block in enumerate(net.blocks):
+        x = x + block.attn(block.norm1(x))
+        u = block.mlp(block.norm2(x))
+        u, gathered = u[0] if index % 2 else u, p if index > 1 else 0.0 * p
+        p = 0.6 * gathered + u
+        x = x + 0.9 * p
+    torch.testing.assert_close(net.forward_features(pixels), net.norm(x), atol=1e-6, rtol=1e-6)
+    start = Carry((torch.ones_like(x),), torch.zeros(()))
+    last = tiny(HeavyBall(mu=0.6, gamma=0.9, dense_blocks=True), momentum_last=1).eval()
+    for block in last.blocks[0:6:2]:  # where there is no momentum yet a dense block's step is the plain one
+        y = x + block.attn(block.norm1(x))
+        after, carry = block(x, start)
+        assert torch.equal(after, y + block.mlp(block.norm2(y))) and carry == start
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -138,6 +138,7 @@ def test_learned_coefficients_start_at_the_constants_and_stay_inside() -> None:
         (lambda: HeavyBall(mu=1.0), "HeavyBall.mu=1.0"),
         (lambda: HeavyBall(mu=-0.1), "HeavyBall.mu=-0.1"),
         (lambda: HeavyBall(mu=0.0, learn=True), "HeavyBall.mu=0.0"),
+        (lambda: HeavyBall(learn=True, dense_blocks=True), "HeavyBall.dense_blocks=True"),
         (lambda: HeavyBall(gamma=0.0), "HeavyBall.gamma=0.0"),
         (lambda: Residual(gamma=float("nan")), "Residual.gamma=nan"),
     ],

@@ -35,7 +35,7 @@ def qk_norms(head_dim: int, like: Tensor) -> tuple[nn.Module, nn.Module]:
 
 
 class DenseBlock(Block):
-    """timm's block; the carry passes through unchanged, and the rule may look at it (`MomentumRule.dense_step`)."""
+    """timm's block; what the rule makes of the carry there is `MomentumRule.dense_step`: nothing, mostly."""
 
     def __init__(self, *, rule: MomentumRule, step: int, post_norm: bool, **block: Any) -> None:
         """The other arguments are timm's Block's. step: t of the MoE block to come. post_norm: behind the MLP's
@@ -62,8 +62,8 @@ class DenseBlock(Block):
         def u(y: Tensor, shift: Tensor | None = None) -> Tensor:
             return self.drop_path2(self.ls2(self.mlp(shifted(self.norm2(y), shift))))
 
-        x = self.rule.dense_step(x, u, carry.momentum, self.step, self.rule.coefficients())
-        return self.norm3(x), carry
+        x, buffers = self.rule.dense_step(x, u, carry.momentum, self.step, self.rule.coefficients())
+        return self.norm3(x), Carry(buffers, carry.aux_loss)
 
 
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:

@@ -56,12 +56,15 @@ class MomentumRule(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__}.step: a rule says how it moves the stream")
 
-    def dense_step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> Tensor:
-        """What a dense block makes of its MLP's update u; the buffers pass it unchanged. t: of the MoE block to come.
+    def dense_step(
+        self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars
+    ) -> tuple[Tensor, Buffers]:
+        """What a dense block makes of its MLP's update u. t: of the MoE block to come, 0 where that has no momentum.
 
-        A plain residual connection, unless the rule says otherwise. Types are the stream's, and the buffers' float32.
+        A plain residual connection that the buffers pass unchanged, unless the rule says otherwise. Types are the
+        stream's, and the buffers' float32.
         """
-        return x + u(x)
+        return x + u(x), buffers
 
     def __call__(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         """The step in float32 where the stream x is of a half type, rounded to that type once, at the end.
@@ -120,7 +123,9 @@ class LooksAhead(MomentumRule):
         shift = self.distance(t, coefficients) * buffers[0]
         return u(x + shift) if self.look_ahead == "before_norm" else u(x, shift)
 
-    def dense_step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> Tensor:
+    def dense_step(
+        self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars
+    ) -> tuple[Tensor, Buffers]:
         if self.look_ahead == "before_norm":
-            return x + u(x)
-        return x + self.ahead(x, u, buffers, t, coefficients)
+            return x + u(x), buffers
+        return x + self.ahead(x, u, buffers, t, coefficients), buffers

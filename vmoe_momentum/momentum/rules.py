@@ -44,12 +44,17 @@ class HeavyBall(MomentumRule):
         gamma: Step size, in (0, 1e6].
         learn: Each block learns its own mu (through a sigmoid) and gamma, from these values on. Ours for every MoE
             block; the paper's appendix learns them too.
+        dense_blocks: The MLPs of dense blocks take the same step and gather momentum, too, from the first MoE block
+            on; before it their step is a plain one of gamma. Ours, a control: the paper has momentum in MoE blocks
+            only. Not with learn.
     """
 
-    def __init__(self, mu: float = 0.7, gamma: float = 1.0, learn: bool = False) -> None:
+    def __init__(self, mu: float = 0.7, gamma: float = 1.0, learn: bool = False, dense_blocks: bool = False) -> None:
         if learn and mu == 0.0:
             raise ValueError(f"HeavyBall.mu={mu}: use a number in (0, 1) where it is learned; the paper uses 0.7")
-        self.mu, self.gamma, self.learn = mu, gamma, learn
+        if learn and dense_blocks:
+            raise ValueError("HeavyBall.dense_blocks=True: dense blocks learn no mu and gamma; use learn=False")
+        self.mu, self.gamma, self.learn, self.dense_blocks = mu, gamma, learn, dense_blocks
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -64,6 +69,13 @@ class HeavyBall(MomentumRule):
     def step(self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars) -> tuple[Tensor, Buffers]:
         p = coefficients["mu"] * buffers[0] + u(x)
         return x + coefficients["gamma"] * p, (p,)
+
+    def dense_step(
+        self, x: Tensor, u: Update, buffers: Buffers, t: int, coefficients: Scalars
+    ) -> tuple[Tensor, Buffers]:
+        if not self.dense_blocks or t == 0:
+            return super().dense_step(x, u, buffers, t, coefficients)
+        return self(x, u, buffers, t, coefficients)
 
 
 @in_range("Nesterov.", mu=MOMENTUM, gamma=POSITIVE)

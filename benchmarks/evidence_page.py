@@ -1,0 +1,181 @@
+"""The page benchmarks/results/evidence/README.md: every number and sentence of it from the rows."""
+
+import re
+import statistics
+from pathlib import Path
+
+from evidence_answers import Answer, answers, shown_apart, table_of, value
+from evidence_arms import ARMS, cells
+from evidence_pictures import draw
+from evidence_questions import MAIN, SECONDARY
+from evidence_rows import ROOT, Row
+from evidence_statistics import Difference
+
+from vmoe_momentum.staging import write_together
+
+PAGE = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
+ARM_COLUMNS = (
+    ("top1", "clean top-1, %", 100.0), ("corrupted_top1", "75 corruptions, %", 100.0), ("nll", "NLL", 1.0),
+    ("ece", "ECE, %", 100.0), ("pgd_2", "PGD 2/255, %", 100.0), ("pgd_8", "PGD 8/255, %", 100.0),
+    ("square_2", "Square 2/255, %", 100.0), ("square_8", "Square 8/255, %", 100.0),
+)  # fmt: skip
+NOTHING = "Nothing has been run yet: there is no row, so there is no result."
+
+
+def write_page(rows: list[Row], folder: Path) -> None:
+    """Pictures and README.md of the folder; the text between the markers is that of the committed page."""
+    draw(rows, folder)
+    place = folder / "README.md"
+    text = (place if place.exists() else PAGE).read_text()
+    write_together(folder, {"README.md": fill(text, rows).encode()})
+
+
+def fill(text: str, rows: list[Row]) -> str:
+    """`text` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
+    for name, make in PARTS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make(rows)}\n{match[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def status(rows: list[Row]) -> str:
+    """How many runs are there, and which are not."""
+    if not rows:
+        return NOTHING
+    done, every = set(table_of(rows)), cells()
+    missing: dict[str, list[int]] = {}
+    for cell in every:
+        if (cell.arm.name, cell.seed) not in done:
+            missing.setdefault(cell.arm.name, []).append(cell.seed)
+    lost = sum(bool(row["diverged"]) for row in rows)
+    told = f"{len(every) - sum(map(len, missing.values()))} of {len(every)} runs are there; {lost} became not finite."
+    made = sorted({f"{row['machine']}, torch {row['torch']}, code {row['revision']}" for row in rows})
+    told += f" Made with {'; '.join(made)}."
+    if not missing:
+        return told
+    names = [f"{name} (seeds {', '.join(map(str, missing[name]))})" for name in ARMS if name in missing]
+    return f"{told}\n\n**Not complete.** Missing: {'; '.join(names)}."
+
+
+def conclusion(rows: list[Row]) -> str:
+    """Five sentences; each verdict by its interval."""
+    if not rows:
+        return NOTHING
+    found = answers(rows)
+    topics = (
+        ("Momentum as the paper writes it", (1,)),
+        ("The norm of the authors' code, and momentum behind it", (4, 2, 3)),
+        ("Adam and the robust rule", (5, 6, 7)),
+        ("Momentum or a larger step, and momentum in dense blocks", (8, 9, 10)),
+        ("Depth and the stability margin", (11, 12, 13, 14)),
+    )
+    lines = []
+    for place, (topic, numbers) in enumerate(topics, 1):
+        clauses = [told(answer) for number in numbers for answer in found if answer.question.number == number]
+        lines.append(f"{place}. {topic}: {'; '.join(clauses)}.")
+    return "\n".join(lines)
+
+
+def told(answer: Answer) -> str:
+    """One clause. No more than the interval says."""
+    question, measure = answer.question, answer.measure
+    start = f"question {question.number}, {question.arm} against {question.control}, {measure.told}:"
+    if answer.found is None:
+        return f"{start} not answered, {answer.seeds} of {answer.wanted} seeds are there"
+    mean = f"{answer.found.mean:+.2f} {measure.unit}"
+    counts = f"{measure.counts:g} {measure.unit.removesuffix('s') if measure.counts == 1 else measure.unit}"
+    words = {
+        "gain": f"a gain of {mean}",
+        "loss": f"a loss, {mean}",
+        "small": f"a difference of {mean}, less than the {counts} that count",
+        "none": f"neither a gain nor a loss of {counts}, {mean}",
+        "undecided": f"undecided, {mean}",
+    }[answer.verdict]
+    doubt = "" if answer.found.agree else "; the bootstrap disagrees about 0"
+    return f"{start} {words} ({interval(answer.found)}{doubt})"
+
+
+def interval(found: Difference) -> str:
+    return f"{found.low:+.2f} to {found.high:+.2f}"
+
+
+def questions(rows: list[Row]) -> str:
+    """A row a question and measure."""
+    head = ("", "question", "arm - control", "measure", "seeds", "mean", "interval", "bootstrap", "level", "p, Holm",
+            "smallest that could be shown", "verdict")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for answer in answers(rows):
+        q, found, unit = answer.question, answer.found, answer.measure.unit
+        cells_ = [str(q.number), q.asked, f"{q.arm} - {q.control}", answer.measure.told]
+        cells_ += [f"{answer.seeds} of {answer.wanted}"]
+        if found is None:
+            cells_ += [""] * 6 + ["missing"]
+        else:
+            both = f"{found.bootstrap[0]:+.2f} to {found.bootstrap[1]:+.2f}" + ("" if found.agree else ", disagrees")
+            cells_ += [f"{found.mean:+.2f} {unit}", interval(found), both, f"{100 * (1 - found.level):.2f} %"]
+            cells_ += [f"{found.adjusted:.3g}", f"{found.smallest:.2f} {unit}", answer.verdict]
+        lines.append(f"| {' | '.join(cells_)} |")
+    return "\n".join(lines)
+
+
+def arms(rows: list[Row]) -> str:
+    """Mean and sample standard deviation over seeds of the main arms."""
+    if not rows:
+        return NOTHING
+    head = ["arm", "seeds", "not finite", *(title for _, title, _ in ARM_COLUMNS)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm in ARMS.values():
+        own = [row for row in rows if row["arm"] == arm.name]
+        if arm.part == "main" and own:
+            numbers = [spread([scale * value(row, column) for row in own]) for column, _, scale in ARM_COLUMNS]
+            lost = sum(bool(row["diverged"]) for row in own)
+            lines.append(f"| {' | '.join([arm.name, f'{len(own)} of {arm.seeds}', str(lost), *numbers])} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Without what was not measured."""
+    known = [one for one in values if one == one]
+    if not known:
+        return ""
+    return f"{statistics.mean(known):.2f}" + (f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else "")
+
+
+def secondary(rows: list[Row]) -> str:
+    """Mean difference and plain 95 % interval; a column a question."""
+    if not rows:
+        return NOTHING
+    found = {(q.number, m.column): (n, d) for q, m, n, d in shown_apart(rows, SECONDARY)}
+    lines = [f"| measure | {' | '.join(str(q.number) for q in MAIN)} |", "|---" * (len(MAIN) + 1) + "|"]
+    for measure in SECONDARY:
+        row = [f"{measure.told}{', ' * bool(measure.unit)}{measure.unit}"]
+        for question in MAIN:
+            count, difference = found[question.number, measure.column]
+            row.append("" if difference is None else f"{difference.mean:+.3g} ({difference.low:+.3g} to "
+                       f"{difference.high:+.3g}), {count} pairs")  # fmt: skip
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+CAPTIONS = (
+    ("forest", "main", """Paired differences over seeds, a dot a seed. Bars are the intervals at each question's own
+step in Holm's order, the grey band is what does not count. Questions with a missing seed have no bar."""),
+    ("mechanism", "main", """Mean over seeds, a dot a seed: share of eigenvalues inside the rule's region, expert load,
+how many choose the expert with the largest output, routing change under noise."""),
+    ("depth", "depth", "Clean top-1 over the number of blocks; a dot a seed, the line is their mean."),
+    ("margin", "margin", """Left: clean top-1 over gamma; crosses became not finite. Right: the share of eigenvalues of
+the networks trained with gamma 1 that lies inside each rule's region at that gamma: what the theory says before."""),
+)  # fmt: skip
+
+
+def pictures(rows: list[Row]) -> str:
+    if not rows:
+        return NOTHING
+    parts = {row["part"] for row in rows}
+    return "\n\n".join(f"![{name}]({name}.png)\n\n{text}" for name, part, text in CAPTIONS if part in parts)
+
+
+PARTS = {
+    "status": status, "conclusion": conclusion, "questions": questions, "arms": arms, "secondary": secondary,
+    "pictures": pictures,
+}  # fmt: skip
