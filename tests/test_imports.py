@@ -20,7 +20,7 @@ ALLOWED = {  # room -> rooms it may import
     "pictures": set(),
     "parsers": {"ranges"},
     "progress": set(),
-    "datasets": {"lazily", "parsers", "pictures", "progress", "ranges", "staging", "stopping"},
+    "datasets": {"lazily", "parsers", "pictures", "progress", "ranges", "resources", "staging", "stopping"},
     "models": {"checksums", "momentum", "moe", "names", "parsers", "ranges", "resources", "staging"},
     "training": {
         "configs",
@@ -36,7 +36,7 @@ ALLOWED = {  # room -> rooms it may import
         "stopping",
     },
     "analysis": {"configs", "models", "momentum", "moe", "parsers", "progress", "ranges", "stopping"},
-    "robustness": {"lazily", "parsers", "pictures", "progress", "ranges", "staging", "stopping"},
+    "robustness": {"lazily", "parsers", "pictures", "progress", "ranges", "resources", "staging", "stopping"},
     "classifiers": {"analysis", "checksums", "models", "moe", "robustness"},
     "export": {
         "lazily",

@@ -4,12 +4,24 @@ import errno
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_SOCKET = 107  # characters of a socket's name, at most (unix(7)); multiprocessing adds 32 to TMPDIR's
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEMORY = re.compile(r"DefaultCPUAllocator: |not enough memory|CUDA out of memory|Cannot allocate memory")
+
+
+def check_sockets(setting: str) -> None:
+    """Raises ValueError: the processes that `setting` asks for could not be told from; they would wait for ever."""
+    folder = tempfile.gettempdir()
+    if len(folder) + 32 > _SOCKET:
+        raise ValueError(
+            f"TMPDIR={folder}: {len(folder)} characters are too many for the sockets of worker processes, "
+            f"{_SOCKET - 32} at most; set TMPDIR to a shorter folder, or {setting}=0"
+        )
 
 
 class Exhausted(OSError):

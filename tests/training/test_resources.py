@@ -2,7 +2,9 @@
 
 import errno
 import resource
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from cli_helpers import fails
 
 from vmoe_momentum import cli
+from vmoe_momentum.datasets import FolderDataModule
 from vmoe_momentum.resources import explain
 from vmoe_momentum.training import AtomicCheckpointIO, ImageClassifier, PredictionWriter
 
@@ -121,3 +124,23 @@ def test_memory_that_no_machine_has_is_recognised() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**58, dtype=torch.uint8)
     assert "out of memory (asked for" in explain(error.value, "lower it")
+
+
+@pytest.mark.parametrize("length", [75, 76])
+def test_a_folder_for_sockets_that_is_too_long_is_refused(length: int, pictures, monkeypatch, tmp_path) -> None:
+    """Workers' pictures never come then, and Python says so in none of the main process's threads."""
+    folder = Path("/tmp/" + "x" * (length - 5))
+    folder.mkdir()
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        data = FolderDataModule(str(pictures), image_size=16, batch_size=8, num_workers=1)
+        data.setup("fit")
+        if length > 75:
+            with pytest.raises(
+                ValueError, match=r"TMPDIR=/tmp/xx.*: 76 characters .* 75 at most; .*data.num_workers=0"
+            ):
+                data.train_dataloader()
+        else:
+            assert len(next(iter(data.train_dataloader()))[0]) == 8
+    finally:
+        shutil.rmtree(folder)

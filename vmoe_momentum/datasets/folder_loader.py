@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..pictures import UnreadablePicture, read_picture
+from ..resources import check_sockets
 from ..stopping import serve_until_done
 from .batches import BatchPlan
 from .jpegs import Decoder, read_fast
@@ -112,6 +113,8 @@ class FolderLoader(EpochLoader):
         decoder: Decoder = "pillow",
     ) -> None:
         super().__init__(plan)
+        if num_workers:
+            check_sockets("data.num_workers")
         self.files, self.transform, self.num_workers, self.upright = files, transform, num_workers, upright
         self.decoder = decoder
 

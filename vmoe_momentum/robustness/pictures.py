@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from ..pictures import read_picture
+from ..resources import check_sockets
 from .corruptions import corrupt
 from .corruptions.base import SMALL
 from .models import View
@@ -89,6 +90,8 @@ def batches(
 ) -> Iterator[Batch]:
     """order: numbers of the pictures wanted; all by default. Every picture once, the last batch as it comes."""
     files = _Files(pictures, views, change, list(range(len(pictures.paths))) if order is None else order)
+    if workers:
+        check_sockets("--workers")
     loader = DataLoader(files, batch_size, num_workers=workers, collate_fn=list)
     for items in loader:
         for item in items:

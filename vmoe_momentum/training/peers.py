@@ -12,6 +12,7 @@ has a thread that talks to the others through the store of the process group (th
 """
 
 import json
+import multiprocessing
 import os
 import re
 import select
@@ -206,6 +207,8 @@ class Watch(threading.Thread):
         if self.saving is not None:
             self.saving.acquire(timeout=self.patience.saving)
         self.gather()
+        for child in multiprocessing.active_children():  # loaders hold the sockets that the next start listens on
+            child.kill()
         os._exit(code)
 
     def _get(self, key: str) -> bytes | None:
