@@ -278,7 +278,8 @@ def test_a_poisoned_checkpoint_runs_no_code(here: Path, digits: Path, capsys) ->
 
 def test_another_rule_is_refused_with_both_values(checkpoint: Path, digits: Path, here: Path, capsys) -> None:
     line = fails(["test", *arguments(digits), f"--ckpt_path={checkpoint}"], capsys)
-    assert "rule: checkpoint HeavyBall(mu=0.7, gamma=1.0, learn=False), config Residual(gamma=1.0)" in line
+    saved = "HeavyBall(mu=0.7, gamma=1.0, learn=False, dense_blocks=False)"
+    assert f"rule: checkpoint {saved}, config Residual(gamma=1.0)" in line
     assert "--override-model" in line
     cli.main(["test", *arguments(digits), f"--ckpt_path={checkpoint}", "--override-model"])
     cli.main(["test", *arguments(digits), f"--ckpt_path={checkpoint}", RULE, "HeavyBall"])

@@ -107,7 +107,7 @@ def run(digits: Path, folder: Path, name: str = "heavy_ball_07", seed: int = 1, 
     return rows_of.read_rows(folder / "results" / "rows.csv")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_row_has_every_measure_and_comes_back(digits: Path, tmp_path: Path, monkeypatch, little, capsys) -> None:
     """Stopped while it measures, it goes on there; deleted, its row is made again; asked for again, it is the same."""
     monkeypatch.setattr(runs, "measure", stop)

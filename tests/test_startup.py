@@ -102,10 +102,10 @@ KNOWN = "; print(timm.is_model('vmoe_small_patch32_224'), 'vmoe_small_patch32_22
     "imports",
     [
         "import timm, vmoe_momentum",
-        "import vmoe_momentum; from timm.models import create_model; import timm",
         *(
             pytest.param(imports, marks=pytest.mark.long)
             for imports in (
+                "import vmoe_momentum; from timm.models import create_model; import timm",
                 "import vmoe_momentum, timm",
                 "import vmoe_momentum; import importlib.util; importlib.util.find_spec('timm'); import timm",
                 "import vmoe_momentum.moe, timm",

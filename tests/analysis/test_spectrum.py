@@ -273,7 +273,7 @@ def test_u_is_taken_where_the_rule_evaluates_it() -> None:
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("post_norm", ["none", "all"])
+@pytest.mark.parametrize("post_norm", [pytest.param("none", marks=pytest.mark.long), "all"])
 def test_a_norm_behind_the_step_is_part_of_the_map(rule, post_norm: str, tmp_path: Path) -> None:
     """1 - gamma sigma are the eigenvalues of the block's own step at the momentum it had, its two zeros left out."""
     net = tiny(rule=rule, post_norm=post_norm)

@@ -83,6 +83,7 @@ def test_a_broken_image_file_is_named(pictures, tmp_path, num_workers):
         list(module(FolderDataModule, root, "test", num_workers=num_workers).val_dataloader())
 
 
+@pytest.mark.long
 @requires_ffcv
 def test_training_and_validation_decode_at_once(digits):
     data = module(FFCVDataModule, digits, eval_batch_size=32)
@@ -111,8 +112,8 @@ def test_torch_keeps_its_threads_and_too_many_workers_are_clamped(digits):
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.long
 @requires_ffcv
-@pytest.mark.slow
 def test_an_iterator_left_open_does_not_abort_the_interpreter(digits):
     code = (
         "import sys; from vmoe_momentum.datasets import FFCVDataModule as Data;"

@@ -254,6 +254,7 @@ def test_an_export_that_is_not_its_network_is_not_kept(made: Path, digits: Path,
         check(fine._replace(max_difference=float("nan")), "fp16", "onnx")
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_nothing(made: Path, digits: Path, tmp_path: Path) -> None:
     """Files may grow to 300 kB only, in a process of its own."""
     code = (
@@ -351,6 +352,7 @@ def test_classify_refuses_in_one_line(
     assert message in fails(["classify", *[word.format(m=made, p=picture) for word in argv]], capsys)
 
 
+@pytest.mark.long
 def test_an_imported_directory_can_be_exported(digits: Path, tmp_path: Path) -> None:
     from vmoe_momentum.models.directory import save
 

@@ -25,7 +25,7 @@ ROUTERS = sorted(name for name, cls in subclasses(Router).items() if cls.__modul
 # torch.export is swept over rules and routers in tests/models and tests/moe, too
 SWEPT = [pytest.param("pt2", marks=pytest.mark.long), "onnx"]
 # rules of the same arithmetic as another one here: part of `make test-all`
-ALIKE = ("Nesterov", "Residual", "Robust")
+ALIKE = ("Complex", "HeavyBall", "Nesterov", "Residual", "Robust")
 # what makes a router drop, rank or choose otherwise
 SETTINGS = {
     "capacity": ("TopKRouter", {"eval_capacity_factor": 0.6}),
@@ -34,7 +34,7 @@ SETTINGS = {
     "renormalised": ("TopKRouter", {"renormalize": True}),
 }
 
-MILDER = ("capacity", "top-1")  # than "batch priority" and "renormalised", which do the same and more
+MILDER = ("capacity", "renormalised", "top-1")  # than "batch priority", which does the same and more
 
 
 # as in the authors' vision code: norms behind the residual, look-ahead behind the norm, in dense blocks too
@@ -152,6 +152,7 @@ def test_ties_are_broken_as_torch_breaks_them(tmp_path) -> None:
             torch.testing.assert_close(torch.from_numpy(theirs).to(mine.dtype), mine, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_half_and_eight_bits_answer_alike(tmp_path) -> None:
     model = shallow()
     images = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(5))

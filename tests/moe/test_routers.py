@@ -239,8 +239,8 @@ def test_evaluation_ignores_batch_mates(name: str) -> None:
         torch.testing.assert_close(layer(x[image : image + 1])[0], together[image : image + 1], atol=1e-13, rtol=0)
 
 
-# one of each class, and the ones that differ in how they group
-TRACED = ("TopK", "ExpertChoice", "ExpertChoice groups", "Soft slots", "GShard", "M6T 4")
+# what the others are made of
+TRACED = ("TopK", "ExpertChoice groups", "Soft slots", "M6T 4")
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def compare(told: str, part: nn.Module, whole: nn.Module, what) -> None:
 MORE = [(2, [1]), (4, [4, 2, 1])]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "parallels"), [(2, [2]), *(pytest.param(*c, marks=pytest.mark.long) for c in MORE)])
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "parallels"), [(2, [2]), *MORE])
 def test_gradients_are_those_of_one_process(ranks: int, parallels: list[int], tmp_path: Path) -> None:
     on_ranks(ranks, gradients, tmp_path, parallels)
 

@@ -113,7 +113,7 @@ def test_two_ranks_killed_and_resumed(backend, pictures, tmp_path) -> None:
         assert shown == sorted(val)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_told_to_stop_it_says_so_to_its_caller(pictures, tmp_path) -> None:
     """SIGTERM, as schedulers send it: 143, where Lightning 2.6.6 ends with 0 as if all were done."""
     stopped = start(tmp_path, arguments("FolderDataModule", pictures, tmp_path, 3, "SIGTERM"), 1)

@@ -207,6 +207,7 @@ def test_ema_weights_can_be_had(tmp_path) -> None:
     trainer(tmp_path).test(classifier(HeavyBall()), data, ckpt_path=path, verbose=False)
 
 
+@pytest.mark.long
 def test_compile_is_in_place_in_training_too_and_changes_nothing(monkeypatch) -> None:
     graphs = []
 

@@ -84,6 +84,12 @@ def test_ways_to_shard_change_no_weight(variant: str, digits: Path, tmp_path: Pa
     shared = {name: value for name, value in settings.items() if "strategy" not in name}
     whole = train(tmp_path / "ddp", digits, 2, f"--config={CONFIGS / 'scale' / 'ddp.yaml'}", **shared)
     sharded = train(tmp_path / "fsdp2", digits, 2, SHARDED, **settings)
+    if variant == "bfloat16":  # where float32's rounding decides which way a weight is rounded to bfloat16
+        travelled = 4 * 2e-3  # steps of AdamW, of at most the learning rate
+        torch.testing.assert_close(weights(sharded), weights(whole), atol=2**-7 * travelled, rtol=0)
+        for ours, theirs in zip(moments(sharded), moments(whole), strict=True):
+            assert float((ours - theirs).abs().max()) <= 2**-7 * float(theirs.abs().max())
+        return
     torch.testing.assert_close(weights(sharded), weights(whole), atol=1e-5, rtol=0)
     torch.testing.assert_close(moments(sharded), moments(whole), atol=1e-5, rtol=0)
 
