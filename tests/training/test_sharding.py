@@ -73,23 +73,19 @@ VARIANTS = {
     "recomputed": {"model.net.init_args.grad_checkpointing": "true"},
     "compiled": {"model.compile": "true"},
     "learned": {"model.net.init_args.rule.learn": "true", "model.net.init_args.router": "SoftRouter"},
-    "bfloat16": {"trainer.precision": "bf16-mixed"},
+    # AdamW would make whole steps of the rounding in gradients that are zero, such as those of keys' biases
+    "bfloat16": {"trainer.precision": "bf16-mixed", "model.optimizer.name": "momentum"},
 }
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # compiling
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ways_to_shard_change_no_weight(variant: str, digits: Path, tmp_path: Path) -> None:
     settings = {"model.net.init_args.rule": "HeavyBall", **VARIANTS[variant]}
     shared = {name: value for name, value in settings.items() if "strategy" not in name}
     whole = train(tmp_path / "ddp", digits, 2, f"--config={CONFIGS / 'scale' / 'ddp.yaml'}", **shared)
     sharded = train(tmp_path / "fsdp2", digits, 2, SHARDED, **settings)
-    if variant == "bfloat16":  # where float32's rounding decides which way a weight is rounded to bfloat16
-        travelled = 4 * 2e-3  # steps of AdamW, of at most the learning rate
-        torch.testing.assert_close(weights(sharded), weights(whole), atol=2**-7 * travelled, rtol=0)
-        for ours, theirs in zip(moments(sharded), moments(whole), strict=True):
-            assert float((ours - theirs).abs().max()) <= 2**-7 * float(theirs.abs().max())
-        return
     torch.testing.assert_close(weights(sharded), weights(whole), atol=1e-5, rtol=0)
     torch.testing.assert_close(moments(sharded), moments(whole), atol=1e-5, rtol=0)
 
