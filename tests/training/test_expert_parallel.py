@@ -145,12 +145,15 @@ WAYS = {
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)  # compiling
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_compute_change_no_loss(way: str, digits: Path, tmp_path: Path) -> None:
     """Ten steps of DDP's, of FSDP2's and of spread experts; in bfloat16 to its precision."""
     settings = {"model.net.init_args.rule": "HeavyBall", **WAYS[way]}
     if "bfloat16" in way:  # a token between two experts goes where rounding says
         settings |= {"model.net.init_args.router": "SoftRouter"}
+    if "compiled" in way:  # random numbers come in another order, and AdamW makes steps of sums fused otherwise
+        settings |= {"rough": False, "model.optimizer.name": "momentum"}
     programs = [(name, words(digits, 2, name, steps=10, **settings)) for name in ("ddp", "1", "2")]
     run_on_ranks(2, tmp_path, programs)
     whole = losses(tmp_path / "ddp", 2)

@@ -16,7 +16,7 @@ class Later:
 
     def __init__(self) -> None:
         self._group: Group = None
-        self._ends = ThreadPoolExecutor(1, "checkpoints")
+        self._ends: ThreadPoolExecutor | None = None
         self._saving: Future[None] | None = None
         self._after: list[Future[None]] = []
 
@@ -24,6 +24,7 @@ class Later:
         """Once the one before is whole. Raises OSError: that one could not be written, or this one not begun."""
         self.finish()
         self._group = self._group or dist.new_group(backend="gloo")
+        self._ends = self._ends or ThreadPoolExecutor(1, "checkpoints")
         self._saving = write_sharded_later(checkpoint, path, self._group, self._ends, writing)
 
     def then(self, action: Callable[[], None]) -> None:
@@ -48,4 +49,6 @@ class Later:
 
     def close(self) -> None:
         """Waits, whatever becomes of it: another error is on its way."""
-        self._ends.shutdown()
+        if self._ends is not None:
+            self._ends.shutdown()
+        self._ends, self._saving, self._after = None, None, []
