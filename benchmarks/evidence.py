@@ -223,10 +223,10 @@ def repeat(cell: Cell, rows: list[Row], data: Path, out: Path, extra: list[str])
 
 
 def seconds_of(rows: list[Row]) -> dict[tuple[str, str], float]:
-    """Median seconds by part and depth."""
+    """Median by part and depth, of one thread's time, which pauses and busy machines leave as it is."""
     found: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        found.setdefault((row["part"], row["depth"]), []).append(float(row["seconds"]))
+        found.setdefault((row["part"], row["depth"]), []).append(float(row["cpu_seconds"]))
     return {key: statistics.median(values) for key, values in found.items()}
 
 
