@@ -16,6 +16,7 @@ from torch import Tensor, nn
 Compute = Callable[[Tensor, Tensor | None], Tensor]  # rows [R, D] and their ends, as Plan.dispatch gives them -> [R, D]
 
 
+@torch.compiler.disable  # of what is compiled around it: experts on other ranks are no part of one rank's graph
 def exchanged(
     compute: Compute, rows: Tensor, ends: Tensor | None, num_experts: int, group: dist.ProcessGroup, even: bool
 ) -> Tensor:
