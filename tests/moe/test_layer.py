@@ -86,7 +86,7 @@ def test_float32_grouped_product_equals_the_float64_loop() -> None:
 def test_a_token_dropped_everywhere_gets_zero_and_finite_gradients() -> None:
     layer = make(TopKRouter(1, capacity_factor=0.1, capacity_multiple_of=1), torch.float32).train()
     x = torch.randn(B, N, D, requires_grad=True)
-    outputs, _ = layer(x, None)
+    outputs, _, _ = layer(x, None)
     plan, _ = layer.router(x, None)
     lost = ~plan.kept.any(-1)
     assert lost.sum() >= B * (N - E)
@@ -154,7 +154,7 @@ def observe(changed: dict) -> list[Tensor]:
         torch.manual_seed(1)
         layer = make(TopKRouter(**{**base, **changed})).train(training)
         x = torch.randn(B, 13 if "group_size" not in changed else N, D, dtype=torch.float64)
-        seen += layer(x, layer.router.sample_noise(x))
+        seen += layer(x, layer.router.sample_noise(x))[:2]
     return seen
 
 
@@ -264,6 +264,6 @@ def test_every_path_is_one_function(path: str, fill: Fill, top_k: int, monkeypat
     results = []
     for answer in (False, True):
         monkeypatch.setattr(plan if path.startswith("sum") else experts, path, lambda *_, answer=answer: answer)
-        outputs, auxiliary = layer(x)
+        outputs, auxiliary, _ = layer(x)
         results.append((outputs, *torch.autograd.grad(outputs.sin().sum() + auxiliary, [x, *layer.parameters()])))
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=0)

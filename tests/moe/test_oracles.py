@@ -165,7 +165,7 @@ def load_layer(oracle: Oracle, case: str, router: Router) -> tuple[SparseMlp, di
 def check_layer(oracle: Oracle, case: str, layer: SparseMlp, views: dict) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, and the gradients of their summed squares -> inputs, outputs, auxiliary loss."""
     inputs = oracle[f"{case}/inputs"].requires_grad_()
-    outputs, auxiliary = layer(inputs)
+    outputs, auxiliary, _ = layer(inputs)
     torch.testing.assert_close(outputs, oracle[f"{case}/outputs"], atol=1e-5, rtol=0)
     outputs.square().sum().backward(retain_graph=True)
     for name, (parameter, view) in views.items():

@@ -30,6 +30,8 @@ OTHER = {
     "model.cutmix": (0.4, True),
     "model.random_erasing": (0.1, True),
     "model.aux_loss_weight": (0.5, True),
+    "model.adversarial": ("{eps: 4/255, steps: 1}", True),
+    "model.consistency": ("{weight: 0.1}", True),
     "trainer.accumulate_grad_batches": (2, True),
     "trainer.gradient_clip_val": (0.3, True),
     "trainer.precision": ("bf16-mixed", True),

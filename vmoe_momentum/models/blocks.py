@@ -63,7 +63,7 @@ class DenseBlock(Block):
             return self.drop_path2(self.ls2(self.mlp(shifted(self.norm2(y), shift))))
 
         x, buffers = self.rule.dense_step(x, u, carry.momentum, self.step, self.rule.coefficients())
-        return self.norm3(x), Carry(buffers, carry.aux_loss)
+        return self.norm3(x), carry._replace(momentum=buffers)
 
 
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
@@ -161,11 +161,11 @@ class MomentumBlock(Block):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         # Drawn once a block, however often the rule evaluates u.
         noise, drop_mask = self.noise(x), self._drop_path_mask(x)
-        aux_losses = []
+        found = []
 
         def u(y: Tensor, shift: Tensor | None = None) -> Tensor:
-            update, aux_loss = self.mlp(shifted(self.norm2(y), shift), noise)
-            aux_losses.append(aux_loss)
+            update, *routed = self.mlp(shifted(self.norm2(y), shift), noise)
+            found.append(routed)
             update = self.ls2(update)
             return update if drop_mask is None else update * drop_mask
 
@@ -174,7 +174,9 @@ class MomentumBlock(Block):
         else:
             buffers = self.rule.init(x) if self.step == 1 else carry.momentum
             x, buffers = self.rule(x, u, buffers, self.step, self.momentum())
-        return self.norm3(x), Carry(buffers, carry.aux_loss + aux_losses[-1])
+        aux_loss, gates = found[-1]
+        asked = None if carry.gates is None else (*carry.gates, gates)
+        return self.norm3(x), Carry(buffers, carry.aux_loss + aux_loss, asked)
 
     def _drop_path_mask(self, x: Tensor) -> Tensor | None:
         """[B, 1, 1]: 0 where this image skips u, 1 / (1 - rate) elsewhere. It drops u, not the momentum gathered."""

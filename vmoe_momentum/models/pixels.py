@@ -49,3 +49,7 @@ class PixelModel(nn.Module):
             return self.net.forward_with_aux(images)
         logits = self.net(images)
         return logits, logits.new_zeros(())
+
+    def forward_normalized_with_gates(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The same, and the gates of each sparse block [B, N, E]; of networks that have a `forward_with_gates`."""
+        return self.net.forward_with_gates(images)

@@ -134,14 +134,22 @@ class MomentumVisionTransformer(VisionTransformer):
         }
 
     def _run_blocks(
-        self, images: Tensor, take: tuple[int, ...] = (), num_blocks: int | None = None, **attention: Any
+        self,
+        images: Tensor,
+        take: tuple[int, ...] = (),
+        num_blocks: int | None = None,
+        gates: bool = False,
+        **attention: Any,
     ) -> tuple[Tensor, Carry, list[Tensor]]:
-        """images: [B, 3, H, W] -> tokens before the final norm [B, N, D], the carry, tokens after the blocks `take`."""
+        """images: [B, 3, H, W] -> tokens before the final norm [B, N, D], the carry, tokens after the blocks `take`.
+
+        gates: whether the carry gathers them.
+        """
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
         together = 1 if self.training else self.images_together(x.shape[1])
         x = fill_group(x, together) if together > 1 else x
         x = self.stream(x) if self.moe_layers else x
-        carry, taken = Carry(self.rule.init(x), x.new_zeros(())), []
+        carry, taken = Carry(self.rule.init(x), x.new_zeros(()), () if gates else None), []
         for index, block in enumerate(self.blocks[:num_blocks]):
             # timm may be set to the reentrant kind, which does not see the tensors in the carry: wrong gradients
             recomputed = partial(checkpoint, block, use_reentrant=False)
@@ -172,6 +180,11 @@ class MomentumVisionTransformer(VisionTransformer):
         """[B, 3, H, W] -> logits [B, K] and the auxiliary loss [], summed over the MoE blocks."""
         tokens, carry, _ = self._run_blocks(x)
         return self.forward_head(self.norm(tokens)), carry.aux_loss
+
+    def forward_with_gates(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """The same, and each MoE block's gates without noise [B, N, E]."""
+        tokens, carry, _ = self._run_blocks(x, gates=True)
+        return self.forward_head(self.norm(tokens)), carry.aux_loss, tuple(g[: x.shape[0]] for g in carry.gates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, N, D] -> logits [B, K], or the head's input (after the tanh layer of `representation_size`)."""

@@ -5,6 +5,7 @@ Axis letters, everywhere in this folder: B images, N tokens an image, D width, G
 width of an expert, R rows handed to the experts.
 """
 
+from .consistency import router_consistency
 from .expert_choice import ExpertChoicePlan, ExpertChoiceRouter
 from .experts import Experts
 from .gshard import GShardRouter
@@ -31,4 +32,5 @@ __all__ = [
     "TopKRouter",
     "buffer_index",
     "capacity",
+    "router_consistency",
 ]

@@ -107,4 +107,5 @@ class ExpertChoiceRouter(LinearGate):
         weight, token = gates.sort(dim=1, descending=True, stable=True)
         slots = self.slots(*gates.shape[1:])
         plan = ExpertChoicePlan(gates, token[:, :slots].transpose(1, 2), weight[:, :slots].transpose(1, 2))
-        return plan, RouterLosses(gates.new_zeros(gates.shape[0]), {})
+        clean_gates = gates if noise is None else self.grouped(logits).softmax(dim=-1)
+        return plan, RouterLosses(gates.new_zeros(gates.shape[0]), {}, clean_gates)

@@ -28,8 +28,9 @@ class SparseMlp(nn.Module):
         self.router = router.for_layer(in_features, num_experts)
         self.experts = Experts(num_experts, in_features, hidden_features, act_layer, drop, draw)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups.
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups,
+        and gates without noise [B, N, E].
 
         Of no images the outputs are none and the loss is 0.
         """
@@ -37,7 +38,8 @@ class SparseMlp(nn.Module):
         rows, ends = plan.dispatch(self._on_the_wire(x.flatten(0, 1)))
         even = ends is None and self.training and self.router.even  # batches of training are equally large
         outputs = plan.combine(self._on_the_wire(self.experts(rows, ends, even)))
-        return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary)
+        gates = plan.gates if losses.gates is None else losses.gates
+        return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary), gates.reshape(*x.shape[:2], gates.shape[-1])
 
     def every_output(self, tokens: Tensor) -> Tensor:
         """What each expert makes of each token, chosen or not: [T, D] -> [T, E, D]."""

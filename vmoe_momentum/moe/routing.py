@@ -27,6 +27,7 @@ WEIGHT = NOT_NEGATIVE.because("0 leaves it out")
 class RouterLosses(NamedTuple):
     auxiliary: Tensor  # [G] weighted sum, what training adds to its loss
     parts: dict[str, Tensor]  # each [G], unweighted; those whose weight is 0 are not computed
+    gates: Tensor | None = None  # [G, S, E] without noise, where those of the plan have it
 
 
 class Plan(Protocol):

@@ -200,4 +200,5 @@ class TopKRouter(TokenChoice):
         if self.load_loss_weight > 0 and noise is not None:
             parts["load"] = losses.load_loss(logits, noisy, expert, self.noise_std / logits.shape[-1])
         wanted = [getattr(self, f"{name}_loss_weight") * loss for name, loss in parts.items()]
-        return plan, RouterLosses(sum(wanted[1:], wanted[0]) if wanted else logits.new_zeros(logits.shape[0]), parts)
+        total = sum(wanted[1:], wanted[0]) if wanted else logits.new_zeros(logits.shape[0])
+        return plan, RouterLosses(total, parts, clean_gates)

@@ -14,3 +14,4 @@ class Carry(NamedTuple):
 
     momentum: tuple[Tensor, ...]  # the rule's buffers, each [B, N, D], float32 also in half networks; () for Residual
     aux_loss: Tensor  # [] router losses summed over the MoE blocks so far
+    gates: tuple[Tensor, ...] | None = None  # [B, N, E] of each MoE block so far, without noise; None: nobody asked

@@ -1,8 +1,10 @@
 """Lightning: the module, optimisation, callbacks, and what a checkpoint says of its network."""
 
 from .accepted import MonitorCheck, check_apart, check_callbacks
+from .adversarial import AdversarialSettings
 from .attempts import Attempts, join_attempt
 from .callbacks import EpochSeconds, RouterStats, RunSummary
+from .consistency import ConsistencySettings
 from .continuing import ResumedSettings
 from .experts import check_experts
 from .finite import FiniteTraining, NotFinite
@@ -21,8 +23,10 @@ from .stopping import JobCheckpoints, SaveOnStop, StopSignals
 
 __all__ = [
     "MonitorCheck",
+    "AdversarialSettings",
     "AtomicCheckpointIO",
     "Attempts",
+    "ConsistencySettings",
     "EndTogether",
     "EpochSeconds",
     "FSDP2Strategy",

@@ -60,7 +60,7 @@ class MonitorCheck(Callback):
         for what, metric in _watched(trainer):
             if metric.startswith("val/") and (never := _never_validates(trainer)):
                 raise ValueError(f"{what}={short(metric)}: {never}, so it is never logged; watch train/loss_epoch")
-            known = [*_logged(pl_module), *trainer.callback_metrics]
+            known = [*_logged(trainer, pl_module), *trainer.callback_metrics]
             block = metric.startswith("val/block")
             if not strangers and not block and metric not in known and not metric.startswith("lr-"):
                 raise ValueError(f"{what}={short(metric)}: no such metric is logged{did_you_mean(metric, known)}")
@@ -86,10 +86,14 @@ def _watched(trainer: pl.Trainer) -> list[tuple[str, str]]:
     return [(f"trainer.callbacks: {name}.monitor", metric) for name, metric in found if isinstance(metric, str)]
 
 
-def _logged(module: Any) -> list[str]:
+def _logged(trainer: pl.Trainer, module: Any) -> list[str]:
     """By the module and by our callbacks in every run, but for the routers'."""
     train = ["loss", "loss_step", "loss_epoch", "main_loss", "aux_loss", "epoch_seconds"]
-    return [*(f"train/{name}" for name in train), "val/loss", *module.val_accuracy.keys()]
+    train += [] if module.pairing is None else module.pairing.logged()
+    robust = any(getattr(callback, "val_attack", None) is not None for callback in trainer.callbacks)
+    return [
+        *(f"train/{name}" for name in train), "val/loss", *module.val_accuracy.keys(), *["val/robust_top1"] * robust,
+    ]  # fmt: skip
 
 
 def _never_validates(trainer: pl.Trainer) -> str | None:

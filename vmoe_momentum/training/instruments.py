@@ -70,6 +70,33 @@ def watch_routers(net: nn.Module) -> Iterator[RouterWatch]:
             handle.remove()
 
 
+@contextmanager
+def watch_choices(net: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Block by block, which experts the tokens of the latest forward pass reached: [B, N, E] bool.
+
+    Nothing of blocks where all reach all, as under soft routing.
+    """
+    chosen, handles = {}, []
+
+    def hook_of(label: str):
+        def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
+            reached = output[0].assigned()
+            if not bool(reached.all()):
+                chosen[label] = reached.reshape(*inputs[0].shape[:2], -1)
+
+        return hook
+
+    for name, block in net.named_modules():
+        if isinstance(block, MomentumBlock):
+            label = "block" + name.rpartition(".")[2]
+            handles.append(block.mlp.router.register_forward_hook(hook_of(label)))
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _router_hook(watch: RouterWatch, label: str):
     def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
         plan, _ = output

@@ -4,11 +4,10 @@ B images, K classes. Batches: uint8 images [B, 3, H, W] (or float in [0, 1]) and
 """
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
@@ -20,10 +19,14 @@ from ..models.groups import images_together
 from ..models.loading import fit_to_data, pixels_per_patch
 from ..models.saved import KEY
 from ..ranges import COUNT, MOMENTUM, NOT_NEGATIVE, SHARE, SIDE, in_range
+from .adversarial import AdversarialSettings, compared
+from .consistency import ConsistencySettings
 from .finite import refuse_to_save
 from .identity import check_checkpoint, describe_network
+from .losses import Loss, Losses, classification_loss
 from .meshes import by_mesh, clip_gradients, weights_of
 from .optimization import OptimizerSettings, ScheduleSettings
+from .pairs import Attacked, pairing
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,6 +34,10 @@ Batch = tuple[Tensor, Tensor]
 def forward_normalized(model: PixelModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Of the module that is given, so that copies of a compiled classifier (averages) do not share one."""
     return model.forward_normalized(images)
+
+
+def forward_with_gates(model: PixelModel, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    return model.forward_normalized_with_gates(images)
 
 
 NONE = NOT_NEGATIVE.because("0 is none")
@@ -54,6 +61,8 @@ class ImageClassifier(pl.LightningModule):
         cutmix: Beta parameter of cutmix, in [0, 1e6]; 0 for none. With both, each batch draws one.
         random_erasing: Share of the training images in which a rectangle becomes noise, in [0, 1]; 0 for none.
         aux_loss_weight: Factor on the routers' auxiliary loss (which has its own weights inside), in [0, 1e6].
+        adversarial: Training on attacked pictures; null for none.
+        consistency: A loss that keeps experts chosen alike between views of a picture; null for none.
         optimizer: How weights move.
         schedule: The learning rate over steps.
         test_time_flip: test and predict average the logits of each image and its mirror image: twice the time.
@@ -69,12 +78,14 @@ class ImageClassifier(pl.LightningModule):
         num_classes: int = 1000,
         image_size: int = 224,
         class_names: list[str] | None = None,
-        loss: Literal["softmax", "sigmoid"] = "softmax",
+        loss: Loss = "softmax",
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         random_erasing: float = 0.0,
         aux_loss_weight: float = 1.0,
+        adversarial: AdversarialSettings | None = None,
+        consistency: ConsistencySettings | None = None,
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (a frozen default; jsonargparse reads it)
         schedule: ScheduleSettings = ScheduleSettings(),  # noqa: B008
         test_time_flip: bool = False,
@@ -91,9 +102,11 @@ class ImageClassifier(pl.LightningModule):
         self.optimizer_settings, self.schedule_settings = optimizer, schedule
         self.training_settings = {
             "loss": loss, "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix,
-            "random_erasing": random_erasing, "aux_loss_weight": aux_loss_weight,
+            "random_erasing": random_erasing, "aux_loss_weight": aux_loss_weight, "adversarial": adversarial,
+            "consistency": consistency,
         }  # fmt: skip
         self.override_model, self.random_erasing, self.test_time_flip = override_model, random_erasing, test_time_flip
+        self.pairing = pairing(net, adversarial, consistency, loss, aux_loss_weight, random_erasing)
         self.mixup: Mixup | None = None
         if mixup > 0 or cutmix > 0:
             self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
@@ -102,13 +115,14 @@ class ImageClassifier(pl.LightningModule):
             {name: MulticlassAccuracy(num_classes, k, average="micro") for name, k in top_k.items()}
         )
         self.val_accuracy, self.test_accuracy = accuracy.clone("val/"), accuracy.clone("test/")
-        self.forward_in_training = forward_normalized
+        self.forward_in_training, self.forward_with_gates = forward_normalized, forward_with_gates
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.compiled = compile
         if compile:  # in place, and of functions: no `_orig_mod.` in state dicts
             self.model.compile()
             self.forward_in_training = torch.compile(forward_normalized)
+            self.forward_with_gates = torch.compile(forward_with_gates)
 
     def to(self, *args: Any, **kwargs: Any) -> "ImageClassifier":
         """Lightning's, but for networks without memory yet: weight averaging moves its copy at once."""
@@ -166,8 +180,9 @@ class ImageClassifier(pl.LightningModule):
             together = {size: images_together(self.model.train().net, size) for size in sizes}
         finally:
             self.model.train(was_training)
+        seen = batch_size + (0 if self.pairing is None else self.pairing.others(batch_size))
         for size, count in together.items():
-            if batch_size % count:
+            if batch_size % count or seen % count:
                 group = next(r.group_size for r in net.modules() if getattr(r, "group_size", "image") != "image")
                 tokens = batch_size * ((size // pixels_per_patch(net)[0]) ** 2 + net.num_prefix_tokens)
                 raise ValueError(
@@ -180,14 +195,17 @@ class ImageClassifier(pl.LightningModule):
         return self.model(images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, main_loss, aux_loss = self.training_losses(batch)
-        self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
-        self.log("train/main_loss", main_loss)
-        self.log("train/aux_loss", aux_loss)
-        return loss
+        losses, pair = self.training_losses(batch)
+        self.log("train/loss", losses.loss, prog_bar=True, on_step=True, on_epoch=True)
+        for name in ("main_loss", "aux_loss", "trades_loss", "consistency_loss"):
+            if getattr(losses, name) is not None:
+                self.log(f"train/{name}", getattr(losses, name))
+        if pair is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self._log_attack(pair)
+        return losses.loss
 
-    def training_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss and its parts: cross-entropy and the routers' auxiliary loss, which has its weight to come."""
+    def training_losses(self, batch: Batch) -> tuple[Losses, Attacked | None]:
+        """Losses, and what was attacked on the way."""
         images, labels = batch
         images = self.model.normalize(images)  # a tensor of our own: what follows works in place
         if self.random_erasing:
@@ -196,16 +214,23 @@ class ImageClassifier(pl.LightningModule):
             targets = mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
         else:
             images, targets = self.mixup(images, labels)
+        if self.pairing is not None:
+            views = self.pairing.views(self.model, images, targets, self.global_step)
+            losses = self.pairing.losses(self.model, self.forward_in_training, self.forward_with_gates, views, targets)
+            return losses, views.attacked
         logits, aux_loss = self.forward_in_training(self.model, images)
         main_loss = self.main_loss(logits, targets)
-        return main_loss + self.aux_loss_weight * aux_loss, main_loss, aux_loss
+        return Losses(main_loss + self.aux_loss_weight * aux_loss, main_loss, aux_loss), None
+
+    def _log_attack(self, pair: Attacked) -> None:
+        seen = compared(self.model, self.model.net, pair.clean, pair.found, pair.targets.argmax(dim=-1))
+        told = {"clean_top1": seen.clean_top1, "robust_top1": seen.robust_top1}
+        told |= {f"routing_change/{block}": change for block, change in seen.routing_change.items()}
+        self.log_dict({f"train/{name}": value for name, value in told.items()}, on_step=True, on_epoch=False)
 
     def main_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """logits, targets (rows sum to 1): [B, K] -> []."""
-        logits = logits.float()
-        if self.loss == "sigmoid":
-            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=-1).mean()
-        return F.cross_entropy(logits, targets)
+        return classification_loss(logits, targets, self.loss)
 
     def _evaluate(self, batch: Batch, accuracy: MetricCollection, stage: str) -> Tensor:
         images, labels = batch

@@ -1,11 +1,14 @@
-"""A short robustness report at the end of `test`, by a callback."""
+"""Robust accuracy at validation, and a short robustness report at the end of `test`, by a callback."""
 
+import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -13,6 +16,7 @@ from rich.console import Console
 
 from ..ranges import COUNT, Range, in_range
 from ..robustness import (
+    Budget,
     Model,
     Settings,
     View,
@@ -22,16 +26,27 @@ from ..robustness import (
     parse_eps,
     write_report,
 )
+from ..robustness.asked import Norm
+from ..robustness.attacks import step_size
 from ..robustness.evaluate import evaluate
 from ..robustness.versions import versions
+from .adversarial import attacked, evaluated, in_pixels
+from .losses import classification_loss
 
 
-@in_range("RobustnessCheck.", severities=Range(1, 5, whole=True), limit=COUNT.or_(None), batch_size=COUNT)
+@in_range(
+    "RobustnessCheck.", severities=Range(1, 5, whole=True), limit=COUNT.or_(None), batch_size=COUNT, val_steps=COUNT,
+    val_limit=COUNT.or_(None),
+)  # fmt: skip
 class RobustnessCheck(Callback):
     """After `test`: clean, a few regenerated corruptions and FGSM on the same pictures, logged and written to disk.
 
     Add it with --trainer.callbacks+=RobustnessCheck. Rows are logged as test/robustness/<condition>_<severity>/<metric>
     and lie, with a page to look at, in the log folder's `robustness`. The whole benchmark: vmoe-momentum robustness.
+
+    With val_eps also at each validation: `val/robust_top1`, the share of pictures that are right before and after a
+    projected-gradient attack from a random start. Robust accuracy overfits long before clean accuracy does
+    (arXiv:2002.11569), so ModelCheckpoint and EarlyStopping are to watch it in adversarial training.
 
     Args:
         corruptions: Names of ImageNet-C's corruptions.
@@ -39,6 +54,10 @@ class RobustnessCheck(Callback):
         eps: Budgets of FGSM in pixels of [0, 1], such as 1/255; empty for none.
         limit: Pictures, 1 to 1e9, the same ones every time; null for all.
         batch_size: Pictures at once, 1 to 1e9.
+        val_eps: Budget at validation in pixels of [0, 1], such as 4/255; null for none.
+        val_norm: Of that budget.
+        val_steps: Of that attack, 1 to 1e9.
+        val_limit: Validation pictures attacked, 1 to 1e9, the first ones; null for all.
     """
 
     def __init__(
@@ -48,6 +67,10 @@ class RobustnessCheck(Callback):
         eps: list[float | str] = ["1/255"],  # noqa: B006
         limit: int | None = 1000,
         batch_size: int = 64,
+        val_eps: float | str | None = None,
+        val_norm: Norm = "Linf",
+        val_steps: int = 10,
+        val_limit: int | None = 1000,
     ) -> None:
         attacks = ("fgsm",) if eps else ()
         self.batch_size = batch_size
@@ -56,6 +79,27 @@ class RobustnessCheck(Callback):
             corruptions=tuple(corruptions), severities=tuple(severities), attacks=attacks, eps=budgets, limit=limit
         )
         check_settings(self.settings)
+        self.val_limit = val_limit
+        self.val_attack = None
+        if val_eps is not None:
+            self.val_attack = Budget(in_pixels(val_eps, val_norm, "RobustnessCheck.val_eps"), val_norm, val_steps)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.val_attack is None or trainer.sanity_checking:
+            return
+        images, labels = batch
+        if self.val_limit is not None:  # all ranks attack in as many batches: sharded weights make them wait
+            left = math.ceil(self.val_limit / trainer.world_size) - batch_idx * trainer.datamodule.eval_batch_size
+            images, labels = images[: max(left, 0)], labels[: max(left, 0)]
+        if not len(images):
+            return
+        with trainer.precision_plugin.forward_context():
+            robust = robust_share(pl_module, images, labels, self.val_attack, seed=batch_idx)
+        getattr(trainer.strategy, "reshard", lambda: None)()
+        weight = len(labels) * trainer.world_size
+        pl_module.log("val/robust_top1", robust, prog_bar=True, batch_size=weight, sync_dist=True)
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "test" and isinstance(trainer.strategy, ModelParallelStrategy):
@@ -90,3 +134,19 @@ class RobustnessCheck(Callback):
             name = "_".join(part.replace(" ", "_") for part in (row.condition, row.severity_or_eps) if part)
             pl_module.log(f"test/robustness/{name}/{row.metric}", row.value, batch_size=1, rank_zero_only=True)
         Console().print(f"[bold]robustness[/bold]  {folder / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def robust_share(module: Any, images: torch.Tensor, labels: torch.Tensor, attack: Budget, seed: int) -> float:
+    """Of images [B, 3, H, W], uint8 or in [0, 1], those right before and after an attack that drives up the loss."""
+    model = module.model
+    with torch.inference_mode(False), torch.no_grad():
+        # tensors of inference mode cannot enter autograd: copies made here can
+        pixels, labels = images.clone(), labels.clone()
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        targets = torch.nn.functional.one_hot(labels, module.num_classes).to(pixels.dtype)
+        objective = partial(classification_loss, targets=targets, loss=module.loss, reduction="sum")
+        found = attacked(model, pixels, objective, attack, step_size(attack), "ball", seed)
+        with evaluated(model, seed):
+            right = [model(each).argmax(dim=-1) == labels for each in (pixels, found)]
+    torch.clear_autocast_cache()
+    return float((right[0] & right[1]).float().mean())

@@ -29,7 +29,7 @@ from ..ranges import COUNT, in_range
 from .experts import experts_mesh, shard_experts
 from .later import Later
 from .materializing import materialize
-from .module import ImageClassifier, forward_normalized
+from .module import ImageClassifier, forward_normalized, forward_with_gates
 from .scalars import keep_scalars
 
 
@@ -96,10 +96,11 @@ class FSDP2Strategy(ModelParallelStrategy):
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Without a backward pass nothing else gives the weights back, and averages swap with what is sharded."""
         result = super().validation_step(*args, **kwargs)
-        self._reshard()
+        self.reshard()
         return result
 
-    def _reshard(self) -> None:
+    def reshard(self) -> None:
+        """Gives back all weights that were gathered."""
         for part in self.lightning_module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
@@ -156,7 +157,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Into network and optimizers; the weights in it come back sharded, for the callbacks that load them."""
-        self._reshard()
+        self.reshard()
         self.finish_saving()
         path = Path(self.broadcast(checkpoint_path))
         ours = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
@@ -237,7 +238,8 @@ def shard(
             fully_shard(small, reshard_after_forward=False, **how)
         fully_shard(block, reshard_after_forward=reshard_after_forward, mp_policy=policy, **how)
     fully_shard(model, **how)
-    register_fsdp_forward_method(model, "forward_normalized")  # training enters there, not through forward
+    for entry in ("forward_normalized", "forward_normalized_with_gates"):  # training's, not forward
+        register_fsdp_forward_method(model, entry)
 
 
 def cut_axis(weight: Tensor, ranks: int) -> int:
@@ -250,7 +252,8 @@ def cut_axis(weight: Tensor, ranks: int) -> int:
 
 def _compile_blocks(module: ImageClassifier) -> None:
     """In place of the network as a whole, as gathering weights between blocks breaks its graph."""
-    module.model._compiled_call_impl, module.forward_in_training = None, forward_normalized
+    module.model._compiled_call_impl = None
+    module.forward_in_training, module.forward_with_gates = forward_normalized, forward_with_gates
     for block in blocks(module.model.net):
         block.compile()
 
