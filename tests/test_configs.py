@@ -21,7 +21,14 @@ CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if "data" in yaml.safe_
 
 
 # up to half a minute each, and networks that other recipes have, too
-LARGE = ("vmoe_base_patch16", "finetune_384", "momentum_vmoe_small_every2_patch32", "vmoe_small_patch16", "upcycled")
+LARGE = (
+    "adversarial_vmoe_small_patch32",
+    "vmoe_base_patch16",
+    "finetune_384",
+    "momentum_vmoe_small_every2_patch32",
+    "vmoe_small_patch16",
+    "upcycled",
+)
 
 
 @pytest.mark.parametrize(

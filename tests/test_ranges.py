@@ -36,12 +36,15 @@ PLACES = {  # what to build, by name; whatever else takes a number here is missi
     "ImageClassifier": training.ImageClassifier,
     "OptimizerSettings": training.OptimizerSettings,
     "ScheduleSettings": training.ScheduleSettings,
+    "AdversarialSettings": training.AdversarialSettings,
+    "ConsistencySettings": training.ConsistencySettings,
     "UpcycledViT": vmoe_momentum.UpcycledViT,
     "MomentumVisionTransformer": MomentumVisionTransformer,
     "create_model": vmoe_momentum.create_model,
     "from_flax": vmoe_momentum.from_flax,
 }
 PLACES = {name: place for name, place in PLACES.items() if place.__module__.startswith("vmoe_momentum.")}
+BUDGETS = {("RobustnessCheck", "val_eps"), ("AdversarialSettings", "eps"), ("AdversarialSettings", "step_size")}
 HELPS = {"MomentumVisionTransformer"}  # its settings are explained at create_model
 
 
@@ -73,6 +76,9 @@ def test_every_number_has_a_range_that_is_stated_and_kept(place: str, setting: s
     target = PLACES[place]
     if (place, setting) == ("RobustnessCheck", "eps"):  # texts such as 1/255: checked once they are numbers
         return outside_raises(lambda value: target(eps=[str(value)]), RANGES["eps"], "eps")
+    if (place, setting) in BUDGETS:  # numbers, or such texts
+        assert "(0, 1]" in explained(target, setting)
+        return outside_raises(lambda value: target(**{setting: value}), Range(0, 1, above=True), setting)
     assert setting in ranges_of(target), f"{place}.{setting} takes a number and states no range"
     allowed = ranges_of(target)[setting]
     function = target.__init__ if isinstance(target, type) else target

@@ -39,7 +39,11 @@ class SparseMlp(nn.Module):
         even = ends is None and self.training and self.router.even  # batches of training are equally large
         outputs = plan.combine(self._on_the_wire(self.experts(rows, ends, even)))
         gates = plan.gates if losses.gates is None else losses.gates
-        return outputs.reshape(x.shape).to(x.dtype), mean(losses.auxiliary), gates.reshape(*x.shape[:2], gates.shape[-1])
+        return (
+            outputs.reshape(x.shape).to(x.dtype),
+            mean(losses.auxiliary),
+            gates.reshape(*x.shape[:2], gates.shape[-1]),
+        )
 
     def every_output(self, tokens: Tensor) -> Tensor:
         """What each expert makes of each token, chosen or not: [T, D] -> [T, E, D]."""

@@ -41,9 +41,9 @@ class AdversarialSettings:
             (TRADES, arXiv:1901.08573); clean and attacked pictures go through the network as one batch, which for
             networks with batch norms is not what its authors' code does.
         norm: Of the budget.
-        eps: Budget in pixels of [0, 1], such as 4/255.
+        eps: Budget in pixels of [0, 1], such as 4/255; in (0, 1], in L2 up to 1e6.
         steps: Of the inner attack, 1 to 1e9; each costs a forward and a backward pass.
-        step_size: In pixels of [0, 1], such as 1/255; null for min(eps, 2.5 eps / steps).
+        step_size: In pixels of [0, 1], such as 1/255; in (0, 1], in L2 up to 1e6; null for min(eps, 2.5 eps / steps).
         start: Of the inner attack: a random point of the ball, a point near the picture (TRADES's: noise of 0.001), or
             the picture.
         eps_warmup: Optimizer steps over which budget and step size grow linearly from 0, 0 to 1e9.

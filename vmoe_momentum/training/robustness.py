@@ -54,7 +54,7 @@ class RobustnessCheck(Callback):
         eps: Budgets of FGSM in pixels of [0, 1], such as 1/255; empty for none.
         limit: Pictures, 1 to 1e9, the same ones every time; null for all.
         batch_size: Pictures at once, 1 to 1e9.
-        val_eps: Budget at validation in pixels of [0, 1], such as 4/255; null for none.
+        val_eps: Budget at validation in pixels of [0, 1], such as 4/255, in (0, 1], in L2 up to 1e6; null for none.
         val_norm: Of that budget.
         val_steps: Of that attack, 1 to 1e9.
         val_limit: Validation pictures attacked, 1 to 1e9, the first ones; null for all.
