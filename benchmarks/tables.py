@@ -208,15 +208,42 @@ def traffic_measured() -> str:
     return "\n".join(lines)
 
 
+def adversarial() -> str:
+    """Clean and attacked training side by side: mean and sample standard deviation over seeds."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read("adversarial"):
+        kind = row["condition"] if row["metric"] == "robust_top1" else row["metric"] * (row["condition"] == "clean")
+        found[row["model"].partition("#")[0]][kind].append(100 * float(row["value"]))
+    columns = {"top1": "clean", "pgd-20": "PGD-20", "worst-case": "worst of PGD-20 on two losses"}
+    columns["autoattack"] = "AutoAttack, 120 pictures"
+    lines = [f"| trained | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
+    for model, values in found.items():
+        cells = [f"{statistics.mean(values[c]):.1f} % ± {statistics.stdev(values[c]):.1f}" for c in columns]
+        lines.append(f"| {model} | {len(values['top1'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def adversarial_cost() -> str:
+    """A step beside a clean one."""
+    rows = read("adversarial_cost")
+    lines = ["| step | ms | over a clean one | quartiles |", "|---|---|---|---|"]
+    lines += [f"| {row['step']} | {row['ms']} | {row['of_clean']} | {row['low']} to {row['high']} |" for row in rows]
+    return "\n".join([*lines, "", f"Measured on {rows[0]['device']}, torch {rows[0]['torch']}."])
+
+
 TABLES = {
     "dataloading": dataloading, "digits": digits, "export": export, "rules": rules, "speed": speed, "zoo": zoo,
     "layers": partial(layers, "moe_layer"),
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
     "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
     "traffic_8": partial(traffic, 8), "traffic_64": partial(traffic, 64), "traffic_measured": traffic_measured,
-    "corruptions": corruptions, "before_after": before_after, "busy": busy,
+    "adversarial": adversarial, "adversarial_cost": adversarial_cost, "corruptions": corruptions, "before_after": before_after, "busy": busy,
 }  # fmt: skip
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "configs" / "scale" / "README.md")
+PAGES = tuple(
+    ROOT / page for page in (
+        "README.md", "benchmarks/README.md", "configs/scale/README.md", "vmoe_momentum/training/README.md",
+    )
+)  # fmt: skip
 
 
 def fill(text: str) -> str:

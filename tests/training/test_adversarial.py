@@ -417,3 +417,20 @@ def test_pairs_are_only_made_where_they_are_wanted() -> None:
     pairing = pairs.pairing(network(), AdversarialSettings(share=0.5), None, "softmax", 1.0, 0.0)
     assert pairing.others(8) == 0
     assert pairs.pairing(network(), None, None, "softmax", 1.0, 0.0) is None
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)  # compiling, the attack's pass and the step's
+@pytest.mark.parametrize("method", ["pgd", "trades"])
+def test_compiled_it_is_the_same_step(method: str) -> None:
+    found = []
+    for compiled in (False, True):
+        settings = AdversarialSettings(method, eps="8/255", start="near")
+        ours = classifier(net=network(), adversarial=settings, compile=compiled).train()
+        images, labels = batch()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            loss = ours.training_losses((images.float(), labels))[0].loss
+        loss.backward()
+        found.append([loss.detach(), *(weight.grad for weight in ours.parameters())])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
