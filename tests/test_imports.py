@@ -36,7 +36,17 @@ ALLOWED = {  # room -> rooms it may import
         "stopping",
     },
     "analysis": {"configs", "models", "momentum", "moe", "parsers", "progress", "ranges", "stopping"},
-    "robustness": {"lazily", "parsers", "pictures", "progress", "ranges", "resources", "staging", "stopping"},
+    "robustness": {
+        "lazily",
+        "checksums",
+        "parsers",
+        "pictures",
+        "progress",
+        "ranges",
+        "resources",
+        "staging",
+        "stopping",
+    },
     "classifiers": {"analysis", "checksums", "models", "moe", "robustness"},
     "export": {
         "lazily",
