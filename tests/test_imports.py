@@ -47,7 +47,9 @@ ALLOWED = {  # room -> rooms it may import
         "staging",
         "stopping",
     },
-    "classifiers": {"analysis", "checksums", "models", "moe", "robustness"},
+    "robustbench_zoo": {"robustness"},
+    "classifiers": {"analysis", "checksums", "models", "moe", "robustbench_zoo", "robustness"},
+    "robustbench": {"classifiers", "robustness"},
     "export": {
         "lazily",
         "checksums",

@@ -89,7 +89,8 @@ def draft_of(target: Path, for_folder: bool = False) -> Iterator[BinaryIO]:
 def write_together(folder: Path, files: dict[str, bytes]) -> None:
     """Every one of them whole, or none: all are written under other names before the first takes its own.
 
-    files: by name, or path in the folder. Raises ValueError: there is no room, or the folder cannot be written; what stood there stays.
+    files: by name, or path in the folder.
+    Raises ValueError: there is no room, or the folder cannot be written; what stood there stays.
     """
     needed, partial = sum(map(len, files.values())), {}
     try:

@@ -115,8 +115,8 @@ def parser() -> Parser:
     )
     words.add_argument(
         "--model", action="append", type=str, default=None,
-        help="[LABEL=]SOURCE: a .ckpt of fit, local-dir:PATH, a timm name, robustbench:NAME, or module:callable; several "
-        "times. One label again makes a group, such as seeds: mean, spread, paired differences.",
+        help="[LABEL=]SOURCE: a .ckpt of fit, local-dir:PATH, a timm name, robustbench:NAME, or module:callable; "
+        "several times. One label again makes a group, such as seeds: mean, spread, paired differences.",
     )  # fmt: skip
     words.add_argument(
         "--data",

@@ -6,8 +6,8 @@ import unicodedata
 from .tables import Table
 
 LINES = 40  # of a table; what is longer goes on in another
-PREAMBLE = r"""% Each table stands alone: copy it, with \usepackage{booktabs}. Letters of names that pdflatex does not know
-% (other than Latin ones) want lualatex or xelatex and a font that has them.
+PREAMBLE = r"""% Each table stands alone: copy it, with \usepackage{booktabs,graphicx}.
+% Names in other than Latin letters want lualatex or xelatex and a font that has these.
 \documentclass{article}
 \usepackage[T1]{fontenc}
 \usepackage[margin=2cm]{geometry}

@@ -122,7 +122,7 @@ def _corruption_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
 
 
 def _means(model: str, cells: list[tuple[Cell, Outcome]]) -> list[Row]:
-    """Top-5 and calibration error, which each severity has, over the severities of a corruption, and of all that count."""
+    """Top-5 and calibration error, which each severity has: over those of a corruption, and over all that count."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in (row for cell, outcome in cells for row in _cell_rows(model, cell, outcome)):
         if row.metric in ("top5", "ece"):
