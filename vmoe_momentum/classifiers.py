@@ -28,10 +28,10 @@ from .robustness import Model, View
 def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:
     """`[LABEL=]SOURCE` each; one label several times is a group, such as the seeds of a rule.
 
-    SOURCE: a .ckpt that fit wrote, local-dir:PATH, a timm name, robustbench:NAME, or module:callable (a function without arguments that
-    gives a module from pixels in [0, 1] to logits; its attributes image_size, crop_pct, class_ids and class_names, all
-    optional, say how it wants pictures and which folders its classes are). Raises ValueError, FileNotFoundError: none
-    of these.
+    SOURCE: a .ckpt that fit wrote, local-dir:PATH, a timm name, robustbench:NAME, or module:callable (a function
+    without arguments that gives a module from pixels in [0, 1] to logits; its attributes image_size, crop_pct,
+    class_ids and class_names, all optional, say how it wants pictures and which folders its classes are). Raises
+    ValueError, FileNotFoundError: none of these.
     """
     if not texts:
         raise ValueError("--model: none given; use --model LABEL=runs/.../last.ckpt, or a timm name")
