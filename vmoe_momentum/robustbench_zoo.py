@@ -1,9 +1,10 @@
 """RobustBench's models, by name, as the robustness benchmark wants them. Its package is optional."""
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ def open_zoo_model(source: str) -> ZooModel:
     wanted = source.removeprefix(PREFIX)
     with _robustbench(source) as package:
         dataset, threat, name = _find(source, wanted, package.model_dicts)
+        view = _view(source, dataset, _settings(package.model_dicts, dataset, threat, name))
         try:
             module = package.load_model(
                 model_name=name, dataset=dataset, threat_model=threat, model_dir=Path(get_dir()) / "robustbench"
@@ -54,7 +56,7 @@ def open_zoo_model(source: str) -> ZooModel:
                 f"--model={source}: RobustBench cannot load it ({type(error).__name__}: {told}); its weights are "
                 f"fetched once into {Path(get_dir()) / 'robustbench' / dataset / threat}, or put there by hand"
             ) from error
-    view = _view(source, dataset, _settings(package.model_dicts, dataset, threat, name), module)
+    view = view or _own_view(source, getattr(getattr(module, "model", module), "default_cfg", None))
     return ZooModel(module.eval(), view, list(CIFAR10) if dataset == "cifar10" else None, f"{dataset}/{threat}/{name}")
 
 
@@ -72,6 +74,7 @@ def _robustbench(source: str) -> Iterator[_Package]:
             sys.modules["autoattack"] = importlib.import_module("pyautoattack")
             aliased = True
         try:
+            version("robustbench")  # torchattacks brings files of an old one, which do not work
             utils = importlib.import_module("robustbench.utils")
             found = _Package(utils.load_model, importlib.import_module("robustbench.model_zoo").model_dicts)
         except ImportError as error:
@@ -106,17 +109,20 @@ def _settings(models: Mapping[Any, Any], dataset: str, threat: str, name: str) -
     return next(found for key, found in by_threat.items() if key.value == threat)[name]
 
 
-def _view(source: str, dataset: str, settings: Mapping[str, Any], module: nn.Module) -> View:
-    """As its data.get_preprocessing shows pictures."""
+def _view(source: str, dataset: str, settings: Mapping[str, Any]) -> View | None:
+    """As its data.get_preprocessing shows pictures; None where the network says it, as timm's do."""
     if dataset != "imagenet":
         return View(32, 1.0, "bilinear")
     name = settings.get("preprocessing")
-    if name in VIEWS:
-        return VIEWS[name]
-    config = getattr(getattr(module, "model", module), "default_cfg", None)
-    if name is not None or config is None:
+    if name is not None and name not in VIEWS:
         raise ValueError(
-            f"--model={source}: it wants pictures prepared as {name}, a crop without a resize; models here are shown "
-            "the centre of resized pictures"
+            f"--model={source}: it wants pictures prepared as {name}; models here are shown them as one of "
+            f"{', '.join(VIEWS)}"
         )
+    return VIEWS.get(name)
+
+
+def _own_view(source: str, config: Mapping[str, Any] | None) -> View:
+    if config is None:
+        raise ValueError(f"--model={source}: neither RobustBench nor its network says how it wants pictures")
     return View(config["input_size"][1], float(config["crop_pct"]), config["interpolation"])
