@@ -10,6 +10,7 @@ PREAMBLE = r"""% Each table stands alone: copy it, with \usepackage{booktabs,gra
 % Names in other than Latin letters want lualatex or xelatex and a font that has these.
 \documentclass{article}
 \usepackage[T1]{fontenc}
+\usepackage{lmodern}
 \usepackage[margin=2cm]{geometry}
 \usepackage{booktabs}
 \usepackage{graphicx}
@@ -47,7 +48,7 @@ def _table(caption: str, header: list[str], lines: list[list[str]]) -> str:
     body = [_line(header), r"\midrule", *map(_line, lines)]
     inner = "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}"])
     return "\n".join([
-        r"\begin{table}[htbp]", r"\centering", r"\small", rf"\caption{{{escape(caption)}}}",
+        r"\begin{table}[htbp]", r"\centering", r"\small", rf"\caption{{{escape(caption)}}}", r"\medskip",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%", inner + "}", r"\end{table}", r"\clearpage",
     ])  # fmt: skip
 
