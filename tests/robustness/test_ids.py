@@ -56,23 +56,24 @@ def test_other_sets_are_whole_and_corruptions_are_not(root: Path) -> None:
     paint(root / "a" / a / "z.png", 6)
     paint(root / "in" / "val" / a / "y.png", 6)
     paint(root / "in" / "val" / a / "x.png", 6)
-    settings = {"imagenet_c": str(root / "c"), "corruptions": ("fog",), "severities": (1, 2)}
-    (root / "ids.txt").write_text("2.png\nx.png")
+    ids = root / "ids.txt"
+    corrupted = PLAIN._replace(imagenet_c=str(root / "c"), corruptions=("fog",), severities=(1, 2), ids=str(ids))
+    natural = PLAIN._replace(data=str(root / "in"), imagenet_a=str(root / "a"), ids=str(ids))
+    ids.write_text("2.png\nx.png")
     with pytest.raises(ValueError, match=r"--ids=.*ids.txt: x.png is not in --imagenet_c=.*c, which has 4 pictures"):
-        make_plan(PLAIN._replace(imagenet_c=str(root / "c"), corruptions=("fog",), severities=(1, 2), ids=str(root / "ids.txt")), [planted()])  # fmt: skip
-    (root / "ids.txt").write_text("2.png")
-    cells = make_plan(PLAIN._replace(ids=str(root / "ids.txt"), **settings), [planted()])
-    assert [[path.name for path in cell.pictures.paths] for cell in cells] == [["2.png"]] * 2
-    assert cells[0].pictures.name == "imagenet_c (1 of 50,000)"
-    (root / "ids.txt").write_text("2.png\nx.png")
-    cells = make_plan(PLAIN._replace(data=str(root / "in"), imagenet_a=str(root / "a"), ids=str(root / "ids.txt")), [planted()])  # fmt: skip
-    found = {cell.pictures.name: [path.name for path in cell.pictures.paths] for cell in cells}
+        make_plan(corrupted, [planted()])
+    found = {
+        cell.pictures.name: [path.name for path in cell.pictures.paths] for cell in make_plan(natural, [planted()])
+    }
     assert found == {
         "data": ["2.png", "x.png"], "imagenet_a (1 of 7,500)": ["z.png"], "data on imagenet_a's classes": ["x.png"],
     }  # fmt: skip
-    (root / "ids.txt").write_text("2.png")
+    ids.write_text("2.png")
+    cells = make_plan(corrupted, [planted()])
+    assert [[path.name for path in cell.pictures.paths] for cell in cells] == [["2.png"]] * 2
+    assert cells[0].pictures.name == "imagenet_c (1 of 50,000)"
     with pytest.raises(ValueError, match="--ids=.*: none of its pictures is of the 1 classes that count"):
-        make_plan(PLAIN._replace(data=str(root / "in"), imagenet_a=str(root / "a"), ids=str(root / "ids.txt")), [planted()])  # fmt: skip
+        make_plan(natural, [planted()])
 
 
 @pytest.mark.parametrize(

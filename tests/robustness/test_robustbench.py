@@ -1,4 +1,4 @@
-"""RobustBench's models as a source, and ours for its benchmark. Its package where it is installed, else a planted one."""
+"""RobustBench's models as a source, and ours for its benchmark; of its package what is installed, and a planted one."""
 
 import json
 import sys
@@ -19,6 +19,7 @@ from vmoe_momentum.classifiers import open_models
 from vmoe_momentum.models.saved import KEY
 from vmoe_momentum.robustbench import PixelClassifier, open_model
 from vmoe_momentum.robustbench_zoo import VIEWS, open_zoo_model
+from vmoe_momentum.robustness import labels
 from vmoe_momentum.robustness.models import View
 from vmoe_momentum.robustness.pictures import Pictures, batches
 
@@ -92,13 +93,13 @@ def test_models_of_the_zoo_are_opened_by_name(package: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Standard", "several of this name; say which: robustbench:cifar10/Linf/Standard or robustbench:cifar10/L2/Standard"),
+        ("Standard", "several .* which: robustbench:cifar10/Linf/Standard or robustbench:cifar10/L2/Standard"),
         ("imagenet/Linf/Ten", "no such model; use one it has, such as robustbench:cifar10/Linf/Ten"),
         ("zzz", "no such model; use one it has, 9 of them"),
         ("L2/Ten", "no such model"),
         ("Crop", "it wants pictures prepared as Crop288; models here are shown them as one of Res256Crop224, "),
         ("Nothing", "neither RobustBench nor its network says how it wants pictures"),
-        ("Fails", r"cannot load it \(OSError: no network\); its weights are fetched once into .*robustbench/imagenet/Linf"),
+        ("Fails", r"cannot load it \(OSError: no network\); its weights .* into .*robustbench/imagenet/Linf"),
     ],
 )  # fmt: skip
 def test_what_the_zoo_cannot_give_is_told_in_one_line(package: Path, name: str, message: str) -> None:
@@ -115,7 +116,8 @@ def test_without_the_package_the_way_to_it_is_told(package: Path, tmp_path: Path
     monkeypatch.setattr(robustbench_zoo, "version", missing)
     line = fails(["robustness", "--model=robustbench:Ten", f"--data={tmp_path}"], capsys)
     assert line.startswith(
-        "vmoe-momentum: error: --model=robustbench:Ten: the package robustbench is missing (robustbench); "
+        "vmoe-momentum: error: --model=robustbench:Ten: the package robustbench is missing (No package "
+        "metadata was found for robustbench); "
         "pip install 'vmoe_momentum[robustbench]', then pip install --no-deps robustbench==1.1.1"
     )
 
@@ -179,7 +181,7 @@ def test_its_own_code_reads_our_entries(tmp_path: Path, monkeypatch, capsys) -> 
 
 
 def test_our_models_take_pixels_and_prepare_pictures_as_evaluation_does(tmp_path: Path) -> None:
-    """Logits of pictures prepared here are those of the benchmark's own loader; a photograph that lies on its side too."""
+    """Logits of pictures prepared here are those of the benchmark's own loader; also of one that lies on its side."""
     path = write_checkpoint(tiny(), tmp_path / "a.ckpt")
     saved = torch.load(path)
     saved[KEY] |= {"crop_pct": 0.625, "upright": True}
@@ -216,13 +218,49 @@ def test_logits_come_in_the_order_of_folders() -> None:
     assert torch.equal(plain(images), module(images)) and torch.equal(sorted_(images), module(images)[:, [1, 2, 0]])
 
 
-def test_autoattack_runs_on_our_module() -> None:
-    """As robustbench.benchmark calls it: on parts of a batch, with gradients; what it gives lies in the ball."""
-    package = pytest.importorskip("pyautoattack")
-    model = PixelClassifier(tiny(), View(16, 1.0, "bilinear")).eval()
-    images, labels = torch.rand(3, 3, 16, 16), torch.tensor([0, 1, 2])
-    attack = package.AutoAttack(model, norm="Linf", eps=4 / 255, version="custom", attacks_to_run=["apgd-ce"], device="cpu", verbose=False)  # fmt: skip
-    attack.apgd.n_iter = 5
-    found = attack.run_standard_evaluation(images, labels, bs=3)
-    found = found[0] if isinstance(found, tuple) else found
-    assert (found - images).abs().max() <= 4 / 255 + 1e-6 and 0 <= found.min() and found.max() <= 1
+@pytest.mark.skipif(not installed(), reason="RobustBench is not installed")
+def test_its_benchmark_takes_our_models(tmp_path: Path, monkeypatch) -> None:
+    """On the first of its 5,000 pictures, by its own loader and labels; one step stands for AutoAttack."""
+    with robustbench_zoo._robustbench("x"):
+        from robustbench import eval as theirs
+    monkeypatch.chdir(tmp_path)
+
+    class Step:
+        def __init__(self, model, norm, eps, **_) -> None:
+            assert norm == "Linf"
+            self.model, self.eps = model, eps
+
+        def run_standard_evaluation(self, images, labels, bs, state_path):
+            leaf = images.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(self.model(leaf), labels), leaf)
+            return (images + self.eps * gradient.sign()).clamp(0, 1)
+
+    monkeypatch.setattr(theirs, "AutoAttack", Step)
+    ids = (Path(theirs.__file__).parent / "helper_files" / "imagenet_test_image_ids.txt").read_text().split()
+    assert len(ids) == 5000
+    for wnid in labels.wnids():
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ids[:8]:
+        pixels = rng.integers(0, 256, (80, 100, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "val" / name, format="jpeg")
+    own = [labels.wnids().index(name.partition("/")[0]) for name in ids[:8]]
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 1000))
+    model = PixelClassifier(net, View(16, 0.875, "bilinear")).eval()
+    images = torch.stack([model.preprocessing(Image.open(tmp_path / "val" / name)) for name in ids[:8]])
+    with torch.no_grad():  # right on every second
+        net[2].weight *= 100
+        answers = model(images).argmax(1)
+        for place in range(0, 8, 2):
+            net[2].weight[own[place]] = net[2].weight[answers[place]]
+            net[2].bias[own[place]] = net[2].bias[answers[place]] + 1e-3
+    found = theirs.benchmark(
+        model, n_examples=8, dataset="imagenet", threat_model="Linf", eps=4 / 255, data_dir=str(tmp_path),
+        preprocessing=model.preprocessing, to_disk=True, model_name="mine",
+    )  # fmt: skip
+    with torch.no_grad():
+        clean = (model(images).argmax(1) == torch.tensor(own)).float().mean()
+    assert 0 < clean == found[0] > found[1]
+    told = json.loads((tmp_path / "model_info" / "imagenet" / "Linf" / "mine.json").read_text())
+    assert told["clean_acc"] == str(round(100 * float(clean), 2))
