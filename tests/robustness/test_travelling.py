@@ -92,15 +92,11 @@ def test_long_tables_go_on_in_another() -> None:
     assert latex([Table("T", "N", ["a", "b"], [])]).count(r"\begin{tabular}") == 1
 
 
-ENGINES = [name for name in ("pdflatex", "lualatex", "xelatex") if shutil.which(name)]
-
-
-@pytest.mark.skipif(not ENGINES, reason="no TeX here")
-@pytest.mark.parametrize("engine", ENGINES)
-def test_latex_compiles(engine: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no TeX here")
+def test_latex_compiles(tmp_path: Path) -> None:
     """Without an error, a line that is too long, or a sign that is not there."""
     write_report(evaluation(cells("attacks", "published", "sets"), [*NAMES, "d", "é", "f"]), tmp_path, {})
-    words = [engine, "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
+    words = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "report.tex"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     log = (tmp_path / "report.log").read_text(errors="replace")
     assert done.returncode == 0, done.stdout[-2000:]
