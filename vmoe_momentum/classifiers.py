@@ -1,4 +1,4 @@
-"""Any classifier as the robustness benchmark wants it: checkpoints of fit, directories, timm's models, callables.
+"""Any classifier as the robustness benchmark wants it: of fit, in directories, timm's, RobustBench's, callables.
 
 B images, N tokens, E experts, K classes.
 """
@@ -21,16 +21,17 @@ from .checksums import sha256
 from .models import MomentumBlock, PixelModel, create_model
 from .models.saved import open_saved
 from .moe import TopKPlan
+from .robustbench_zoo import PREFIX, open_zoo_model
 from .robustness import Model, View
 
 
 def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:
     """`[LABEL=]SOURCE` each; one label several times is a group, such as the seeds of a rule.
 
-    SOURCE: a .ckpt that fit wrote, local-dir:PATH, a timm name, or module:callable (a function without arguments that
-    gives a module from pixels in [0, 1] to logits; its attributes image_size, crop_pct, class_ids and class_names, all
-    optional, say how it wants pictures and which folders its classes are). Raises ValueError, FileNotFoundError: none
-    of these.
+    SOURCE: a .ckpt that fit wrote, local-dir:PATH, a timm name, robustbench:NAME, or module:callable (a function
+    without arguments that gives a module from pixels in [0, 1] to logits; its attributes image_size, crop_pct,
+    class_ids and class_names, all optional, say how it wants pictures and which folders its classes are). Raises
+    ValueError, FileNotFoundError: none of these.
     """
     if not texts:
         raise ValueError("--model: none given; use --model LABEL=runs/.../last.ckpt, or a timm name")
@@ -68,6 +69,8 @@ def _check_names(models: list[Model]) -> None:
 def _open(label: str, source: str, pretrained: bool) -> Model:
     if source.endswith(".ckpt") or source.startswith("local-dir:"):
         return _saved(label, source)
+    if source.startswith(PREFIX):
+        return _of_zoo(label, source)
     if ":" in source and not source.startswith("hf-hub:"):
         return _callable(label, source)
     if Path(source).is_dir():
@@ -99,6 +102,21 @@ def _classes_of(net: nn.Module) -> dict[str, list[str]]:
     if names and len(names) == net.num_classes:
         return {"class_names": list(names)}
     return {} if subset is None else {"class_ids": ImageNetInfo(subset).label_names()}
+
+
+def _of_zoo(label: str, source: str) -> Model:
+    found = open_zoo_model(source)
+    size, name = found.view.size, label or found.entry.rpartition("/")[2]
+    with torch.inference_mode():
+        classes = int(found.module(torch.zeros(1, 3, size, size)).shape[-1])
+    provenance = {
+        "source": source, "robustbench": found.entry, "view": found.view._asdict(),
+        "weights_sha256": _weights_hash(found.module), "answers_sha256": _answers_hash(found.module, size),
+    }  # fmt: skip
+    return Model(
+        name, name, found.module, found.view, classes, found.class_names, None, None, provenance,
+        architecture=type(getattr(found.module, "model", found.module)).__name__,
+    )  # fmt: skip
 
 
 def _callable(label: str, source: str) -> Model:
@@ -158,7 +176,15 @@ def _from_net(label: str, source: str, model: PixelModel, saved: dict[str, Any],
     return Model(
         label, label, model, view, net.num_classes, saved.get("class_names"), routing,
         _router_loss(model) if sparse else None, provenance, class_ids=saved.get("class_ids"),
+        architecture=_architecture(net, saved),
     )  # fmt: skip
+
+
+def _architecture(net: nn.Module, saved: dict[str, Any]) -> str:
+    """The name it is built by, and its momentum rule."""
+    name = saved.get("architecture") or (net.pretrained_cfg or {}).get("architecture") or type(net).__name__
+    rule = saved.get("settings", {}).get("rule", {}).get("class_path", "").rpartition(".")[2]
+    return f"{name}, {rule}" if rule else name
 
 
 def view_of(net: nn.Module, saved: dict[str, Any]) -> View:

@@ -89,6 +89,7 @@ def draft_of(target: Path, for_folder: bool = False) -> Iterator[BinaryIO]:
 def write_together(folder: Path, files: dict[str, bytes]) -> None:
     """Every one of them whole, or none: all are written under other names before the first takes its own.
 
+    files: by name, or path in the folder.
     Raises ValueError: there is no room, or the folder cannot be written; what stood there stays.
     """
     needed, partial = sum(map(len, files.values())), {}
@@ -97,7 +98,10 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         for name, content in files.items():
-            handle, place = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".partial")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            handle, place = tempfile.mkstemp(
+                dir=(folder / name).parent, prefix=f".{Path(name).name}.", suffix=".partial"
+            )
             partial[name] = Path(place)
             with os.fdopen(handle, "wb") as file:
                 file.write(content)

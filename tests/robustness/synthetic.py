@@ -66,8 +66,9 @@ def evaluation(made: list[Cell], labels: list[str], dense: tuple[str, ...] = ())
             blocks = [] if label in dense or cell.kind == "published" else ["block1", "block3"]
             routing = {block: rng.uniform(size=len(index)) for block in blocks}
             zero = np.zeros(len(index) if cell.kind == "attack" else 0, dtype=bool)
-            outcomes[name, number] = Outcome(
-                index, right, right.astype(int), rng.uniform(size=len(index)), routing, zero
-            )
+            predicted, confidence = 1 - right.astype(int), rng.uniform(size=len(index))  # all are of class 0
+            rest = np.where(rng.uniform(size=(len(index), 1)) < 0.5, [[0, 2, 3, 4]], [[2, 3, 4, 5]])
+            five = np.c_[predicted, np.where(right[:, None], [[1, 2, 3, 4]], rest)]
+            outcomes[name, number] = Outcome(index, right, predicted, confidence, routing, zero, five)
     examples = {i: torch.full((6, 3, 8, 8), i, dtype=torch.uint8) for i in range(len(made))}
     return Evaluation(made, models, outcomes, examples)

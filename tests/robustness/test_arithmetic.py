@@ -9,7 +9,12 @@ from scipy.stats import binomtest
 
 from vmoe_momentum.robustness import labels
 from vmoe_momentum.robustness.bootstrap import group_difference, mean_interval
-from vmoe_momentum.robustness.calibration import aurra, average_precision, rms_calibration_error
+from vmoe_momentum.robustness.calibration import (
+    aurra,
+    average_precision,
+    expected_calibration_error,
+    rms_calibration_error,
+)
 from vmoe_momentum.robustness.corruptions import BENCHMARK, EXTRA, SEVERITIES
 from vmoe_momentum.robustness.imagenet_c import (
     ALEXNET,
@@ -54,6 +59,24 @@ def test_resnet50_from_its_published_ces() -> None:
     # two wrong means that are in public code
     ratio_of_means = sum(np.mean(list(e.values())) for e in errors.values()) / sum(ALEXNET[n] for n in BENCHMARK)
     assert abs(100 * ratio_of_means - mean_corruption_error(errors)) > 0.3
+
+
+def test_expected_calibration_error_by_hand() -> None:
+    """15 bins, open below: 1/15 is in the first, a little more in the second, and 1 in the last."""
+    confidence = np.array([1 / 15, 1 / 15 + 1e-6, 0.5, 0.52, 0.95, 1.0])
+    correct = np.array([1, 0, 1, 0, 1, 1], dtype=bool)
+    by_hand = (14 / 15) / 6 + (1 / 15) / 6 + abs(1.02 - 1) / 6 + abs(1.95 - 2) / 6
+    assert expected_calibration_error(confidence, correct) == pytest.approx(by_hand, abs=1e-6)
+    rng = np.random.default_rng(0)
+    confidence, correct = rng.uniform(size=2000), rng.uniform(size=2000) < 0.7
+    edges, gap = np.linspace(0, 1, 16), 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (confidence > low) & (confidence <= high)
+        gap += inside.mean() * abs(confidence[inside].mean() - correct[inside].mean())
+    assert expected_calibration_error(confidence, correct) == pytest.approx(gap, abs=1e-12)
+    assert expected_calibration_error(np.full(7, 0.9), np.ones(7, dtype=bool)) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="no images"):
+        expected_calibration_error(np.zeros(0), np.zeros(0, dtype=bool))
 
 
 def test_extras_never_count() -> None:

@@ -26,6 +26,7 @@ CASES = {
         [["--query_images=9", *SETS], ["--data=x", PGD, "--query_images=9"]],
         [["--data=x", SQUARE, "--query_images=9"]],
     ),
+    "ids": ([["--ids=x", "--imagenet_a=x"]], [["--ids=x", "--data=x"], ["--ids=x", "--imagenet_c=x"]]),
     "router_aware": ([["--router_aware", *SETS]], [["--data=x", "--router_aware"]]),
     "corruptions": (
         [["--imagenet_a=x", "--corruptions=[fog]"], ["--data=x", "--regenerate=false", "--corruptions=[fog]"]],

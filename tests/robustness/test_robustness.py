@@ -70,12 +70,17 @@ def test_two_equal_runs_write_equal_files(digits: Path, here: Path, monkeypatch,
                 torch.manual_seed(0)
                 write_checkpoint(tiny(rule=rule), path)
         cli.run([*argv, "--seed=3"])
-        found.append({path.name: path.read_bytes() for path in (here / folder / "o").iterdir() if path.is_file()})
+        out = here / folder / "o"
+        paths = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "cells"]
+        found.append({str(path.relative_to(out)): path.read_bytes() for path in paths})
         assert set(json.loads(found[-1].pop("times.json"))) == {"seconds", "finished"}
         told = capsys.readouterr()
         going_on = "0 %, data: clean" if len(found) < 3 else "100 %, all cells are kept"
         assert "worst-case, eps 2/255" in told.out and f"robustness: {going_on}" in told.err
-    assert set(found[0]) >= {"rows.csv", "report.json", "report.md", "report.html", "examples.png"}
+    assert set(found[0]) >= {
+        "rows.csv", "report.json", "report.md", "report.html", "report.tex", "models.csv", "examples.png",
+        "timm/results-digits.csv", "timm/results-digits-regenerated.csv",
+    }  # fmt: skip
     for name in found[0]:
         assert found[0][name] == found[1][name] == found[2][name], name
 
@@ -226,6 +231,8 @@ def test_eps_in_pixels() -> None:
         (["--model=a.ckpt", "--data={d}", "--corruptions=[smoke]"], "--corruptions=smoke: not one of"),
         (["--model=a.ckpt", "--data={d}", "--severities=[0]"], "--severities=[0]: use a whole number from 1 to 5"),
         (["--model=a.ckpt", "--data={d}", "--limit=0"], "--limit=0: use a whole number from 1"),
+        (["--model=a.ckpt", "--data={d}", "--ids=nowhere.txt"], "--ids=nowhere.txt: no such file"),
+        (["--model=a.ckpt", "--data={d}", "--ids=a.ckpt"], "--ids=a.ckpt: cannot be read as text"),
         (["--model=a.ckpt", "--data={d}", "--batch_size=0"], "--batch_size=0: use a whole number from 1"),
         (["--model=a.ckpt", "--data={d}", "--workers=-1"], "--workers=-1: use a whole number from 0"),
         (["--model=a.ckpt", "--data={d}", "--steps=0"], "steps=0: use a whole number from 1"),

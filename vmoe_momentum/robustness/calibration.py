@@ -20,6 +20,19 @@ def rms_calibration_error(confidence: np.ndarray, correct: np.ndarray, bin_size:
     return float(np.sqrt((sizes / len(confidence) * gaps**2).sum()))
 
 
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """sum_b n_b / N |confidence_b - accuracy_b| over `bins` bins of one width, each open below: (0, 1/15] and so on.
+
+    Source: Guo et al., arXiv:1706.04599, equation 3. torchmetrics has the bins open above, and so a sixteenth one for a
+    confidence of exactly 1.
+    """
+    if len(confidence) == 0:
+        raise ValueError("calibration: no images")
+    place = np.searchsorted(np.linspace(0.0, 1.0, bins + 1)[1:-1], confidence.astype(float), side="left")
+    gaps = np.bincount(place, weights=confidence.astype(float) - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
 def aurra(confidence: np.ndarray, correct: np.ndarray) -> float:
     """Area under the response rate accuracy curve: mean over n of the accuracy of the n most confident images.
 

@@ -21,7 +21,7 @@ from .models import Model
 from .pictures import Batch, Change, Pictures, batches
 from .versions import versions
 
-EXAMPLES = 6
+EXAMPLES, FIVE = 6, 5
 
 Kind = Literal["clean", "published", "regenerated", "noise", "attack"]
 
@@ -49,6 +49,8 @@ class Outcome(NamedTuple):
     confidence: np.ndarray  # [N] largest softmax value, over the classes that count
     routing: dict[str, np.ndarray]  # block -> [N] 1 - mean IoU of expert sets against the clean picture
     zero_gradient: np.ndarray  # [N] bool, attacks only: the cross-entropy had no gradient at the clean picture
+    # [N, 5] the likeliest of the classes that count, best first; [N, 0] where there are no more than five
+    five: np.ndarray = np.zeros((0, 0), dtype=np.int64)
 
 
 class Memory:
@@ -131,7 +133,9 @@ def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory)
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
     correct = (predicted == labels).cpu().numpy()
     parts = (batch.index.numpy(), correct, predicted.cpu().numpy(), confidence.cpu().numpy())
-    return Outcome(*parts, routing, zero), images
+    # of the logits: in float32 a softmax has many zeros, and nothing ranks those
+    five = logits.topk(FIVE).indices if logits.shape[1] > FIVE else logits.new_zeros((len(logits), 0), dtype=torch.long)
+    return Outcome(*parts, routing, zero, five.cpu().numpy()), images
 
 
 def routing_change(before: Tensor, after: Tensor) -> Tensor:
@@ -168,7 +172,8 @@ def _join(parts: list[Outcome]) -> Outcome:
     blocks = parts[0].routing
     arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in Outcome._fields[:4]]
     routing = {block: np.concatenate([part.routing[block] for part in parts]) for block in blocks}
-    return Outcome(*arrays, routing, np.concatenate([part.zero_gradient for part in parts]))
+    zero, five = (np.concatenate([getattr(part, name) for part in parts]) for name in ("zero_gradient", "five"))
+    return Outcome(*arrays, routing, zero, five)
 
 
 class Store:
@@ -190,7 +195,7 @@ class Store:
             "severity": cell.severity, "change": cell.change, "attack": cell.attack, "budget": cell.budget,
             "router_aware": cell.router_aware, "files": files.hexdigest(), "classes": cell.pictures.classes,
             "batch_size": batch_size if cell.kind == "attack" or model.coupled else None,
-            "device": torch.device(device).type, "versions": versions(),
+            "device": torch.device(device).type, "versions": versions(), "outcome": Outcome._fields,
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
         return self.folder / f"{digest}.npz"
@@ -204,12 +209,13 @@ class Store:
         try:
             with np.load(path) as file:
                 routing = {name[8:]: file[name] for name in file.files if name.startswith("routing/")}
-                return Outcome(*(file[name] for name in Outcome._fields[:4]), routing, file["zero_gradient"])
+                arrays = (file[name] for name in Outcome._fields[:4])
+                return Outcome(*arrays, routing, file["zero_gradient"], file["five"])
         except Exception:  # whatever damaged bytes make of zip, zlib and numpy
             return None
 
     def write(self, path: Path, outcome: Outcome) -> None:
-        arrays = {name: getattr(outcome, name) for name in (*Outcome._fields[:4], "zero_gradient")}
+        arrays = {name: getattr(outcome, name) for name in (*Outcome._fields[:4], "zero_gradient", "five")}
         arrays |= {f"routing/{block}": values for block, values in outcome.routing.items()}
         self._write(path, lambda file: np.savez_compressed(file, **arrays))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from ..checksums import sha256
 from ..parsers import Parser, check_device, new_parser
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS, Range
@@ -30,9 +31,11 @@ _EXAMPLES = """examples:
   torchrun --nproc_per_node 8 --no-python vmoe-momentum robustness --data data/imagenet --model a.ckpt --device cuda
   sbatch configs/scale/robustness_array.sbatch --data data/imagenet --model a.ckpt --out runs/robustness
 
-It writes rows.csv, report.json, report.md and report.html (self-contained) to --out; stopped, it goes on from there.
-What differs between two equal runs, their times, is in times.json. The same command with the same --out, started again
-elsewhere while it runs, takes its share of what is left; the report is the same whoever computed what."""
+It writes rows.csv, report.json, report.md, report.html (self-contained) and report.tex to --out; stopped, it goes on
+from there. For other programs: models.csv (a line a model), timm/ (as timm's results/*.csv) and, of models attacked by
+autoattack, model_info/ (as RobustBench's). What differs between two equal runs, their times, is in times.json. The same
+command with the same --out, started again elsewhere while it runs, takes its share of what is left; the report is the
+same whoever computed what."""
 
 
 def run(argv: list[str], open_models: Callable[[list[str]], "list[Model]"]) -> None:
@@ -92,6 +95,7 @@ def _run(
         "models": {model.name: model.provenance for model in models}, "batch_size": given["batch_size"],
         "device": given["device"], "machine": platform.machine(), "python": platform.python_version(),
         "pictures": describe_pictures(cells), "versions": versions(),
+        **({} if settings.ids is None else {"ids_sha256": sha256(Path(settings.ids))}),
     }  # fmt: skip
     with Claims(out / "cells") as claims:  # others that were started by themselves may be as far
         claims.wait_for("report", seconds=120)
@@ -111,8 +115,8 @@ def parser() -> Parser:
     )
     words.add_argument(
         "--model", action="append", type=str, default=None,
-        help="[LABEL=]SOURCE: a .ckpt of fit, local-dir:PATH, a timm name, or module:callable; several times. One "
-        "label again makes a group, such as seeds: mean, spread, paired differences.",
+        help="[LABEL=]SOURCE: a .ckpt of fit, local-dir:PATH, a timm name, robustbench:NAME, or module:callable; "
+        "several times. One label again makes a group, such as seeds: mean, spread, paired differences.",
     )  # fmt: skip
     words.add_argument(
         "--data",
@@ -147,6 +151,11 @@ def parser() -> Parser:
     words.add_argument("--router_aware", action="store_true", help="Attacks also drive up the routers' loss.")
     text = "Only so many pictures of each set, the same ones every time."
     words.add_number("--limit", int | None, RANGES["limit"], text)
+    words.add_argument(
+        "--ids", type=str | None,
+        help="Instead: a text file of the pictures of --data and --imagenet_c to take, CLASS/NAME or NAME a line, such "
+        "as RobustBench's imagenet_test_image_ids.txt. Other sets are whole.",
+    )  # fmt: skip
     words.add_number("--seed", int, RANGES["seed"], "Of corruptions, noise, attacks and subsets.", default=0)
     words.add_number("--batch_size", int, COUNT, "Pictures at once.", default=64)
     words.add_number("--workers", int, WORKERS, "Processes that decode and corrupt, of each of --processes.", default=0)

@@ -21,6 +21,11 @@ WEAKER = {
 
 def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
     """What to read before anything else."""
+    return doubts(evaluation, rows) + _of_the_sets(evaluation)
+
+
+def doubts(evaluation: Evaluation, rows: list[Row]) -> list[str]:
+    """Of its models: whether they are as robust as it looks."""
     found = []
     cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind in ("attack", "noise")}
     for model in evaluation.models:
@@ -55,7 +60,7 @@ def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
                     f"{model.name}: {100 * row.value:.0f} % still right under PGD at eps {row.severity_or_eps}/255, "
                     "where nothing should be; its gradients may be masked"
                 )
-    return list(dict.fromkeys(found)) + _of_the_sets(evaluation)
+    return list(dict.fromkeys(found))
 
 
 def _kind(condition: str) -> str:

@@ -45,6 +45,7 @@ NEEDS = {
         "--data, and no --corruptions=[none]",
     ),
     "attacks": Needs(lambda s: not s.attacks or s.data is not None, "--data, clean pictures to attack"),
+    "ids": Needs(lambda s: (s.data, s.imagenet_c) != (None, None), "--data or --imagenet_c, whose pictures it names"),
     "router_aware": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "eps": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "norm": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),

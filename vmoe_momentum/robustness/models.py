@@ -37,6 +37,7 @@ class Model(NamedTuple):
     provenance: dict[str, Any]  # source, hash, settings: goes into the report
     coupled: bool = False  # an image's answer depends on the others of its batch; found by check_model
     class_ids: list[str] | None = None  # names of the folders it was trained on, in label order
+    architecture: str = ""  # in words, for tables; "" for the name of its class
 
 
 def turned(model: Model, upright: bool) -> Model:

@@ -12,6 +12,7 @@ from .asked import BENCHMARK, RANGES, SEVERITIES, SHIFTED
 from .attacks import ATTACKS, Budget, Norm, check_attack, check_budget
 from .cells import Cell
 from .corruptions import check_corruption
+from .ids import choose, read_ids
 from .imagenet_c import find_tree
 from .models import Model
 from .pictures import Change, Pictures
@@ -47,6 +48,7 @@ class Settings(NamedTuple):
     query_images: int | None = None  # None: see query_count
     router_aware: bool = False
     limit: int | None = None
+    ids: str | None = None  # file that names the pictures of data and imagenet_c to take
     seed: int = 0
 
 
@@ -58,7 +60,7 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
     _check_models(models)
     cells: list[Cell] = []
     if settings.data is not None:
-        clean = _limited(_pictures("data", settings.data, settings, models), settings)
+        clean = _limited(_pictures("data", settings.data, settings, models), settings, f"--data={settings.data}")
         cells.append(Cell(clean, "clean", "clean"))
         cells += _regenerated(clean, settings) if settings.regenerate else []
         for name in settings.attacks:
@@ -107,6 +109,10 @@ def check_settings(settings: Settings) -> None:
         root = getattr(settings, name)
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"--{name}={root}: no such folder")
+    if settings.ids is not None:
+        if settings.limit is not None:
+            raise ValueError(f"--ids={settings.ids}: it says which pictures, so leave out --limit={settings.limit}")
+        read_ids(settings.ids)
     if settings.imagenet_o is not None and settings.data is None:
         raise ValueError(
             f"--imagenet_o={settings.imagenet_o}: needs --data, pictures of known classes to tell its own from"
@@ -195,8 +201,13 @@ def _labelled(name: str, folders: dict[str, list[Path]], index: labels.Index, cl
     return Pictures(name, [path for path, _ in found], [label for _, label in found], classes, labelled=index.rule)
 
 
-def _limited(pictures: Pictures, settings: Settings) -> Pictures:
-    """A fixed random part of `limit` pictures, in the set's order."""
+def _limited(pictures: Pictures, settings: Settings, listed: str | None = None, part: bool = False) -> Pictures:
+    """Those that --ids names, or a fixed random part of `limit` pictures, in the set's order.
+
+    listed: the setting that the list's pictures are of; None for other sets. part: not all classes are there.
+    """
+    if settings.ids is not None:
+        return pictures if listed is None else choose(pictures, settings.ids, listed, part)
     if settings.limit is None or settings.limit >= len(pictures.paths):
         return pictures
     order = subset(len(pictures.paths), settings.limit, settings.seed)
@@ -274,7 +285,7 @@ def _published(settings: Settings, models: Sequence[Model]) -> list[Cell]:
                 f"--imagenet_c={settings.imagenet_c}: {name}/{severity} has other pictures than the first folder "
                 f"({len(files)} and {len(first)} files); a part is missing, and unequal parts are not the benchmark's"
             )
-        pictures = _named(_limited(pictures, settings))
+        pictures = _named(_limited(pictures, settings, f"--imagenet_c={settings.imagenet_c}"))
         cells.append(Cell(pictures._replace(whole=True), "published", name, str(severity)))
     return cells
 
@@ -293,7 +304,8 @@ def _shifted(name: str, root: str, which: str | None, settings: Settings, models
         pictures = pictures._replace(labels=[0] * len(pictures.paths))
     cells = [Cell(_named(_limited(pictures, settings)), "published", "shifted")]
     if settings.data is not None and classes is not None:
-        same = _limited(_pictures("data", settings.data, settings, models, classes), settings)
+        same = _pictures("data", settings.data, settings, models, classes)
+        same = _limited(same, settings, f"--data={settings.data}", part=True)
         cells.append(Cell(same._replace(name=f"data on {name}'s classes"), "published", "clean"))
     return cells
 

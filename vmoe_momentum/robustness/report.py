@@ -1,4 +1,7 @@
-"""The report: rows as CSV and JSON, tables as Markdown, everything on one self-contained HTML page."""
+"""The report: rows as CSV and JSON, tables as Markdown and LaTeX, everything on one self-contained HTML page.
+
+And, for other programs, a line a model, timm's results and entries of RobustBench.
+"""
 
 import io
 import json
@@ -10,14 +13,18 @@ from matplotlib.figure import Figure
 from ..staging import write_together
 from .charts import draw
 from .compare import Comparison, compare
-from .doubts import warnings_of
+from .doubts import doubts, warnings_of
 from .evaluate import Evaluation
+from .falls import make_falls
 from .imagenet_c import ALEXNET, ALEXNET_CLEAN
+from .latex import latex
+from .model_info import model_info
 from .page import file_name, markdown, page
 from .protocol import protocols
 from .rows import Row, to_csv
 from .summary import make_rows
-from .tables import HEADLINES, METRICS, comparison_table, metric_tables
+from .tables import HEADLINES, METRICS, comparison_table, fall_tables, metric_tables
+from .wide import models_csv, timm_csvs
 
 
 class Report(NamedTuple):
@@ -31,7 +38,9 @@ class Report(NamedTuple):
 def write_report(
     evaluation: Evaluation, out: Path, provenance: dict[str, Any], times: dict[str, Any] | None = None
 ) -> Report:
-    """rows.csv, report.json, report.md, report.html and the pictures, in `out`: all of them, or none.
+    """rows.csv, report.json, report.md, report.html, report.tex and the pictures, in `out`: all of them, or none.
+
+    And for other programs models.csv, timm/results-*.csv and, of models that AutoAttack was run on, model_info/.
 
     times: what differs between two runs that are equal otherwise; into times.json, so that the rest does not.
     Raises ValueError: they cannot be written.
@@ -41,24 +50,33 @@ def write_report(
     pictures = {name: _png(figure) for name, figure in draw(evaluation, rows).items()}
     sets = [cell.pictures for cell in evaluation.cells]
     classes = {each.name: len(each.classes) for each in sets if each.classes is not None}
-    heads = [comparison_table(lines), *metric_tables(rows, HEADLINES, classes)]
-    tables = metric_tables(rows, METRICS, classes)
+    labels, falls = {model.name: model.label for model in evaluation.models}, make_falls(rows)
+    heads = [comparison_table(lines), *metric_tables(rows, HEADLINES, classes, labels)]
+    tables = fall_tables(falls, classes) + metric_tables(rows, METRICS, classes)
+    doubted = [m.name for m in evaluation.models if doubts(evaluation._replace(models=[m]), rows)]
+    entries = model_info(evaluation, doubted)
+    others = {f"timm/{name}": text for name, text in timm_csvs(evaluation, rows).items()} | entries
     content = {
         "unit": "shares: 0.5 is 50 %, an mCE of 0.8 is 80 %", "provenance": provenance, "warnings": warnings,
-        "figures": [file_name(name) for name in pictures], "numbers": _numbers(evaluation),
-        "comparison": [_flat(line) for line in lines], "rows": [row._asdict() for row in rows],
+        "figures": [file_name(name) for name in pictures], "files": sorted(others),
+        "numbers": _numbers(evaluation), "comparison": [_flat(line) for line in lines],
+        "against_clean": [fall._asdict() | {"difference": fall.difference} for fall in falls],
+        "rows": [row._asdict() for row in rows],
     }  # fmt: skip
     files = {
         "rows.csv": to_csv(rows),
         "report.json": json.dumps(content, indent=1, default=str, allow_nan=False) + "\n",
         "report.md": markdown(heads, tables, warnings, pictures, provenance),
         "report.html": page(heads, tables, warnings, pictures, provenance),
+        "report.tex": latex(heads),
+        "models.csv": models_csv(evaluation.models, rows),
+        **others,
         "times.json": json.dumps(times or {}, indent=1) + "\n",
     }
-    old = _pictures_of(out)
+    old = _files_of(out)
     drawn = {file_name(name): content for name, content in pictures.items()}
     write_together(out, {name: text.encode() for name, text in files.items()} | drawn)
-    for name in old - set(drawn):  # a new report may have fewer
+    for name in old - set(drawn) - set(files):  # a new report may have fewer
         (out / name).unlink(missing_ok=True)
     return Report(rows, lines, warnings)
 
@@ -82,12 +100,14 @@ def is_report(out: Path, provenance: dict[str, Any]) -> bool:
     return all(there.get(name) == value for name, value in wanted.items() if name not in ("command", "device"))
 
 
-def _pictures_of(out: Path) -> set[str]:
-    """Of the report that stands here."""
+def _files_of(out: Path) -> set[str]:
+    """Pictures and files for other programs of the report that stands here; none outside its folder."""
     try:
-        return {Path(str(name)).name for name in json.loads((out / "report.json").read_text())["figures"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        told = json.loads((out / "report.json").read_text())
+        found = [str(name) for key in ("figures", "files") for name in told.get(key, [])]
+    except (OSError, ValueError, AttributeError, TypeError):
         return set()
+    return {name for name in found if not Path(name).is_absolute() and ".." not in Path(name).parts}
 
 
 def _numbers(evaluation: Evaluation) -> dict[str, Any]:

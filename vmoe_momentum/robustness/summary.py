@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .calibration import aurra, average_precision, rms_calibration_error
+from .calibration import aurra, average_precision, expected_calibration_error, rms_calibration_error
 from .cells import Cell, Outcome
 from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
@@ -52,6 +52,14 @@ def eps_text(condition: str, severity: str) -> str:
     return severity if condition.endswith(L2) else f"{severity}/255"
 
 
+def in_five(cell: Cell, outcome: Outcome) -> np.ndarray | None:
+    """[N] whether the label is among the five likeliest classes; None where no more than five count."""
+    if outcome.five.shape[1] == 0:
+        return None
+    labels = np.asarray(cell.pictures.labels)[outcome.index]
+    return (outcome.five == labels[:, None]).any(axis=1) | outcome.correct  # equal logits: the first is also a fifth
+
+
 def at(clean: Outcome, index: np.ndarray) -> np.ndarray:
     place = np.full(int(clean.index.max()) + 1, -1)
     place[clean.index] = np.arange(len(clean.index))
@@ -68,6 +76,9 @@ def _cell_rows(model: str, cell: Cell, outcome: Outcome) -> list[Row]:
     rows, labelled = [], not cell.pictures.name.startswith(OUTSIDE)
     if labelled and cell.kind != "attack":  # there, robust_top1 says more
         rows.append(Row(*start, "top1", float(outcome.correct.mean()), n))
+        if (five := in_five(cell, outcome)) is not None:
+            rows.append(Row(*start, "top5", float(five.mean()), n))
+        rows.append(Row(*start, "ece", expected_calibration_error(outcome.confidence, outcome.correct), n))
     if labelled and cell.kind in ("clean", "published") and cell.severity == "":
         confidence, correct = outcome.confidence, outcome.correct
         rows.append(Row(*start, "rms_calibration_error", rms_calibration_error(confidence, correct), n))
@@ -106,7 +117,24 @@ def _corruption_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
         elif n:
             known = [error for name in BENCHMARK for error in errors.get(name, {}).values()]
             rows.append(Row(*start, part_of_75(len(known)), "mean", "top1", 1.0 - sum(known) / len(known), n))
+        rows += _means(model, cells)
     return rows
+
+
+def _means(model: str, cells: list[tuple[Cell, Outcome]]) -> list[Row]:
+    """Top-5 and calibration error, which each severity has: over those of a corruption, and over all that count."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in (row for cell, outcome in cells for row in _cell_rows(model, cell, outcome)):
+        if row.metric in ("top5", "ece"):
+            found.setdefault((row.condition, row.metric), []).append(row)
+    for metric in ("top5", "ece"):
+        if own := [row for (name, kind), rows in found.items() if kind == metric and name in BENCHMARK for row in rows]:
+            found[part_of_75(len(own)), metric] = own
+    return [
+        Row(model, own[0].dataset, name, "mean", metric, sum(row.value for row in own) / len(own),
+            sum(row.n for row in own))
+        for (name, metric), own in found.items()
+    ]  # fmt: skip
 
 
 def part_of_75(count: int) -> str:
@@ -158,10 +186,13 @@ def _real_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
         numbers, known = [int(name[1]) for name in names], real_labels()
         if not 1 <= min(numbers) <= max(numbers) <= len(known):
             return []
-        sets = [known[numbers[i] - 1] for i in outcome.index]
-        scored = [int(p) in s for p, s in zip(outcome.predicted, sets, strict=True) if s]
-        if scored:
-            return [Row(model, cell.pictures.name, "real labels", "", "top1", sum(scored) / len(scored), len(scored))]
+        sets, start = [known[numbers[i] - 1] for i in outcome.index], (model, cell.pictures.name, "real labels", "")
+        answers = {"top1": outcome.predicted[:, None], "top5": np.c_[outcome.predicted, outcome.five]}
+        scored = {
+            metric: [bool(set(given) & set(s)) for given, s in zip(found.tolist(), sets, strict=True) if s]
+            for metric, found in answers.items()
+        }
+        return [Row(*start, metric, sum(found) / len(found), len(found)) for metric, found in scored.items() if found]
     return []
 
 

@@ -1,9 +1,11 @@
 """Tables of a report, as text. Everything in %, rows and JSON hold shares."""
 
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 from .bootstrap import GroupDifference, Interval
 from .compare import Comparison
+from .falls import Fall
 from .rows import Row
 from .summary import BEFORE
 
@@ -78,7 +80,13 @@ METRICS = {
     "top1": (
         "Top-1 (%) of every condition", "n: pictures, times corruptions and severities where these are put together."
     ),
+    "top5": ("Top-5 (%) of every condition", "The label is among the five likeliest of the classes that count."),
     "ce": ("CE (%)", "Error over AlexNet's, five severities together."),
+    "ece": (
+        "Expected calibration error (%)",
+        "Gap of confidence and accuracy, mean over 15 bins of one width by their pictures; of several severities or "
+        "corruptions the mean of theirs.",
+    ),
     "rms_calibration_error": ("RMS calibration error (%)", "Bins of 100 images of like confidence, all bins."),
     "aurra": ("AURRA (%)", "Mean accuracy of the n most confident images over all n."),
     "aupr": ("AUPR (%)", "Pictures of no known class found by low confidence."),
@@ -87,9 +95,18 @@ METRICS = {
 }  # fmt: skip
 
 
-def metric_tables(rows: list[Row], wanted: dict[str, tuple[str, str]], classes: dict[str, int]) -> list[Table]:
-    """One for each metric that there are rows of. classes: of sets of which not all count, how many do."""
-    models = list(dict.fromkeys(row.model for row in rows))
+def metric_tables(
+    rows: list[Row],
+    wanted: dict[str, tuple[str, str]],
+    classes: dict[str, int],
+    labels: dict[str, str] | None = None,
+) -> list[Table]:
+    """One for each metric that there are rows of. classes: of sets of which not all count, how many do.
+
+    labels: of each model its column, with mean ± standard deviation of several; by default each has its own.
+    """
+    column = {row.model: row.model if labels is None else labels[row.model] for row in rows}
+    models = list(dict.fromkeys(column.values()))
     tables = []
     for metric, (title, note) in wanted.items():
         family = (metric, "robust_top1", BEFORE) if metric == "top1" else (metric,)
@@ -99,25 +116,59 @@ def metric_tables(rows: list[Row], wanted: dict[str, tuple[str, str]], classes: 
             continue
         by_key: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
         for row in own:
-            by_key.setdefault(_key(row), {}).setdefault(row.model, []).append(row)
-        names = models
-        if len(models) > MANY + 1:  # long names would push the numbers off the page
-            names = [f"({place})" for place in range(1, len(models) + 1)]
-            note += " " + ", ".join(f"{name} {model}" for name, model in zip(names, models, strict=True)) + "."
+            by_key.setdefault(_key(row), {}).setdefault(column[row.model], []).append(row)
+        names, legend = _short(models)
         lines = [
             [_name(key, classes), *[_mean(found.get(model, [])) for model in models], _count(found)]
             for key, found in by_key.items()
         ]
         header = ["condition", *names, "n"]
-        tables.append(Table(title, note, header, lines))
+        tables.append(Table(title, note + legend, header, lines))
     return tables
+
+
+def fall_tables(falls: list[Fall], classes: dict[str, int]) -> list[Table]:
+    """Differences from clean pictures, and of several models what they gain or lose in places."""
+    models = list(dict.fromkeys(fall.model for fall in falls))
+    tables = []
+    for title, metrics in (("Top-1", ("top1", "robust_top1")), ("Top-5", ("top5",))):
+        by_key: dict[tuple[str, str, str, str], dict[str, Fall]] = {}
+        for fall in falls:
+            if fall.metric in metrics:
+                by_key.setdefault(_key(fall), {})[fall.model] = fall
+        names, legend = _short(models)
+        lines = [
+            [_name(key, classes), *[_fall(found.get(model), len(models)) for model in models]]
+            for key, found in by_key.items()
+        ]
+        note = "Difference in points, of other sets from clean pictures of the same classes." + legend
+        if len(models) > 1:
+            note += " In brackets: places gained (+) or lost among these models."
+        if lines:
+            tables.append(Table(f"{title} against clean (%)", note, ["condition", *names], lines))
+    return tables
+
+
+def _fall(fall: Fall | None, models: int) -> str:
+    if fall is None:
+        return ""
+    places = fall.rank_on_clean - fall.rank
+    return f"{100 * fall.difference:+.1f}" + (f" ({places:+d})" if models > 1 and places else "")
+
+
+def _short(names: list[str]) -> tuple[list[str], str]:
+    """Heads of columns, and what they mean: long names would push the numbers off the page."""
+    if len(names) <= MANY + 1:
+        return names, ""
+    numbers = [f"({place})" for place in range(1, len(names) + 1)]
+    return numbers, " " + ", ".join(f"{number} {name}" for number, name in zip(numbers, names, strict=True)) + "."
 
 
 def _count(found: dict[str, list[Row]]) -> str:
     return str(next(iter(found.values()))[0].n)
 
 
-def _key(row: Row) -> tuple[str, str, str, str]:
+def _key(row: Row | Fall) -> tuple[str, str, str, str]:
     return row.dataset, row.condition, row.severity_or_eps, row.metric.partition("/")[0]
 
 
@@ -129,4 +180,9 @@ def _name(key: tuple[str, str, str, str], classes: dict[str, int]) -> str:
 
 
 def _mean(rows: list[Row]) -> str:
-    return f"{100 * sum(row.value for row in rows) / len(rows):.1f}" if rows else ""
+    """Over blocks and, of several models, over these, with their standard deviation."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row.model, []).append(100 * row.value)
+    values = [fmean(own) for own in found.values()]
+    return (f"{fmean(values):.1f}" if values else "") + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

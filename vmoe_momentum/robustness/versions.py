@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
     "vmoe_momentum", "torch", "torchvision", "timm", "torchattacks", "pyautoattack", "numpy", "scipy", "scikit-learn",
-    "opencv-python", "pillow",
+    "opencv-python", "pillow", "robustbench",
 )  # fmt: skip
 
 
