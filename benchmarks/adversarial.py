@@ -41,6 +41,7 @@ def main(
     cost: bool = False,
     rounds: int = 15,
     processes: int = 1,
+    ways: list[str] | None = None,
 ) -> None:
     """Train and attack what is not there yet.
 
@@ -51,6 +52,7 @@ def main(
         cost: Time steps instead.
         rounds: Of timing.
         processes: That share the attacks.
+        ways: Some of clean, PGD and TRADES; default all.
     """
     cli.quieten()
     path = Path(csv)
@@ -60,8 +62,8 @@ def main(
     models = []
     for seed in SEEDS:
         for rule in RULES:
-            for way, words in WAYS.items():
-                checkpoint = train(f"{rule}_{way}_seed{seed}", rule, seed, words, data, Path(out))
+            for way in ways or WAYS:
+                checkpoint = train(f"{rule}_{way}_seed{seed}", rule, seed, WAYS[way], data, Path(out))
                 models.append(f"--model={rule} {way}={checkpoint}")
     report = Path(out) / "report"
     attack = ["--corruptions=[none]", f"--data={data}", f"--eps=[{EPS}]", f"--out={report}"]
