@@ -237,7 +237,8 @@ TABLES = {
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
     "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
     "traffic_8": partial(traffic, 8), "traffic_64": partial(traffic, 64), "traffic_measured": traffic_measured,
-    "adversarial": adversarial, "adversarial_cost": adversarial_cost, "corruptions": corruptions, "before_after": before_after, "busy": busy,
+    "adversarial": adversarial, "adversarial_cost": adversarial_cost,
+    "corruptions": corruptions, "before_after": before_after, "busy": busy,
 }  # fmt: skip
 PAGES = tuple(
     ROOT / page for page in (
