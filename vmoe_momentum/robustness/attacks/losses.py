@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..asked import Norm
 from .budget import Budget
 
-
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, logits, labels -> [B], to be made large
 
 
