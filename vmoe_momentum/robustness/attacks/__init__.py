@@ -8,13 +8,14 @@ out, and holds it inside the eps ball and the [0, 1] box. Images of any memory l
 the same to every attack (Classifier). The model must normalise inside.
 
 To add one: a function (classifier, images, labels, Budget) -> images, decorated with `@attack`, in the file of its
-kind: gradients.py follows gradients, queries.py asks for answers only, packages.py calls others' attacks.
+kind: gradients.py follows gradients, queries.py asks for answers only, packages.py calls others' attacks, targeted.py
+chooses classes, routing.py moves tokens to other experts.
 """
 
-from . import gradients, packages, queries  # noqa: F401  (they register themselves)
+from . import gradients, packages, queries, routing, targeted  # noqa: F401  (they register themselves)
 from .budget import Budget
-from .gradients import projected_gradient, step_size
-from .losses import cross_entropy, direction, input_gradient, margin
+from .gradients import best_iterate, projected_gradient, step_size
+from .losses import cross_entropy, direction, input_gradient, margin, probability_margin
 from .registry import (
     ATTACKS,
     CE,
@@ -23,6 +24,7 @@ from .registry import (
     HALVED,
     INSIDE,
     MARGIN,
+    PLAIN,
     Attack,
     Norm,
     Spends,
@@ -32,7 +34,8 @@ from .registry import (
     load_package,
     run_attack,
 )
-from .wrapping import Classifier, frozen, project
+from .targeted import nearest_classes
+from .wrapping import Classifier, frozen, project, starting_point
 
 __all__ = [
     "ATTACKS",
@@ -42,12 +45,14 @@ __all__ = [
     "HALVED",
     "INSIDE",
     "MARGIN",
+    "PLAIN",
     "Attack",
     "Budget",
     "Classifier",
     "Norm",
     "Spends",
     "attack",
+    "best_iterate",
     "check_attack",
     "check_budget",
     "cross_entropy",
@@ -56,8 +61,11 @@ __all__ = [
     "input_gradient",
     "load_package",
     "margin",
+    "nearest_classes",
+    "probability_margin",
     "project",
     "projected_gradient",
     "run_attack",
+    "starting_point",
     "step_size",
 ]

@@ -23,13 +23,30 @@ def margin(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return others.amax(dim=1) - true
 
 
+def probability_margin(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """The margin of probabilities. In double: in float32 1 - p is 0 from a logit difference of 17 on, here of 36."""
+    return margin(images, logits.double().softmax(dim=1), labels)
+
+
+def mean_margin(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
+    """[B] over the passes of the budget, without gradients."""
+    with torch.no_grad():
+        return torch.stack([margin(images, model(images), labels) for _ in range(budget.eot)]).mean(dim=0)
+
+
 def input_gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss, budget: Budget) -> Tensor:
-    """Of the sum over images: a mean would make each gradient, and any epsilon added to its norm, depend on B."""
+    """Of the sum over images: a mean would make each gradient, and any epsilon added to its norm, depend on B.
+
+    Averaged over the passes of the budget: expectation over randomness (Athalye et al., arXiv:1707.07397).
+    """
     images = images.detach().requires_grad_()
-    total = loss(images, model(images), labels).sum()
-    if budget.router_loss is not None:
-        total = total + budget.router_loss(images, labels) * len(images)
-    return torch.autograd.grad(total, images)[0]
+    gradients = torch.zeros_like(images)
+    for _ in range(budget.eot):
+        total = loss(images, model(images), labels).sum()
+        if budget.router_loss is not None:
+            total = total + budget.router_loss(images, labels) * len(images)
+        gradients += torch.autograd.grad(total, images)[0]
+    return gradients / budget.eot
 
 
 def direction(gradient: Tensor, norm: Norm) -> Tensor:

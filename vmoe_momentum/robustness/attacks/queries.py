@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .budget import Budget
 from .losses import direction, margin
 from .registry import MARGIN, attack, load_package
-from .wrapping import project
+from .wrapping import project, starting_point
 
 
 # In L2 five windows of a fifth of the side, and a sixth where there is room for one but for the margin before it.
@@ -14,6 +14,7 @@ from .wrapping import project
     "Linf", "L2", spends="queries", package="torchattacks", not_in_l2=(1, 2, 3, 4, 12, 14, 18, 19, 24),
     loss=MARGIN, step="squares of 2 eps, in L2 windows, smaller with the queries",
     start="random stripes, in L2 windows", parts=True,
+    restarts=True, eot="answers",
 )  # fmt: skip
 def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Random search over squares, margin loss, no gradients (Andriushchenko et al., arXiv:1912.00049).
@@ -26,7 +27,10 @@ def square(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> 
         return load_package("torchattacks").Square(model, **options)(images, labels)
 
 
-@attack("Linf", "L2", spends="queries", min_queries=128, loss=MARGIN, step="eps / 4 along Adam's direction")
+@attack(
+    "Linf", "L2", spends="queries", min_queries=128, loss=MARGIN, step="eps / 4 along Adam's direction",
+    random_start=True, restarts=True, eot="answers",
+)  # fmt: skip
 def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Gradient of the margin from differences along random signs, Adam on it (Uesato et al., arXiv:1802.05666).
 
@@ -34,7 +38,7 @@ def spsa(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget) -> Te
     2 * 64 probes a step. In L2 the step is a quarter of eps along Adam's direction.
     """
     probes, delta, rate = 64, 0.01, budget.eps / 4
-    found = images.clone()
+    found = starting_point(images, budget)
     first, second = torch.zeros_like(images), torch.zeros_like(images)
     with torch.no_grad():
         for step in range(1, budget.queries // (2 * probes) + 1):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,41 @@ from .budget import Budget
 
 
 class Classifier(nn.Module):
-    """A model as attacks see it: logits of float32 at least, since they write losses into float32 buffers."""
+    """A model as attacks see it: logits of float32 at least, since they write losses into float32 buffers.
 
-    def __init__(self, model: nn.Module) -> None:
+    passes: whose logits are averaged, for attacks that cannot average gradients themselves.
+    """
+
+    def __init__(self, model: nn.Module, passes: int = 1) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.passes = model, passes
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.model(images)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        for _ in range(self.passes - 1):
+            logits = logits + self.model(images)
+        return logits / self.passes
+
+
+def starting_point(images: Tensor, budget: Budget) -> Tensor:
+    """The images, or, with a random start, a point of each one's ball, uniform, inside the box.
+
+    Drawn from the seed and the image's own pixels, on the CPU: the same in any batch and on any device.
+    """
+    if not budget.random_start:
+        return images
+    drawn = []
+    for image in images.cpu():
+        seed = crc32(image.contiguous().numpy().tobytes(), budget.seed)  # 32 bits are all that generators take
+        generator = torch.Generator().manual_seed(seed)
+        if budget.norm == "Linf":
+            change = torch.rand(image.shape, generator=generator) * 2 - 1
+        else:
+            change = torch.randn(image.shape, generator=generator)
+            change *= torch.rand(1, generator=generator) ** (1 / image.numel()) / change.norm()
+        drawn.append(budget.eps * change)
+    return project(images, images + torch.stack(drawn).to(images), budget)
 
 
 def project(images: Tensor, found: Tensor, budget: Budget) -> Tensor:
