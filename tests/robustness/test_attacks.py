@@ -51,6 +51,12 @@ def data(net: nn.Module, count: int = 12) -> tuple[Tensor, Tensor]:
         return images, net.eval()(images).argmax(dim=1)
 
 
+def allowed(name: str, eps: float, norm: str = "Linf", **budget) -> Budget:
+    """With a routers' loss for what is nothing without one."""
+    routers = {"router_loss": lambda x, y: (x[:, 0] * x[:, 1]).mean()} if ATTACKS[name].needs_router else {}
+    return Budget(eps, norm, **budget, **routers)
+
+
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         return float((net.eval()(images).argmax(dim=1) == labels).float().mean())
@@ -164,7 +170,7 @@ def test_memory_layouts_change_nothing(name: str, norm: str) -> None:
     pytest.importorskip(ATTACKS[name].package or "torch")
     net = Net().eval()
     images, labels = data(net, 4)
-    budget = Budget(0.5 if norm == "L2" else EPS, norm, steps=2, queries=max(10, ATTACKS[name].min_queries))
+    budget = allowed(name, 0.5 if norm == "L2" else EPS, norm, steps=2, queries=max(10, ATTACKS[name].min_queries))
     for what, change in LAYOUTS.items():
         other = change(images)
         assert what == "every other row" or not other.is_contiguous()
@@ -193,7 +199,7 @@ def test_logits_of_every_type(name: str, norm: str, dtype: torch.dtype) -> None:
     wanted = dtype
     net = Typed().eval().to(dtype)
     images, labels = data(net, 4)
-    budget = Budget(0.5 if norm == "L2" else EPS, norm, steps=2, queries=max(10, ATTACKS[name].min_queries))
+    budget = allowed(name, 0.5 if norm == "L2" else EPS, norm, steps=2, queries=max(10, ATTACKS[name].min_queries))
     found = run_attack(name, net, images, labels, budget)
     assert found.dtype == torch.float32
     if dtype != torch.float64:
@@ -216,13 +222,13 @@ def test_ball_and_box_hold_and_zero_budget_is_the_clean_image(name: str, norm: s
     net = Net()
     images, labels = data(net)
     eps = EPS if norm == "Linf" else 0.5
-    found = run_attack(name, net, images, labels, Budget(eps, norm, steps=4, queries=128))
+    found = run_attack(name, net, images, labels, allowed(name, eps, norm, steps=4, queries=128))
     change = (found - images).flatten(1)
     size = change.abs().amax(dim=1) if norm == "Linf" else change.norm(dim=1)
     assert float(size.max()) <= eps + 1e-6 and float(size.max()) > 0.2 * eps
     assert float(found.min()) >= 0 and float(found.max()) <= 1
     assert found.dtype == torch.float32 and not found.requires_grad and not found.is_inference()
-    assert torch.equal(run_attack(name, net, images, labels, Budget(0.0, norm)), images)
+    assert torch.equal(run_attack(name, net, images, labels, allowed(name, 0.0, norm)), images)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 32 / 255), ("L2", 2.0)])
@@ -230,7 +236,7 @@ def test_ball_and_box_hold_and_zero_budget_is_the_clean_image(name: str, norm: s
 def test_attacks_make_a_model_worse(name: str, norm: str, eps: float) -> None:
     net = Net()
     images, labels = data(net, 24)
-    found = run_attack(name, net, images, labels, Budget(eps, norm, steps=20, queries=512))
+    found = run_attack(name, net, images, labels, allowed(name, eps, norm, steps=20, queries=512))
     assert accuracy(net, images, labels) == 1.0
     assert accuracy(net, found, labels) <= 0.7
 
@@ -249,7 +255,7 @@ def test_nothing_is_left_behind(name: str) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    budget = Budget(EPS, steps=3, queries=128)
+    budget = allowed(name, EPS, steps=3, queries=128)
     with torch.inference_mode():
         found = run_attack(name, net, images.clone(), labels, budget)
     assert torch.equal(torch.rand(3), expected)
@@ -326,10 +332,10 @@ def test_l2_steps_do_not_shrink_for_confident_models() -> None:
 def test_batch_size_and_order_do_not_matter() -> None:
     net = Net()
     images, labels = data(net, 14)
-    budget = Budget(EPS, steps=4)
     order = list(range(14))
     random.Random(0).shuffle(order)
-    for name in ("fgsm", "pgd", "pgd-margin"):
+    for name in ("fgsm", "pgd", "pgd-margin", "pma", "pgd-routing"):
+        budget = allowed(name, EPS, steps=4)
         whole = run_attack(name, net, images, labels, budget)
         for size in (1, 7):
             parts = [
@@ -377,7 +383,8 @@ def test_spsa_uses_its_queries_and_its_budget() -> None:
 @pytest.mark.parametrize(
     ("name", "spent", "seeded"),
     [("fgsm", 1, False), ("pgd", 20, False), ("pgd-margin", 20, False), ("apgd", 22, True), ("apgd-dlr", 22, True),
-     ("square", 40, True), ("spsa", 128, True)],
+     ("square", 40, True), ("spsa", 128, True), ("pma", 41, False), ("pgd-routing", 41, False), ("apgd-t", 67, True),
+     ("malt", 65, True), ("fab", 128, False)],
 )  # fmt: skip
 def test_budgets_and_seeds_are_used(name: str, spent: int, seeded: bool) -> None:
     """Forward passes an image, a few more for starts and ends; other random numbers with another seed."""
@@ -385,11 +392,11 @@ def test_budgets_and_seeds_are_used(name: str, spent: int, seeded: bool) -> None
     images, labels = data(net)
     calls = []
     handle = net.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
-    budget = Budget(0.1 / 255, steps=20, queries=128 if name == "spsa" else 40)  # too small to end early
+    budget = allowed(name, 0.1 / 255, steps=20, queries=128 if name == "spsa" else 40)  # too small to end early
     run_attack(name, net, images, labels, budget)
     handle.remove()
     assert spent <= sum(calls) / len(images) <= spent + 3
-    budget = Budget(EPS, steps=3, queries=256)
+    budget = allowed(name, EPS, steps=3, queries=256)
     first, again, other = (run_attack(name, net, images, labels, budget._replace(seed=s)) for s in (0, 0, 1))
     assert torch.equal(first, again) and torch.equal(first, other) != seeded
 

@@ -27,6 +27,19 @@ CASES = {
         [["--data=x", SQUARE, "--query_images=9"]],
     ),
     "ids": ([["--ids=x", "--imagenet_a=x"]], [["--ids=x", "--data=x"], ["--ids=x", "--imagenet_c=x"]]),
+    "random_start": (
+        [["--random_start", *SETS], ["--data=x", SQUARE, "--random_start"],
+         ["--data=x", "--attacks=[autoattack,apgd]", "--random_start"]],
+        [["--data=x", PGD, "--random_start"], ["--data=x", "--attacks=[fab,square]", "--random_start"]],
+    ),
+    "restarts": (
+        [["--restarts=3", *SETS], ["--data=x", "--attacks=[autoattack]", "--restarts=3"]],
+        [["--data=x", SQUARE, "--restarts=3"], ["--data=x", "--attacks=[fgsm]", "--restarts=3"]],
+    ),
+    "eot": (
+        [["--eot=3", *SETS], ["--data=x", "--attacks=[autoattack]", "--eot=3"]],
+        [["--data=x", SQUARE, "--eot=3"], ["--data=x", PGD, "--eot=3"]],
+    ),
     "router_aware": ([["--router_aware", *SETS]], [["--data=x", "--router_aware"]]),
     "corruptions": (
         [["--imagenet_a=x", "--corruptions=[fog]"], ["--data=x", "--regenerate=false", "--corruptions=[fog]"]],

@@ -468,6 +468,13 @@ def test_signs_of_masked_gradients() -> None:
     assert "fgsm leaves 16.7 % where the stronger pgd-20 leaves 33.3 %" in told(
         1, ("attack", "fgsm", "4", outcome([1, 0, 0, 0, 0, 0], zero=none))
     )
+    for name in ("pma-20", "pgd-margin-20-rs", "malt-20-r5", "apgd-t-20-rs-r5-eot10", "pgd-20-r2-router"):
+        options = ("attack", name, "4", outcome([1, 1, 0, 0, 0, 0], zero=none))
+        weaker = ("attack", "square-200q-r2", "4", outcome([0, 0], index=[0, 2], zero=[0, 0]))
+        evaluation = evaluation_of([fine[0], options, weaker])
+        assert f"square-200q-r2 leaves 0.0 % where the stronger {name} leaves 50.0 %" in "; ".join(
+            warnings_of(evaluation, make_rows(evaluation))
+        )
     assert "square-200q leaves 0.0 %" in told(
         3, ("attack", "square-200q", "4", outcome([0, 0], index=[0, 2], zero=[0, 0]))
     )
@@ -651,6 +658,24 @@ def wrapped(function) -> torch.nn.Module:
 def test_models_that_give_something_else_are_refused(function, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_model(planted()._replace(module=wrapped(function)), "cpu")
+
+
+def test_models_that_answer_at_random_need_passes_and_answer_alike_when_asked_again(tmp_path: Path) -> None:
+    val_tree(tmp_path / "in", wrong=0, total=6)
+    settings = PLAIN._replace(data=str(tmp_path / "in"), attacks=("pgd-margin", "square"), eps=(2 / 255,))
+    settings = settings._replace(steps=2, queries=5, eot=3)
+    noisy = planted()._replace(module=wrapped(lambda logits: logits + 3 * torch.randn_like(logits)))
+    first, again = (report(settings, [noisy], tmp_path / out) for out in "ab")
+    assert first == again
+    assert {key[2] for key in first} >= {"pgd-margin-2-eot3", "square-5q-eot3", "sanity-pgd"}
+    assert report(settings._replace(seed=1), [noisy], tmp_path / "c") != first
+    assert "answers at random" in (tmp_path / "a" / "report.md").read_text()
+    with pytest.raises(
+        ValueError, match=r"two passes over the same images differ; .*averaged over by attacks: --eot=10"
+    ):
+        report(settings._replace(eot=1), [noisy], tmp_path / "d")
+    with pytest.raises(ValueError, match="--eot=3: every model answers the same again"):
+        report(settings, [planted()], tmp_path / "d")
 
 
 def test_models_that_cannot_be_attacked_or_batched() -> None:

@@ -27,7 +27,10 @@ class Counting(nn.Module):
             images = images.clone()
             images.register_hook(self._back)
         means = 1e-3 * images.mean(dim=(2, 3))
-        return torch.cat([means[:, :1] + 9.0, means, means * 2], dim=1)
+        return torch.cat([means[:, :1] + 9.0, *(means * k for k in range(1, 5))], dim=1)
+
+    def routers(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self(images).mean()
 
     def _back(self, gradient: Tensor) -> None:
         self.passes += 2 * len(gradient)
@@ -43,7 +46,8 @@ def cell_of(name: str, **budget) -> Cell:
 def test_an_attack_costs_what_it_is_reckoned_with(name: str, budget: dict[str, int]) -> None:
     model, cell = Counting().eval(), cell_of(name, **budget)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    run_attack(name, model, images, torch.zeros(2, dtype=torch.long), cell.budget)
+    routers = model.routers if ATTACKS[name].needs_router else None
+    run_attack(name, model, images, torch.zeros(2, dtype=torch.long), cell.budget._replace(router_loss=routers))
     assert model.passes / 2 == pytest.approx(cost(cell), rel=0.35, abs=2)
 
 
@@ -63,5 +67,5 @@ def test_every_attack_says_how_it_works(name: str) -> None:
     assert told["dtype"] == "float32" and told["norm"] == "Linf" and told["eps"] == 4 / 255 and told["seed"] == 0
     steps, queries = (ATTACKS[name].spends == what for what in ("steps", "queries"))
     assert told.get("steps") == (5 if steps else None) and told.get("queries") == (256 if queries else None)
-    sizes = {"fgsm": 4 / 255, "pgd": 2 / 255, "pgd-margin": 2 / 255}
+    sizes = {"fgsm": 4 / 255, "pgd": 2 / 255, "pgd-margin": 2 / 255, "pgd-routing": 2 / 255}
     assert told.get("step_size") == (pytest.approx(sizes[name]) if name in sizes else None)

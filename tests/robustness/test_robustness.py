@@ -148,6 +148,11 @@ def test_router_aware_attacks_are_others(digits: Path, here: Path) -> None:
     )
     changed = [sum(float(v) for k, v in each.items() if k.startswith("routing_change")) for each in (plain, aware)]
     assert changed[1] > changed[0] > 0  # it drives the routers, too
+    cli.run(["robustness", *argv, "--out=q", "--attacks=[pgd-routing]", "--random_start", "--restarts=2"])
+    found = rows(here / "q" / "rows.csv")
+    assert "pgd-routing-20-rs-r2" in {row["condition"] for row in found}
+    together = [float(r["value"]) for r in found if "pgd-r" in r["condition"] and r["metric"].startswith("routing")]
+    assert sum(together) > changed[0]
 
 
 def test_models_from_everywhere(here: Path, monkeypatch) -> None:
@@ -255,6 +260,13 @@ def test_eps_in_pixels() -> None:
         (["--model=a.ckpt", "--data={d}", "--out="], "--out=: name a folder"),
         (["--model=a.ckpt", "--data={d}", "--attacks=[square]", "--router_aware"], "['square'] uses it"),
         (["--model=dense.ckpt", "--data={d}", "--router_aware"], "--router_aware: none of the models has routers"),
+        (["--model=a.ckpt", "--model=dense.ckpt", "--data={d}", "--attacks=[pgd-routing]"],
+         "attacks=pgd-routing: --model=dense has no routers; leave one of them out"),
+        (["--model=a.ckpt", "--data={d}", "--eot=4"], "--eot=4: every model answers the same again"),
+        (["--model=a.ckpt", "--data={d}", "--restarts=0"], "--restarts=0: use a whole number from 1 to 1000"),
+        (["--model=a.ckpt", "--data={d}", "--eot=0"], "--eot=0: use a whole number from 1 to 1000"),
+        (["--model=a.ckpt", "--data={d}", "--attacks=[autoattack]", "--restarts=2"],
+         "--restarts: has no effect here; it needs --data and, in --attacks, one of fgsm, pgd"),
         (["--model=a.ckpt", "--data={d}", "--attacks=[spsa]", "--queries=20"], "spsa needs 128 for one step"),
         (["--model=a.ckpt", "--imagenet_o={d}"], "--imagenet_o={d}: needs --data"),
         (["--model=none", "--data={d}", "--corruptions=[smoke]"], "--corruptions=smoke: not one of"),

@@ -17,10 +17,13 @@ EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 SEVERITY = Range(1, 5, whole=True)  # as positions in a list 0 is the last and True the second
 
-ATTACK_NAMES = ("fgsm", "pgd", "pgd-margin", "square", "apgd", "apgd-dlr", "spsa", "autoattack")  # for help: ATTACKS
+ATTACK_NAMES = (  # for help: ATTACKS
+    "fgsm", "pgd", "pgd-margin", "pma", "pgd-routing", "square", "spsa", "apgd", "apgd-dlr", "apgd-t", "malt", "fab",
+    "autoattack",
+)  # fmt: skip
 BUDGET = {
     "eps": NOT_NEGATIVE.because("in pixel units, such as 4/255"), "steps": COUNT, "queries": COUNT,
-    "seed": Range(0, 2**31 - 1, whole=True),
+    "seed": Range(0, 2**31 - 1, whole=True), "restarts": Range(1, 1000, whole=True), "eot": Range(1, 1000, whole=True),
 }  # fmt: skip
 
 SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000

@@ -8,15 +8,17 @@ import io
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..staging import draft_of
-from .attacks import ATTACKS, Budget, Classifier, cross_entropy, input_gradient, run_attack
+from .attacks import ATTACKS, Budget, Classifier, cross_entropy, frozen, input_gradient, run_attack
 from .models import Model
 from .pictures import Batch, Change, Pictures, batches
 from .versions import versions
@@ -116,7 +118,8 @@ def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory)
             zero = found["zero"].cpu().numpy()
         budget = cell.budget._replace(router_loss=model.router_loss if cell.router_aware else None)
         images = run_attack(cell.attack, model.module, images, labels, budget)
-    with torch.inference_mode():
+    seed = crc32(batch.index.numpy().tobytes(), 0 if cell.budget is None else cell.budget.seed)
+    with torch.inference_mode(), frozen(model.module, seed) if model.random else nullcontext():
         routing = {}
         if model.routing is not None and cell.kind != "published":  # of those the clean picture is not at hand
             clean = memory.get(("routing", *pictures), lambda: model.routing(before)[1])

@@ -149,6 +149,12 @@ def parser() -> Parser:
     text = "Images that square and spsa attack; by default a tenth of the pictures, 100 at least and 1000 at most."
     words.add_number("--query_images", int | None, RANGES["query_images"], text)
     words.add_argument("--router_aware", action="store_true", help="Attacks also drive up the routers' loss.")
+    text = "Attacks begin at a random point of the ball, not at the picture; square, apgd and their kind do anyway."
+    words.add_argument("--random_start", action="store_true", help=text)
+    text = "Times that attacks start; all but the first at random, and of each picture the worst counts."
+    words.add_number("--restarts", int, RANGES["restarts"], text, default=1)
+    text = "Passes that attacks average over, for models that answer at random in evaluation."
+    words.add_number("--eot", int, RANGES["eot"], text, default=1)
     text = "Only so many pictures of each set, the same ones every time."
     words.add_number("--limit", int | None, RANGES["limit"], text)
     words.add_argument(

@@ -10,12 +10,13 @@ from .evaluate import Evaluation
 from .rows import Row
 from .summary import SANITY, eps_text, robust
 
+_ITERATED = ("pgd", "pgd-margin", "pma", "apgd", "apgd-dlr", "apgd-t", "malt", "autoattack")
 # what must not leave fewer images standing than those after it, at the same eps
 WEAKER = {
-    "uniform-noise": ("fgsm", "pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
-    "fgsm": ("pgd", "apgd", "autoattack"),
-    "square": ("pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
-    "spsa": ("pgd", "pgd-margin", "apgd", "apgd-dlr", "autoattack"),
+    "uniform-noise": ("fgsm", *_ITERATED, "pgd-routing", "fab"),
+    "fgsm": ("pgd", "pma", "apgd", "apgd-t", "malt", "autoattack"),
+    "square": _ITERATED,
+    "spsa": _ITERATED,
 }
 
 
@@ -29,7 +30,12 @@ def doubts(evaluation: Evaluation, rows: list[Row]) -> list[str]:
     found = []
     cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind in ("attack", "noise")}
     for model in evaluation.models:
-        if model.coupled:
+        if model.random:
+            found.append(
+                f"{model.name}: answers at random; its numbers are of one draw a picture, and another --seed or "
+                "--batch_size draws others"
+            )
+        elif model.coupled:
             found.append(
                 f"{model.name}: its answers depend on what else is in the batch (expert capacity over several images): "
                 "another order or batch size gives other numbers, and attacks on part of the images other ones again"
@@ -64,8 +70,8 @@ def doubts(evaluation: Evaluation, rows: list[Row]) -> list[str]:
 
 
 def _kind(condition: str) -> str:
-    """pgd-margin of pgd-margin-20-router-L2."""
-    return re.sub(r"(-\d+q?)?(-router)?(-L2)?$", "", condition)
+    """pgd-margin of pgd-margin-20-rs-r5-eot4-router-L2."""
+    return re.sub(r"(-\d+q?)?(-rs)?(-r\d+)?(-eot\d+)?(-router)?(-L2)?$", "", condition)
 
 
 def _of_the_sets(evaluation: Evaluation) -> list[str]:

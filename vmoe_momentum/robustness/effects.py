@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from .attacks import ATTACKS
+from .attacks import ATTACKS, PLAIN
 from .plan import PUBLISHED, Settings
 
 
@@ -31,6 +31,10 @@ def _by_spending(what: str) -> str:
     return " or ".join(name for name, found in ATTACKS.items() if found.spends == what)
 
 
+def _taking(option: str) -> str:
+    return ", ".join(name for name, found in ATTACKS.items() if getattr(found, option))
+
+
 ALWAYS = Needs(lambda settings: True, "")
 NEEDS = {
     **dict.fromkeys(("model", "data", *PUBLISHED, "upright", "limit", "out", "help"), ALWAYS),
@@ -47,6 +51,8 @@ NEEDS = {
     "attacks": Needs(lambda s: not s.attacks or s.data is not None, "--data, clean pictures to attack"),
     "ids": Needs(lambda s: (s.data, s.imagenet_c) != (None, None), "--data or --imagenet_c, whose pictures it names"),
     "router_aware": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
+    **{option: Needs(lambda s, o=option: any(getattr(ATTACKS[n], o) for n in _attacks(s) if n in ATTACKS),
+                     f"--data and, in --attacks, one of {_taking(option)}") for option in PLAIN},
     "eps": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "norm": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "steps": Needs(lambda s: _spending(s, "steps"), f"--data and, in --attacks, {_by_spending('steps')}"),

@@ -50,7 +50,12 @@ def evaluate(
         model.module.to(device).eval()
     sizes, parts = batch_sizes(cells, batch_size), any(cell.attack and ATTACKS[cell.attack].parts for cell in cells)
     shown = _some_pictures(cells, models)
-    models = [check_model(model, device, by_gradient, sizes, parts, shown.get(model.view)) for model in models]
+    passes = max((cell.budget.eot for cell in cells if cell.budget is not None), default=1)
+    models = [
+        check_model(model, device, by_gradient, sizes, parts, shown.get(model.view), passes > 1) for model in models
+    ]
+    if passes > 1 and not any(model.random for model in models):
+        raise ValueError(f"--eot={passes}: every model answers the same again, so one pass is enough; leave it out")
     store, memory = Store(out / "cells"), Memory()
     paths = {
         (model.name, number): store.path(cell, model, batch_size, device)

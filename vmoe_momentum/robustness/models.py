@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .attacks import ATTACKS
 from .coupling import find_coupling
 
 CHECKED = 8  # images of noise
@@ -38,6 +39,7 @@ class Model(NamedTuple):
     coupled: bool = False  # an image's answer depends on the others of its batch; found by check_model
     class_ids: list[str] | None = None  # names of the folders it was trained on, in label order
     architecture: str = ""  # in words, for tables; "" for the name of its class
+    random: bool = False  # it answers otherwise when asked again; found by check_model
 
 
 def turned(model: Model, upright: bool) -> Model:
@@ -54,12 +56,13 @@ def check_model(
     sizes: Collection[int] = (CHECKED,),
     parts: bool = False,
     pictures: Tensor | None = None,
+    random: bool = False,
 ) -> Model:
-    """Passes over noise, and one backwards for attacks. The model with `coupled` found out.
+    """Passes over noise, and one backwards for attacks. The model with `random` and `coupled` found out.
 
     sizes: of the batches that will come; parts: attacks will ask about some images of a batch. pictures: a few of the
-    run's, uint8 [B, 3, S, S]. Raises ValueError: no logits of the right shape, probabilities, two different answers, no
-    gradient of the pixels, a size of batch that it does not take.
+    run's, uint8 [B, 3, S, S]. random: it may answer at random. Raises ValueError: no logits of the right shape,
+    probabilities, two different answers, no gradient of the pixels, a size of batch that it does not take.
     """
     generator = torch.Generator().manual_seed(0)
     side = model.view.size
@@ -89,19 +92,24 @@ def check_model(
             f"--model={model.name}: gives probabilities (rows sum to 1); attacks and confidences need logits, so leave "
             "out its last softmax"
         )
-    if not torch.equal(first, second):
+    differs = not torch.equal(first, second)
+    if differs and not random:
         raise ValueError(
-            f"--model={model.name}: two passes over the same images differ; randomness must be off in eval"
+            f"--model={model.name}: two passes over the same images differ; randomness must be off in eval, or "
+            "averaged over by attacks: --eot=10"
         )
     if gradients:
         _check_gradient(model, images)
+    asking = {parts: [name for name, found in ATTACKS.items() if found.parts == parts] for parts in (True, False)}
     problem = next((p for size in (1, 3) if (p := _takes(model, size, device)) is not None), None) if parts else None
     if problem is not None:
         raise ValueError(
-            f"--model={model.name}: takes no batch of some size ({problem}), and square, apgd, apgd-dlr and autoattack "
-            "ask about parts of a batch; attack it with [fgsm,pgd,pgd-margin]"
+            f"--model={model.name}: takes no batch of some size ({problem}), and {', '.join(asking[True])} ask about "
+            f"parts of a batch; attack it with some of [{','.join(asking[False])}]"
         ) from problem
     shown = images[:0] if pictures is None else pictures.to(device).float() / 255
+    if differs:  # what is drawn depends on the batch
+        return model._replace(random=True, coupled=True)
     return model._replace(coupled=find_coupling(module, shown, max(sizes)))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..ranges import check_all
 from . import labels
 from .asked import BENCHMARK, RANGES, SEVERITIES, SHIFTED
-from .attacks import ATTACKS, Budget, Norm, check_attack, check_budget
+from .attacks import ATTACKS, PLAIN, Budget, Norm, check_attack, check_budget
 from .cells import Cell
 from .corruptions import check_corruption
 from .ids import choose, read_ids
@@ -47,6 +47,9 @@ class Settings(NamedTuple):
     queries: int = 5000
     query_images: int | None = None  # None: see query_count
     router_aware: bool = False
+    random_start: bool = False
+    restarts: int = 1
+    eot: int = 1
     limit: int | None = None
     ids: str | None = None  # file that names the pictures of data and imagenet_c to take
     seed: int = 0
@@ -66,6 +69,8 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
         for name in settings.attacks:
             for model in models:
                 check_attack(name, model.view.size, model.num_classes, settings.norm)
+                if ATTACKS[name].needs_router and model.router_loss is None:
+                    raise ValueError(f"attacks={name}: --model={model.name} has no routers; leave one of them out")
         if settings.router_aware and all(model.router_loss is None for model in models):
             raise ValueError("--router_aware: none of the models has routers; leave it out")
         cells += _adversarial(clean, settings)
@@ -131,14 +136,21 @@ def check_settings(settings: Settings) -> None:
         raise ValueError("--eps=[]: give budgets, such as [1/255], or no attacks (--attacks=[])")
     for name in settings.attacks:
         for eps in settings.eps:
-            check_budget(name, _budget(settings, eps))
+            check_budget(name, _budget(settings, eps, name))
     if settings.router_aware and not any(ATTACKS[name].router for name in settings.attacks):
         knowing = ", ".join(name for name, found in ATTACKS.items() if found.router)
         raise ValueError(f"--router_aware: none of --attacks={list(settings.attacks)} uses it; {knowing} do")
 
 
-def _budget(settings: Settings, eps: float) -> Budget:
-    return Budget(eps, settings.norm, settings.steps, settings.queries, settings.seed)
+def _budget(settings: Settings, eps: float, attack: str | None = None) -> Budget:
+    """With the options that the attack takes."""
+    plain = Budget(eps, settings.norm, settings.steps, settings.queries, settings.seed)
+    return plain if attack is None else plain._replace(**_options(attack, settings))
+
+
+def _options(attack: str, settings: Settings) -> dict[str, int]:
+    """Those of PLAIN that it takes."""
+    return {name: getattr(settings, name) for name in PLAIN if getattr(ATTACKS[attack], name)}
 
 
 def _severity(eps: float, norm: Norm) -> str:
@@ -249,12 +261,12 @@ def _adversarial(clean: Pictures, settings: Settings) -> list[Cell]:
         for eps in settings.eps:
             cells.append(
                 Cell(clean, "attack", condition_of(name, settings), _severity(eps, settings.norm), attack=name,
-                     budget=_budget(settings, eps), router_aware=settings.router_aware and ATTACKS[name].router,
+                     budget=_budget(settings, eps, name), router_aware=_drives_routers(name, settings),
                      order=few if bought else None)
             )  # fmt: skip
     if any(ATTACKS[name].spends == "steps" for name in settings.attacks):
         check = tuple(subset(len(clean.paths), 100, settings.seed))
-        budget = _budget(settings, LARGE_EPS)._replace(norm="Linf")
+        budget = _budget(settings, LARGE_EPS)._replace(norm="Linf", eot=settings.eot)
         severity = _severity(LARGE_EPS, "Linf")
         cells.append(Cell(clean, "attack", "sanity-pgd", severity, attack="pgd-margin", budget=budget, order=check))
     return cells
@@ -265,9 +277,17 @@ def query_count(settings: Settings, pictures: int) -> int:
     return min(1000, max(100, pictures // 10)) if settings.query_images is None else settings.query_images
 
 
+def _drives_routers(name: str, settings: Settings) -> bool:
+    return ATTACKS[name].needs_router or (settings.router_aware and ATTACKS[name].router)
+
+
 def condition_of(name: str, settings: Settings) -> str:
-    """The attack with its budget, as rows call it."""
+    """The attack with its budget, as rows call it: pgd-20-rs-r5-eot4-router-L2."""
     told = name + {"steps": f"-{settings.steps}", "queries": f"-{settings.queries}q", None: ""}[ATTACKS[name].spends]
+    options = _options(name, settings)
+    told += "-rs" if options.get("random_start") else ""
+    for option, short in (("restarts", "r"), ("eot", "eot")):
+        told += f"-{short}{options[option]}" if options.get(option, 1) > 1 else ""
     router = settings.router_aware and ATTACKS[name].router
     return told + ("-router" if router else "") + ("" if settings.norm == "Linf" else "-L2")
 

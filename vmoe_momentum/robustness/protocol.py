@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .attacks import ATTACKS, FIXED, Budget, step_size
+from .attacks import ATTACKS, FIXED, INSIDE, Budget, step_size
 from .cells import Cell
 
 
@@ -18,8 +18,8 @@ def cost(cell: Cell) -> int:
 def passes(name: str, budget: Budget, router: bool = False) -> int:
     """Forward passes an image, about; a backward one counts as two. What an attack costs, for the time that is left."""
     found = ATTACKS[name]
-    made = found.passes or {"steps": 3 * budget.steps, "queries": budget.queries, None: 3}[found.spends]
-    return made * (2 if router else 1)
+    made = found.passes or {"steps": found.per_step * budget.steps, "queries": budget.queries, None: 3}[found.spends]
+    return made * (2 if router and not found.needs_router else 1) * budget.restarts * budget.eot
 
 
 def protocols(cells: list[Cell]) -> list[dict[str, Any]]:
@@ -37,9 +37,18 @@ def protocols(cells: list[Cell]) -> list[dict[str, Any]]:
 
 def _protocol(name: str, budget: Budget) -> dict[str, str | int | float]:
     found = ATTACKS[name]
-    told = {"norm": budget.norm, "eps": budget.eps, "loss": found.loss, "step": found.step, "start": found.start}
+    told = {"norm": budget.norm, "eps": budget.eps, "loss": found.loss, "step": found.step}
+    told["start"] = _start(name, budget)
     if found.step in (FIXED, "eps"):
         told["step_size"] = budget.eps if found.step == "eps" else step_size(budget)
     if found.spends is not None:
         told[found.spends] = getattr(budget, found.spends)
-    return told | {"restarts": found.restarts, "seed": budget.seed, "dtype": "float32", "package": found.package or ""}
+    options = {"restarts": budget.restarts, "eot": budget.eot, "seed": budget.seed, "dtype": "float32"}
+    return told | options | {"package": found.package or ""}
+
+
+def _start(name: str, budget: Budget) -> str:
+    if budget.random_start:
+        return INSIDE
+    told = ATTACKS[name].start
+    return f"{told}, then {INSIDE}" if ATTACKS[name].random_start and budget.restarts > 1 else told

@@ -8,8 +8,7 @@ it is there to spread load over experts, an attacker does not meet it, and pictu
 teach nothing about the network that is deployed.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, Range, in_range
 from ..robustness import Budget, parse_eps
 from ..robustness.asked import Norm
-from ..robustness.attacks import direction, project, step_size
+from ..robustness.attacks import direction, evaluated, project, step_size
 from ..robustness.cells import routing_change
 from .instruments import watch_choices
 
@@ -135,23 +134,6 @@ def started(pixels: Tensor, budget: Budget, start: Start) -> Tensor:
         return project(pixels, pixels + (torch.rand_like(pixels) * 2 - 1) * budget.eps, budget)
     length = torch.rand(len(pixels), 1, 1, 1, device=pixels.device, dtype=pixels.dtype) * budget.eps
     return project(pixels, pixels + length * direction(torch.randn_like(pixels), "L2"), budget)
-
-
-@contextmanager
-def evaluated(model: nn.Module, seed: int) -> Iterator[None]:
-    """Eval mode everywhere and random numbers of its own; all as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        model.eval()
-        with torch.random.fork_rng(devices=devices):
-            # torch.manual_seed tells every kind of device, which takes milliseconds
-            for generator in (torch.default_generator, *(torch.cuda.default_generators[n] for n in devices)):
-                generator.manual_seed(seed)
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Seen(NamedTuple):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..models import PixelModel
 from ..moe import router_consistency
-from .adversarial import AdversarialSettings, attacked, evaluated
+from ..robustness.attacks import evaluated
+from .adversarial import AdversarialSettings, attacked
 from .consistency import ConsistencySettings
 from .losses import Loss, Losses, classification_loss, divergence
 

@@ -27,10 +27,10 @@ from ..robustness import (
     write_report,
 )
 from ..robustness.asked import Norm
-from ..robustness.attacks import step_size
+from ..robustness.attacks import evaluated, step_size
 from ..robustness.evaluate import evaluate
 from ..robustness.versions import versions
-from .adversarial import attacked, evaluated, in_pixels
+from .adversarial import attacked, in_pixels
 from .losses import classification_loss
 
 
