@@ -8,11 +8,12 @@ out, and holds it inside the eps ball and the [0, 1] box. Images of any memory l
 the same to every attack (Classifier). The model must normalise inside.
 
 To add one: a function (classifier, images, labels, Budget) -> images, decorated with `@attack`, in the file of its
-kind: gradients.py follows gradients, queries.py asks for answers only, packages.py calls others' attacks.
+kind: gradients.py follows gradients, queries.py asks for answers only, packages.py calls others' attacks,
+transferable.py makes pictures that other models fall for, too.
 """
 
-from . import gradients, packages, queries  # noqa: F401  (they register themselves)
-from .budget import Budget
+from . import ensemble, gradients, packages, queries, transferable  # noqa: F401  (they register themselves)
+from .budget import Budget, Stages
 from .gradients import projected_gradient, step_size
 from .losses import cross_entropy, direction, input_gradient, margin
 from .registry import (
@@ -47,6 +48,7 @@ __all__ = [
     "Classifier",
     "Norm",
     "Spends",
+    "Stages",
     "attack",
     "check_attack",
     "check_budget",
