@@ -17,7 +17,11 @@ EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 SEVERITY = Range(1, 5, whole=True)  # as positions in a list 0 is the last and True the second
 
-ATTACK_NAMES = ("fgsm", "pgd", "pgd-margin", "square", "apgd", "apgd-dlr", "spsa", "autoattack", "mi-fgsm", "di-fgsm", "mi-di-fgsm")  # for help: ATTACKS
+ATTACK_NAMES = (  # for help: ATTACKS
+    "fgsm", "pgd", "pgd-margin", "square", "apgd", "apgd-dlr", "spsa", "autoattack", "mi-fgsm", "di-fgsm", "mi-di-fgsm",
+)  # fmt: skip
+# whose pictures differ from the clean ones also where the model they are made on stands
+TRANSFER_NAMES = ("mi-fgsm", "di-fgsm", "mi-di-fgsm", "fgsm", "pgd", "pgd-margin")
 BUDGET = {
     "eps": NOT_NEGATIVE.because("in pixel units, such as 4/255"), "steps": COUNT, "queries": COUNT,
     "seed": Range(0, 2**31 - 1, whole=True),

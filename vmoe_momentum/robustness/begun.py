@@ -1,7 +1,7 @@
 """Cells that take long: what is answered so far lies on the disk, and a killed process costs a batch, not the cell.
 
-A part is a file beside the cell's own, STEM.FIRST-STOP.part: one model's answers to the pictures FIRST to STOP - 1 of the
-cell's order. Whoever goes on reads those that join without a gap. STEM.FIRST.stage holds what an attack of several
+A part is a file beside the cell's own, STEM.FIRST-STOP.part: one model's answers to the pictures FIRST to STOP - 1 of
+the cell's order. Whoever goes on reads those that join without a gap. STEM.FIRST.stage holds what an attack of several
 stages (AutoAttack's four) found so far in the batch that begins there. All of them go once the cell is whole.
 """
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from .attacks import ATTACKS
-from .plan import PUBLISHED, Settings
+from .plan import PUBLISHED, Settings, all_attacks
 
 
 class Needs(NamedTuple):
@@ -15,7 +15,7 @@ class Needs(NamedTuple):
 
 
 def _attacks(settings: Settings) -> tuple[str, ...]:
-    return settings.attacks if settings.data is not None else ()
+    return all_attacks(settings) if settings.data is not None else ()
 
 
 def _spending(settings: Settings, what: str) -> bool:
@@ -45,6 +45,7 @@ NEEDS = {
         "--data, and no --corruptions=[none]",
     ),
     "attacks": Needs(lambda s: not s.attacks or s.data is not None, "--data, clean pictures to attack"),
+    "transfer": Needs(lambda s: not s.transfer or s.data is not None, "--data, clean pictures to attack"),
     "router_aware": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "eps": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "norm": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),

@@ -18,6 +18,7 @@ from .protocol import protocols
 from .rows import Row, to_csv
 from .summary import make_rows
 from .tables import HEADLINES, METRICS, comparison_table, metric_tables
+from .transfer import transfer_tables
 
 
 class Report(NamedTuple):
@@ -41,7 +42,8 @@ def write_report(
     pictures = {name: _png(figure) for name, figure in draw(evaluation, rows).items()}
     sets = [cell.pictures for cell in evaluation.cells]
     classes = {each.name: len(each.classes) for each in sets if each.classes is not None}
-    heads = [comparison_table(lines), *metric_tables(rows, HEADLINES, classes)]
+    labels = {model.name: model.label for model in evaluation.models}
+    heads = [comparison_table(lines), *transfer_tables(rows, labels), *metric_tables(rows, HEADLINES, classes)]
     tables = metric_tables(rows, METRICS, classes)
     content = {
         "unit": "shares: 0.5 is 50 %, an mCE of 0.8 is 80 %", "provenance": provenance, "warnings": warnings,

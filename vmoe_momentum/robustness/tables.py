@@ -21,7 +21,8 @@ NOTE = (
     "In %: top-1, and mCE where it says so. Brackets: 95 % intervals over images, bootstrap, and Clopper and Pearson's "
     "where all images agree; differences are paired. ± after an accuracy: standard deviation over the models of one "
     "label; after a difference: its standard error over them. Bold: the best mean, whatever its interval. n: pictures. "
-    "worst-case: stands every attack of that eps. mCE: mean over the 15 corruptions of the error over AlexNet's, of "
+    "worst-case: stands every attack of that eps; worst-case-transfer: those made on the other models, too. mCE: mean "
+    "over the 15 corruptions of the error over AlexNet's, of "
     "the published pictures only. 200 classes: of these alone, the logits of the others are cut off."
 )
 
@@ -100,10 +101,8 @@ def metric_tables(rows: list[Row], wanted: dict[str, tuple[str, str]], classes: 
         by_key: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
         for row in own:
             by_key.setdefault(_key(row), {}).setdefault(row.model, []).append(row)
-        names = models
-        if len(models) > MANY + 1:  # long names would push the numbers off the page
-            names = [f"({place})" for place in range(1, len(models) + 1)]
-            note += " " + ", ".join(f"{name} {model}" for name, model in zip(names, models, strict=True)) + "."
+        names, told = short_names(models)
+        note += told
         lines = [
             [_name(key, classes), *[_mean(found.get(model, [])) for model in models], _count(found)]
             for key, found in by_key.items()
@@ -111,6 +110,14 @@ def metric_tables(rows: list[Row], wanted: dict[str, tuple[str, str]], classes: 
         header = ["condition", *names, "n"]
         tables.append(Table(title, note, header, lines))
     return tables
+
+
+def short_names(models: list[str]) -> tuple[list[str], str]:
+    """Of columns, and what a note then adds: many long names would push the numbers off the page."""
+    if len(models) <= MANY + 1:
+        return models, ""
+    names = [f"({place})" for place in range(1, len(models) + 1)]
+    return names, " " + ", ".join(f"{name} {model}" for name, model in zip(names, models, strict=True)) + "."
 
 
 def _count(found: dict[str, list[Row]]) -> str:
