@@ -1,8 +1,6 @@
 """AutoAttack, stage by stage, so that what it has found outlives its process."""
 
 import importlib
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,43 +23,39 @@ def autoattack(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget)
     than 4 classes. It has its own steps and queries: those of `budget` change nothing.
     """
     package = load_package("pyautoattack")
-    with torch.no_grad():
-        logits = model(images)
+    checks = importlib.import_module(f"{package.__name__}.checks")
     options = {"norm": budget.norm, "eps": budget.eps, "device": images.device, "seed": budget.seed}
     ensemble = package.AutoAttack(model, version="standard", **options)
-    for targeted in (ensemble.apgd_targeted, ensemble.fab):
-        targeted.n_target_classes = min(9, logits.shape[1] - 1)
-    begun = {} if budget.stages is None else budget.stages.load()
-    found = begun.get("found", images).to(images.device)
-    standing = begun.get("standing", logits.argmax(dim=1) == labels).to(images.device)
-    shares = begun.get("shares", standing.double().mean()[None]).tolist()  # that stand, before and after each stage
-    for name in ensemble.attacks_to_run[len(shares) - 1 :]:
-        if not bool(standing.any()):
-            break
-        found, standing = _run_stage(ensemble, name, images, labels, found, standing)
-        shares.append(float(standing.double().mean()))
-        if budget.stages is not None:
-            budget.stages.keep({"found": found, "standing": standing, "shares": torch.tensor(shares).double()})
-    told = dict(zip(("clean", *ensemble.attacks_to_run), shares, strict=False))
-    importlib.import_module(f"{package.__name__}.checks").check_square_sr(told, logger=ensemble.logger)
+    checks.check_dynamic(model, images, logger=ensemble.logger)
+    with torch.no_grad():
+        logits = model(images)
+        begun = {} if budget.stages is None else budget.stages.load()
+        found = begun.get("found", images).to(images.device)
+        standing = begun.get("standing", logits.argmax(dim=1) == labels).to(images.device)
+        shares = begun.get("shares", standing.double().mean()[None]).tolist()  # that stand, before and after each stage
+        for stage in _stages(ensemble, min(9, logits.shape[1] - 1))[len(shares) - 1 :]:
+            if not bool(standing.any()):
+                break
+            place = standing.nonzero()[:, 0]
+            made = stage.perturb(images[place], labels[place])
+            fell = model(made).argmax(dim=1) != labels[place]
+            found = found.index_copy(0, place[fell], made[fell])
+            standing = standing.index_fill(0, place[fell], False)
+            shares.append(float(standing.double().mean()))
+            if budget.stages is not None:
+                budget.stages.keep({"found": found, "standing": standing, "shares": torch.tensor(shares).double()})
+    told = dict(zip(("clean", "apgd-ce", "apgd-t", "fab-t", "square"), shares, strict=False))
+    checks.check_square_sr(told, logger=ensemble.logger)
     return found
 
 
-def _run_stage(
-    ensemble: Any, name: str, images: Tensor, labels: Tensor, found: Tensor, standing: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One of the ensemble's attacks on what stands, by its own way to go on: what is found and what stands then.
+def _stages(ensemble: Any, targets: int) -> list[Any]:
+    """Its four attacks, one by one what its run_standard_evaluation runs in one go: each seeds its own random numbers.
 
-    Its file holds which images stand, not what was found of the others, so that both are carried here. Each of its
-    attacks seeds its own random numbers, so that one by one they find what they find in one go.
+    That one goes on from a file, too; but not in 0.2.0, which reads back another set of attacks than it wrote, and
+    without the pictures that it had found.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.json"
-        state = importlib.import_module("pyautoattack.state").EvaluationState({name}, path=path)
-        state.robust_flags = standing
-        whole, ensemble.attacks_to_run = ensemble.attacks_to_run, [name]
-        made = ensemble.run_standard_evaluation(images, labels, batch_size=len(images), state_path=path)[0]
-        ensemble.attacks_to_run = whole
-        after = type(state).from_disk(path).robust_flags.to(images.device)
-    fell = standing & ~after
-    return torch.where(fell.view(-1, 1, 1, 1), made, found), after
+    for targeted in (ensemble.apgd_targeted, ensemble.fab):
+        targeted.n_target_classes = targets
+    ensemble.apgd.loss, ensemble.fab.targeted = "ce", True
+    return [ensemble.apgd, ensemble.apgd_targeted, ensemble.fab, ensemble.square]
