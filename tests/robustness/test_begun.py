@@ -162,20 +162,20 @@ class _Draft:
 
 
 def test_killed_again_and_again_it_loses_a_batch_each_time(pictures: Path, tmp_path: Path) -> None:
-    """At every eleventh writing: of parts, cells and examples, attacks and corruptions, one model's and two's."""
+    """At every fifteenth writing: of parts, cells and examples, attacks and corruptions, one model's and two's."""
     assert end(begin(pictures, tmp_path / "one", ALONE, "", 60.0, 1e9)) == [0]
     out, deaths = tmp_path / "out", 0
     out.mkdir()
     while True:
         moment = ("before", "amid", "after")[deaths % 3]
-        process = FORKS.Process(target=dies, args=(pictures, out, 11, moment))
+        process = FORKS.Process(target=dies, args=(pictures, out, 15, moment))
         process.start()
         (code,) = end(process)
         if code == 0:
             break
         assert code == -signal.SIGKILL and deaths < 30
         deaths += 1
-    assert deaths >= 8
+    assert deaths >= 5
     assert files(out) == files(tmp_path / "one")
     batches = (out / "batches").read_text().splitlines()
     assert len(set(batches)) == 2 * 3 * CELLS  # 10 pictures by 4
@@ -193,8 +193,8 @@ def short(monkeypatch) -> None:
 
     def fewer(self, version: str = "standard") -> None:
         standard(self, version)
-        self.apgd.n_iter = self.apgd_targeted.n_iter = 3
-        self.fab.n_iter, self.square.n_queries = 3, 60
+        self.apgd.n_iter, self.square.n_queries = 1, 60
+        self.apgd_targeted.n_iter = self.fab.n_iter = 3
 
     monkeypatch.setattr(package.AutoAttack, "_set_version", fewer)
 
@@ -228,14 +228,14 @@ BUDGETS = [Budget(2 / 255, seed=3), Budget(0.25, "L2", seed=3)]
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: budget.norm)
 def test_autoattack_goes_on_after_each_of_its_stages(budget: Budget, short) -> None:
     net = Net()
-    images, labels = data(net, 12)
+    images, labels = data(net, 40)
     labels[1] = (labels[1] + 1) % 4  # wrong before
     kept = Kept()
     whole = run_attack("autoattack", net, images, labels, budget._replace(stages=kept))
     assert torch.equal(whole, standard(net, images, labels, budget))
     assert [len(found["shares"]) for found in kept.all] == [2, 3, 4, 5]
     left = [int(found["standing"].sum()) for found in kept.all]
-    assert 11 > left[0] > left[-1] > 0  # stages differ, and something stands
+    assert 39 > left[0] > left[1] >= left[-1] > 0  # more than one finds something, and something stands
     for found in kept.all:
         rest = Kept(found)
         assert torch.equal(run_attack("autoattack", net, images, labels, budget._replace(stages=rest)), whole)

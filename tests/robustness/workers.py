@@ -10,6 +10,7 @@ from planted import Planted, planted
 from torch import Tensor
 
 from vmoe_momentum.robustness import Settings, begun, evaluate, make_plan, todo, write_report
+from vmoe_momentum.robustness.cells import told_condition
 from vmoe_momentum.robustness.processes import ALONE, Place
 
 SETTINGS = Settings(
@@ -41,7 +42,7 @@ def compute(
 
     def noted(cell, models, *rest):
         with (out / "log").open("a") as log:
-            log.writelines(f"{os.getpid()} {cell.condition} {cell.severity} {model.name}\n" for model in models)
+            log.writelines(f"{os.getpid()} {told_condition(cell)} {cell.severity} {model.name}\n" for model in models)
         if hold and cell.condition == hold and not (out / "go").exists():
             (out / "held").touch()
             while not (out / "go").exists():
