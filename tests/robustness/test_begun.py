@@ -199,7 +199,7 @@ def short(monkeypatch) -> None:
     monkeypatch.setattr(package.AutoAttack, "_set_version", fewer)
 
 
-class Kept(dict):
+class Kept:
     """Stages in memory; `all` that were kept."""
 
     def __init__(self, found: dict[str, torch.Tensor] | None = None) -> None:
