@@ -173,7 +173,7 @@ def test_the_array_script_is_parsed_and_starts_the_command(tmp_path: Path) -> No
 def test_an_autoattack_that_is_killed_goes_on_inside_its_cell(digits: Path, folder: Path) -> None:
     """As soon as a stage of its one batch is kept; and once more at the next. Then nothing but cells is left."""
     pytest.importorskip("pyautoattack")
-    more = ("--attacks=[square,autoattack]", "--limit=12", "--batch_size=12")
+    more = ("--attacks=[square,autoattack]", "--limit=4", "--queries=9")
     cells, seen = folder / "o" / "cells", set()
 
     def new() -> set[tuple[str, int]]:
