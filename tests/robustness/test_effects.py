@@ -12,11 +12,13 @@ SETS = [f"--{name}=x" for name in PUBLISHED if name != "imagenet_o"]
 # option -> command lines where it has nothing to act on, and where it has
 CASES = {
     "attacks": ([[PGD], *[[one, PGD] for one in SETS]], [["--data=x", PGD], ["--attacks=[]", *SETS]]),
+    "transfer": ([["--transfer=[pgd]", *SETS]], [["--data=x", "--transfer=[pgd]"], ["--transfer=[]", *SETS]]),
     "eps": ([["--eps=[1/255]", *SETS], ["--data=x", "--attacks=[]", "--eps=[1/255]"]], [["--data=x", "--eps=[1/255]"]]),
     "norm": ([["--norm=L2", *SETS], ["--data=x", "--attacks=[]", "--norm", "L2"]], [["--data=x", "--norm=L2"]]),
     "steps": (
         [["--steps=3", *SETS], ["--data=x", SQUARE, "--steps=3"], ["--data=x", "--attacks=[fgsm]", "--steps=3"]],
-        [["--data=x", PGD, "--steps=3"], ["--data=x", "--steps=20"]],
+        [["--data=x", PGD, "--steps=3"], ["--data=x", "--attacks=[]", "--transfer=[pgd]", "--steps=3"],
+         ["--data=x", "--steps=20"]],
     ),
     "queries": (
         [["--queries=9", *SETS], ["--data=x", PGD, "--queries=9"], ["--data=x", "--attacks=[]", "--queries=9"]],

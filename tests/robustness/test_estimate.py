@@ -28,12 +28,13 @@ def test_seconds_are_pictures_times_passes(tmp_path: Path) -> None:
     """20 pictures: clean and noise once; PGD 5 steps of 3 passes at its own pace, and at 64/255; Square by queries."""
     tree(tmp_path, 20)
     cells = plan(tmp_path, attacks=("pgd", "square"), steps=5, queries=1000, query_images=4)
-    found = estimate.estimate([(cell, ["planted"]) for cell in cells], PACES)
+    left = [(cell, {"planted": len(cell.numbers)}) for cell in cells]
+    found = estimate.estimate(left, PACES)
     assert found == {
         None: pytest.approx(2 * 20 * 0.01), "pgd": pytest.approx(20 * (0.01 + 15 * 0.02)),
         "pgd-margin": pytest.approx(20 * (0.01 + 15 * 0.02)), "square": pytest.approx(4 * 1001 * 0.01),
     }  # fmt: skip
-    twice = estimate.estimate([(cell, ["planted", "planted"]) for cell in cells], PACES)
+    twice = estimate.estimate([*left, *left], PACES)
     assert twice["square"] == pytest.approx(2 * found["square"])
 
 

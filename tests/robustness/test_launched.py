@@ -166,3 +166,27 @@ def test_the_array_script_is_parsed_and_starts_the_command(tmp_path: Path) -> No
     assert parser().parse_args(words[1:]).workers == 3  # every word is one that the command knows
     done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("usage: sbatch robustness_array.sbatch --data DATA")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
+def test_an_autoattack_that_is_killed_goes_on_inside_its_cell(digits: Path, folder: Path) -> None:
+    """As soon as a stage of its one batch is kept; and once more at the next. Then nothing but cells is left."""
+    pytest.importorskip("pyautoattack")
+    more = ("--attacks=[square,autoattack]", "--limit=4", "--queries=9")
+    cells, seen = folder / "o" / "cells", set()
+
+    def new() -> set[tuple[str, int]]:
+        return {(path.name, path.stat().st_mtime_ns) for path in cells.glob("*.stage")} - seen
+
+    for _ in range(2):
+        with Program(digits, folder / "o", *more) as program:
+            program.wait(new)
+            seen |= new()
+            program.process.kill()
+            assert program.end()[0] == -signal.SIGKILL
+    with Program(digits, folder / "o", *more) as program:
+        assert program.process.wait(300) == 0
+    assert {path.suffix for path in cells.iterdir()} == {"", ".npz", ".npy"}
+    cli.run([*program.argv, *more, f"--out={folder / 'whole'}"])
+    assert (folder / "o" / "rows.csv").read_bytes() == (folder / "whole" / "rows.csv").read_bytes()

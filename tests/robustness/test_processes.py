@@ -18,7 +18,7 @@ from planted import paint, planted
 from workers import CELLS, SETTINGS, begin, compute, end, log
 
 from vmoe_momentum import cli
-from vmoe_momentum.robustness import evaluate, make_plan, processes
+from vmoe_momentum.robustness import begun, evaluate, make_plan, processes
 from vmoe_momentum.robustness.claims import Claims
 from vmoe_momentum.robustness.commands import without_processes
 from vmoe_momentum.robustness.processes import ALONE, Helpers, Place, choose_device, find_place, shared_cores
@@ -40,9 +40,9 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(data: Path, tmp_path_factory) -> dict[str, bytes]:
-    """What one process writes."""
+    """What one process writes in one go, and keeps whole cells of."""
     out = tmp_path_factory.mktemp("one")
-    assert end(begin(data, out)) == [0]
+    assert end(begin(data, out, ALONE, "", 60.0, 1e9)) == [0]
     assert len(log(out)) == 2 * CELLS
     return files(out)
 
@@ -50,6 +50,7 @@ def one(data: Path, tmp_path_factory) -> dict[str, bytes]:
 def files(out: Path) -> dict[str, bytes]:
     """The report, but for how long it took."""
     names = ("*.csv", "report.*", "*.png")
+    assert {path.suffix for path in (out / "cells").iterdir()} == {"", ".npz", ".npy"}  # nothing that is begun
     return {path.name: path.read_bytes() for name in names for path in out.glob(name)}
 
 
@@ -86,7 +87,6 @@ def test_one_is_killed_and_the_others_do_its_cells(
     os.kill(victim.pid, signal.SIGKILL)
     assert end(other, victim) == [0, -signal.SIGKILL]
     assert files(tmp_path) == one
-    assert not list((tmp_path / "cells").glob("*.partial"))
 
 
 @pytest.mark.long
@@ -112,6 +112,7 @@ def test_without_locks_it_is_computed_twice(
 
     monkeypatch.setattr(fcntl, "lockf", nothing)
     monkeypatch.setattr(evaluate, "run_cell", evaluate.run_cell)  # put back what compute sets
+    monkeypatch.setattr(begun, "EVERY_SECONDS", begun.EVERY_SECONDS)
     tmp_path.joinpath("out").mkdir()
     compute(data, tmp_path / "out")
     assert files(tmp_path / "out") == one
@@ -156,7 +157,7 @@ def test_a_claim_is_one_processs_until_it_dies(tmp_path: Path) -> None:
 
 def test_the_first_cell_then_the_dearest(data: Path, tmp_path: Path, monkeypatch) -> None:
     models = [planted()]
-    cells = make_plan(SETTINGS._replace(data=str(data), attacks=("fgsm", "square"), queries=50), models)
+    cells = make_plan(SETTINGS._replace(data=str(data), attacks=("fgsm", "square"), transfer=(), queries=50), models)
     store = evaluate.Store(tmp_path)
     with Claims(tmp_path) as claims:
         paths = {("planted", number): tmp_path / f"{number}.npz" for number in range(len(cells))}

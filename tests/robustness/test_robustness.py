@@ -273,6 +273,8 @@ def test_eps_in_pixels() -> None:
         (["--model=a.ckpt", "--data=broken", "--corruptions=[none]", "--workers=1"], "x.jpg: not a readable image"),
         (["--model=a.ckpt", "--data=dangling"], "leads to no file; remove it"),
         (["--model=a.ckpt", "--imagenet_c=partial", "--attacks=[pgd]"], "--attacks: has no effect here; it needs"),
+        (["--model=a.ckpt", "--data={d}", "--transfer=[mi-fgsm]"], "--transfer: pictures made on one model are shown"),
+        (["--model=a.ckpt", "--data={d}", "--transfer=[square]"], "--transfer=square: not one of mi-fgsm, di-fgsm"),
         (["--model=a.ckpt", "--data={d}", "--attacks=[]", "--steps=3"], "--steps: has no effect here; it needs --data"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -9,13 +9,15 @@ from forks import FORKS
 from planted import Planted, planted
 from torch import Tensor
 
-from vmoe_momentum.robustness import Settings, evaluate, make_plan, todo, write_report
+from vmoe_momentum.robustness import Settings, begun, evaluate, make_plan, todo, write_report
+from vmoe_momentum.robustness.cells import told_condition
 from vmoe_momentum.robustness.processes import ALONE, Place
 
 SETTINGS = Settings(
-    attacks=("fgsm", "pgd"), eps=(1 / 255, 2 / 255), steps=2, corruptions=("contrast", "pixelate"), severities=(1, 2)
-)
-CELLS = 12  # clean, 4 corruptions, 2 of noise, 4 attacks, PGD at 64/255
+    attacks=("fgsm", "pgd"), transfer=("mi-fgsm",), eps=(1 / 255, 2 / 255), steps=2,
+    corruptions=("contrast", "pixelate"), severities=(1, 2),
+)  # fmt: skip
+CELLS = 16  # clean, 4 corruptions, 2 of noise, 4 attacks, 2 from each of two models, PGD at 64/255
 
 
 class Slow(Planted):
@@ -26,17 +28,21 @@ class Slow(Planted):
         return super().forward(images)
 
 
-def compute(data: Path, out: Path, place: Place = ALONE, hold: str = "", patience: float = 60.0) -> None:
+def compute(
+    data: Path, out: Path, place: Place = ALONE, hold: str = "", patience: float = 60.0, every: float = 0.0
+) -> None:
     """One of the processes, to the report where it is the first. OUT/log gets a line for each cell and model it runs.
 
-    hold: a condition; when it comes to it, it says so in OUT/held and waits for OUT/go.
+    hold: a condition; when it comes to it, it says so in OUT/held and waits for OUT/go. every: seconds from which on
+    what is answered of a cell is kept; here after each batch.
     """
+    begun.EVERY_SECONDS = every
     models = [planted(name)._replace(module=Slow().eval()) for name in ("a", "b")]
     todo.PATIENCE, run_cell = patience, evaluate.run_cell
 
     def noted(cell, models, *rest):
         with (out / "log").open("a") as log:
-            log.writelines(f"{os.getpid()} {cell.condition} {cell.severity} {model.name}\n" for model in models)
+            log.writelines(f"{os.getpid()} {told_condition(cell)} {cell.severity} {model.name}\n" for model in models)
         if hold and cell.condition == hold and not (out / "go").exists():
             (out / "held").touch()
             while not (out / "go").exists():

@@ -19,8 +19,10 @@ SEVERITY = Range(1, 5, whole=True)  # as positions in a list 0 is the last and T
 
 ATTACK_NAMES = (  # for help: ATTACKS
     "fgsm", "pgd", "pgd-margin", "pma", "pgd-routing", "square", "spsa", "apgd", "apgd-dlr", "apgd-t", "malt", "fab",
-    "autoattack",
+    "autoattack", "mi-fgsm", "di-fgsm", "mi-di-fgsm",
 )  # fmt: skip
+# whose pictures differ from the clean ones also where the model they are made on stands
+TRANSFER_NAMES = ("mi-fgsm", "di-fgsm", "mi-di-fgsm", "fgsm", "pgd", "pgd-margin")
 BUDGET = {
     "eps": NOT_NEGATIVE.because("in pixel units, such as 4/255"), "steps": COUNT, "queries": COUNT,
     "seed": Range(0, 2**31 - 1, whole=True), "restarts": Range(1, 1000, whole=True), "eot": Range(1, 1000, whole=True),

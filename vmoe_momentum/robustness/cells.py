@@ -7,10 +7,10 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from ..staging import draft_of
-from .attacks import ATTACKS, Budget, Classifier, cross_entropy, frozen, input_gradient, run_attack
+from .attacks import ATTACKS, Budget, Classifier, Stages, cross_entropy, frozen, input_gradient, run_attack
 from .models import Model
 from .pictures import Batch, Change, Pictures, batches
 from .versions import versions
 
+if TYPE_CHECKING:
+    from .begun import Begun
+
 EXAMPLES, FIVE = 6, 5
+FROM = " from "  # between attack and source
 
 Kind = Literal["clean", "published", "regenerated", "noise", "attack"]
 
@@ -40,6 +44,17 @@ class Cell(NamedTuple):
     budget: Budget | None = None
     router_aware: bool = False  # the attack also drives the routers' loss
     order: tuple[int, ...] | None = None  # numbers of the pictures; None for all
+    source: str | None = None  # a transfer attack: name of the model that the pictures are made on
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of its pictures."""
+        return range(len(self.pictures.paths)) if self.order is None else self.order
+
+
+def told_condition(cell: Cell) -> str:
+    """As rows call it: `mi-fgsm-20 from Residual` of a transfer attack."""
+    return cell.condition if cell.source is None else f"{cell.condition}{FROM}{cell.source}"
 
 
 class Outcome(NamedTuple):
@@ -83,41 +98,46 @@ def run_cell(
     device: str,
     memory: Memory,
     advance: Callable[[int], None],
+    begun: "Begun",
+    source: Model | None = None,
 ) -> tuple[dict[str, Outcome], Tensor]:
-    """Outcomes by model name, and a few of the pictures the first model saw (uint8)."""
+    """Outcomes by model name, and a few of the pictures the first model saw (uint8).
+
+    begun: what is answered already, and where answers go. source: whose pictures they are in a transfer attack.
+    """
     views = list(dict.fromkeys(model.view for model in models))
-    found: dict[str, list[Outcome]] = {model.name: [] for model in models}
-    seen: list[Tensor] = []
-    numbers = range(len(cell.pictures.paths)) if cell.order is None else cell.order
+    numbers = begun.numbers.tolist()
     shown = {numbers[i * len(numbers) // EXAMPLES] for i in range(EXAMPLES)}  # they lie class by class
-    order = None if cell.order is None else list(cell.order)
-    for batch in batches(cell.pictures, views, batch_size, workers, cell.change, order):
-        for model in models:
-            outcome, images = _answer(cell, model, batch, device, memory)
-            found[model.name].append(outcome)
-            if model is models[0]:
-                own = [i for i, number in enumerate(batch.index.tolist()) if number in shown]
-                seen.append((images[own] * 255).round().byte().cpu())
+    left = numbers[begun.done :]
+    for batch in batches(cell.pictures, views, batch_size, workers, cell.change, left) if left else ():
+        images = None if source is None else _attacked(cell, source, batch, device)
+        found = {model.name: _answer(cell, model, batch, device, memory, images, begun) for model in models}
+        own = [i for i, number in enumerate(batch.index.tolist()) if number in shown]
+        seen = (found[models[0].name][1][own] * 255).round().byte().cpu()
+        begun.add({name: outcome for name, (outcome, _) in found.items()}, seen)
+        del found
         advance(len(batch.index))
-    return {name: _join(parts) for name, parts in found.items()}, torch.cat(seen)
+    return begun.whole()
 
 
-def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory) -> tuple[Outcome, Tensor]:
+def _answer(
+    cell: Cell, model: Model, batch: Batch, device: str, memory: Memory, made: Tensor | None, begun: "Begun"
+) -> tuple[Outcome, Tensor]:
+    """made: the pictures of a transfer attack."""
     labels = batch.labels.to(device)
-    images = batch.views[model.view].to(device).float() / 255
+    images = _images(batch, model, device)
     before = batch.clean[model.view].to(device).float() / 255 if batch.clean is not None else images
     zero = np.zeros(0, dtype=bool)
     pictures = (model.name, cell.pictures.paths[0], batch.index.numpy().tobytes(), batch.clean is None)
     if cell.kind == "noise":
         images = _noisy(images, batch.index, cell.budget)
     elif cell.kind == "attack":
-        if ATTACKS[cell.attack].spends != "queries":
+        if ATTACKS[cell.attack].spends != "queries" and cell.source in (None, model.name):
             found = memory.get(
                 ("gradient", *pictures), lambda: {"zero": _without_gradient(model.module, before, labels)}
             )  # fmt: skip
             zero = found["zero"].cpu().numpy()
-        budget = cell.budget._replace(router_loss=model.router_loss if cell.router_aware else None)
-        images = run_attack(cell.attack, model.module, images, labels, budget)
+        images = _attacked(cell, model, batch, device, begun.stages(model.name)) if made is None else made
     seed = crc32(batch.index.numpy().tobytes(), 0 if cell.budget is None else cell.budget.seed)
     with torch.inference_mode(), frozen(model.module, seed) if model.random else nullcontext():
         routing = {}
@@ -139,6 +159,16 @@ def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory)
     # of the logits: in float32 a softmax has many zeros, and nothing ranks those
     five = logits.topk(FIVE).indices if logits.shape[1] > FIVE else logits.new_zeros((len(logits), 0), dtype=torch.long)
     return Outcome(*parts, routing, zero, five.cpu().numpy()), images
+
+
+def _images(batch: Batch, model: Model, device: str) -> Tensor:
+    return batch.views[model.view].to(device).float() / 255
+
+
+def _attacked(cell: Cell, model: Model, batch: Batch, device: str, stages: Stages | None = None) -> Tensor:
+    router_loss = model.router_loss if cell.router_aware else None
+    budget = cell.budget._replace(router_loss=router_loss, stages=stages)
+    return run_attack(cell.attack, model.module, _images(batch, model, device), batch.labels.to(device), budget)
 
 
 def routing_change(before: Tensor, after: Tensor) -> Tensor:
@@ -171,7 +201,8 @@ def _without_gradient(module: torch.nn.Module, images: Tensor, labels: Tensor) -
     return ~(gradient.flatten(1).abs().amax(dim=1) > 0)  # NaN is none either
 
 
-def _join(parts: list[Outcome]) -> Outcome:
+def join(parts: list[Outcome]) -> Outcome:
+    """Of batches that follow each other."""
     blocks = parts[0].routing
     arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in Outcome._fields[:4]]
     routing = {block: np.concatenate([part.routing[block] for part in parts]) for block in blocks}
@@ -185,11 +216,10 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, cell: Cell, model: Model, batch_size: int, device: str) -> Path:
-        """batch_size, device: as far as answers depend on them."""
+    def path(self, cell: Cell, model: Model, batch_size: int, device: str, source: Model | None = None) -> Path:
+        """batch_size, device: as far as answers depend on them. source: of a transfer attack."""
         files = hashlib.sha256()
-        numbers = range(len(cell.pictures.paths)) if cell.order is None else cell.order
-        for number in numbers:
+        for number in cell.numbers:
             path = cell.pictures.paths[number].absolute()
             stat = path.stat()
             files.update(os.fsencode(f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{cell.pictures.labels[number]}"))
@@ -199,6 +229,7 @@ class Store:
             "router_aware": cell.router_aware, "files": files.hexdigest(), "classes": cell.pictures.classes,
             "batch_size": batch_size if cell.kind == "attack" or model.coupled else None,
             "device": torch.device(device).type, "versions": versions(), "outcome": Outcome._fields,
+            "source": None if source is None else (source.provenance, source.view),
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
         return self.folder / f"{digest}.npz"
@@ -209,17 +240,37 @@ class Store:
 
     def read(self, path: Path) -> Outcome | None:
         """None where it is not there, or damaged (then it is made again)."""
+        arrays = self.read_arrays(path)
+        return None if arrays is None else self.outcome(arrays)
+
+    def write(self, path: Path, outcome: Outcome) -> None:
+        self.write_arrays(path, self.arrays(outcome))
+
+    @staticmethod
+    def arrays(outcome: Outcome) -> dict[str, np.ndarray]:
+        """By their names in a file."""
+        named = {name: getattr(outcome, name) for name in (*Outcome._fields[:4], "zero_gradient", "five")}
+        return named | {f"routing/{block}": values for block, values in outcome.routing.items()}
+
+    @staticmethod
+    def outcome(arrays: dict[str, np.ndarray]) -> Outcome | None:
+        """Back from them; None where one is missing."""
+        routing = {name[8:]: values for name, values in arrays.items() if name.startswith("routing/")}
+        try:
+            first = (arrays[name] for name in Outcome._fields[:4])
+            return Outcome(*first, routing, arrays["zero_gradient"], arrays["five"])
+        except KeyError:
+            return None
+
+    def read_arrays(self, path: Path) -> dict[str, np.ndarray] | None:
+        """None where the file is not there, or damaged."""
         try:
             with np.load(path) as file:
-                routing = {name[8:]: file[name] for name in file.files if name.startswith("routing/")}
-                arrays = (file[name] for name in Outcome._fields[:4])
-                return Outcome(*arrays, routing, file["zero_gradient"], file["five"])
+                return {name: file[name] for name in file.files}
         except Exception:  # whatever damaged bytes make of zip, zlib and numpy
             return None
 
-    def write(self, path: Path, outcome: Outcome) -> None:
-        arrays = {name: getattr(outcome, name) for name in (*Outcome._fields[:4], "zero_gradient", "five")}
-        arrays |= {f"routing/{block}": values for block, values in outcome.routing.items()}
+    def write_arrays(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
         self._write(path, lambda file: np.savez_compressed(file, **arrays))
 
     def read_examples(self, path: Path) -> Tensor | None:

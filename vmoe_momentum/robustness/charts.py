@@ -7,10 +7,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from .cells import FROM
 from .corruptions import BENCHMARK, EXTRA
 from .evaluate import Evaluation
 from .rows import Row
-from .summary import BEFORE, L2, SANITY, WORST
+from .summary import BEFORE, L2, SANITY, WORST, eps_text
+from .transfer import ITSELF, Transfers, transfers
 
 
 def draw(evaluation: Evaluation, rows: list[Row]) -> dict[str, Figure]:
@@ -25,10 +27,13 @@ def draw(evaluation: Evaluation, rows: list[Row]) -> dict[str, Figure]:
         if any(row.condition in BENCHMARK for row in own):
             benchmark = [row for row in own if row.condition in BENCHMARK]
             found[f"severity, {dataset}"] = _curves(benchmark, labels, colors)
-    attacks = [row for row in rows if row.metric == "robust_top1" and row.condition != SANITY]
+    own = [row for row in rows if row.condition != SANITY and FROM not in row.condition]
+    attacks = [row for row in own if row.metric == "robust_top1"]
     if attacks:
         found["attacks"] = _eps(attacks, rows, labels, colors)
-    routing = [row for row in rows if row.metric.startswith("routing_change/") and row.condition != SANITY]
+    if transfer := transfers(rows, labels):
+        found["transfer"] = _transfer(transfer, list(colors))
+    routing = [row for row in own if row.metric.startswith("routing_change/")]
     if routing:
         found["routing"] = _routing(routing, labels, colors)
     if evaluation.examples:
@@ -107,6 +112,31 @@ def _eps(attacks: list[Row], rows: list[Row], labels: dict[str, str], colors: di
     return figure
 
 
+def _transfer(found: Transfers, labels: list[str]) -> Figure:
+    """A line an attack, a panel an eps: which model pictures were made on, downwards, and which stands them."""
+    attacks = list(dict.fromkeys(attack for attack, _ in found))
+    sizes = sorted({eps for _, eps in found}, key=float)
+    side = 1.6 + 0.45 * len(labels)
+    figure = Figure(figsize=(side * len(sizes) + 1.0, side * len(attacks)), layout="constrained")
+    axes = figure.subplots(len(attacks), len(sizes), squeeze=False, sharex=True, sharey=True)
+    for line, attack in enumerate(attacks):
+        for axis, eps in zip(axes[line], sizes, strict=True):
+            shares = found[attack, eps]
+            values = np.array([
+                [100 * np.mean(shares.get((source, target), np.nan)) for target in labels]
+                for source in (ITSELF, *labels)
+            ])  # fmt: skip
+            axis.imshow(values, cmap="viridis", vmin=0, vmax=100)
+            for (down, across), value in np.ndenumerate(values):
+                told, tone = "" if np.isnan(value) else f"{value:.0f}", "black" if value > 60 else "white"
+                axis.text(across, down, told, ha="center", va="center", color=tone, fontsize=7)
+            axis.set_title(f"{attack}, eps {eps_text(attack, eps)}", fontsize=8)
+            axis.set_xticks(range(len(labels)), labels, fontsize=7, rotation=45, ha="right")
+            axis.set_yticks(range(len(labels) + 1), (ITSELF, *labels), fontsize=7)
+        axes[line][0].set_ylabel("made on", fontsize=8)
+    return figure
+
+
 def _before(row: Row, attacked: Row) -> bool:
     """Whether it says how good the model was before the attack. Other sets have clean rows, too."""
     if row.dataset != attacked.dataset:
@@ -138,7 +168,8 @@ def _examples(evaluation: Evaluation) -> Figure:
     """The first pictures of each condition, severity 3 or the middle eps, as the first model saw them."""
     chosen: dict[str, list[int]] = {}
     for number, cell in enumerate(evaluation.cells):
-        if number in evaluation.examples and cell.condition != SANITY:
+        own = cell.source in (None, evaluation.models[0].name)
+        if number in evaluation.examples and cell.condition != SANITY and own:
             chosen.setdefault(f"{cell.pictures.name}: {cell.condition}", []).append(number)
     for numbers in chosen.values():  # budgets come in any order
         numbers.sort(key=lambda number: float(evaluation.cells[number].severity or 0))

@@ -15,7 +15,7 @@ from ..parsers import Parser, check_device, new_parser
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS, Range
 from ..staging import check_writable
-from .asked import ATTACK_NAMES, BENCHMARK, EXTRA, RANGES, SHIFTED
+from .asked import ATTACK_NAMES, BENCHMARK, EXTRA, RANGES, SHIFTED, TRANSFER_NAMES
 from .processes import Helpers, Place, choose_device, end_with_parent, find_place, is_helper, shared_cores
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _EXAMPLES = """examples:
   vmoe-momentum robustness --data data/imagenet --model vit_small_patch16_224 --imagenet_c data/imagenet-c --limit 1000
   vmoe-momentum robustness --data data/digits --model HB=s0.ckpt --model HB=s1.ckpt --model Res=s2.ckpt '--eps=[1/255]'
 
+  vmoe-momentum robustness --data data/digits --model Residual=a.ckpt --model HeavyBall=b.ckpt '--transfer=[mi-fgsm]'
   vmoe-momentum robustness --data data/imagenet --model a.ckpt --processes 8 --device cuda   # a GPU each
   torchrun --nproc_per_node 8 --no-python vmoe-momentum robustness --data data/imagenet --model a.ckpt --device cuda
   sbatch configs/scale/robustness_array.sbatch --data data/imagenet --model a.ckpt --out runs/robustness
@@ -138,6 +139,11 @@ def parser() -> Parser:
     words.add_argument(
         "--attacks", type=list[str], default=["fgsm", "pgd", "pgd-margin", "square"],
         help=f"Any of {', '.join(ATTACK_NAMES)}; [] for none.",
+    )  # fmt: skip
+    words.add_argument(
+        "--transfer", type=list[str], default=[],
+        help="Attacks whose pictures, made on each model, are shown to all the others, too; by default none. Any of "
+        f"{', '.join(TRANSFER_NAMES)}.",
     )  # fmt: skip
     words.add_argument(
         "--eps", type=list[float | str] | None, default=None,

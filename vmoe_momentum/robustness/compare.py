@@ -9,7 +9,7 @@ from .cells import Cell, Outcome
 from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
 from .imagenet_c import ALEXNET
-from .summary import OUTSIDE, SANITY, clean_of, eps_text, part_of_75, robust, standing, told_set
+from .summary import OUTSIDE, SANITY, answers_of, clean_of, eps_text, part_of_75, robust, standing, told_set
 
 # an image that is wrong under everything has this share in mCE
 LARGEST_MCE = sum(1 / ALEXNET[name] for name in BENCHMARK) / len(BENCHMARK)
@@ -37,8 +37,7 @@ def compare(evaluation: Evaluation) -> list[Comparison]:
     """
     lines: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
     for model in evaluation.models:
-        own = [(cell, evaluation.outcomes[model.name, i]) for i, cell in enumerate(evaluation.cells)]
-        for key, outcomes in _outcomes_by_line(own).items():
+        for key, outcomes in _outcomes_by_line(answers_of(evaluation, model)).items():
             lines.setdefault(key, {}).setdefault(model.label, []).append(outcomes)
     found = []
     for (what, metric), groups in lines.items():
@@ -57,8 +56,8 @@ def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], 
     clean, lines, corrupted, errors = clean_of(own), {}, {}, {}
     for cell, outcome in own:
         name = cell.pictures.name
-        if name.startswith(OUTSIDE) or cell.condition == SANITY:
-            continue
+        if name.startswith(OUTSIDE) or cell.condition == SANITY or cell.source is not None:
+            continue  # what comes from another model has a table of its own
         if cell.severity.isdecimal() and cell.kind in ("published", "regenerated"):
             if cell.condition in BENCHMARK:
                 corrupted.setdefault(name, []).append(outcome.correct)

@@ -5,15 +5,16 @@ import re
 import numpy as np
 
 from ..pictures import picture_size
+from .cells import Cell, Outcome, told_condition
 from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
 from .rows import Row
-from .summary import SANITY, eps_text, robust
+from .summary import SANITY, answers_of, eps_text, robust
 
 _ITERATED = ("pgd", "pgd-margin", "pma", "apgd", "apgd-dlr", "apgd-t", "malt", "autoattack")
 # what must not leave fewer images standing than those after it, at the same eps
 WEAKER = {
-    "uniform-noise": ("fgsm", *_ITERATED, "pgd-routing", "fab"),
+    "uniform-noise": ("fgsm", *_ITERATED, "pgd-routing", "fab", "mi-fgsm"),
     "fgsm": ("pgd", "pma", "apgd", "apgd-t", "malt", "autoattack"),
     "square": _ITERATED,
     "spsa": _ITERATED,
@@ -28,7 +29,6 @@ def warnings_of(evaluation: Evaluation, rows: list[Row]) -> list[str]:
 def doubts(evaluation: Evaluation, rows: list[Row]) -> list[str]:
     """Of its models: whether they are as robust as it looks."""
     found = []
-    cells = {(c.condition, c.severity): i for i, c in enumerate(evaluation.cells) if c.kind in ("attack", "noise")}
     for model in evaluation.models:
         if model.random:
             found.append(
@@ -47,12 +47,15 @@ def doubts(evaluation: Evaluation, rows: list[Row]) -> list[str]:
                 f"{model.name}: {100 * max(shares):.0f} % of images have no gradient of the cross-entropy at the clean "
                 "picture; attacks that follow it cannot see them, so trust square and spsa"
             )
-        for (condition, eps), number in cells.items():
+        own = [(cell, o) for cell, o in answers_of(evaluation, model) if cell.kind in ("attack", "noise")]
+        found += _transferred(model.name, own, clean)
+        cells = {(cell.condition, cell.severity): outcome for cell, outcome in own if cell.source is None}
+        for (condition, eps), outcome in cells.items():
             for stronger in WEAKER.get(_kind(condition), ()):
                 base = next((c for c, e in cells if e == eps and _kind(c) == stronger), None)
                 if base is None:
                     continue
-                outcome, other = (evaluation.outcomes[model.name, i] for i in (number, cells[base, eps]))
+                other = cells[base, eps]
                 both = np.intersect1d(outcome.index, other.index)
                 mine, theirs = (robust(o, clean)[np.isin(o.index, both)].mean() for o in (outcome, other))
                 if mine < theirs - 0.002 - 1e-9:
@@ -67,6 +70,24 @@ def doubts(evaluation: Evaluation, rows: list[Row]) -> list[str]:
                     "where nothing should be; its gradients may be masked"
                 )
     return list(dict.fromkeys(found))
+
+
+def _transferred(name: str, own: list[tuple[Cell, Outcome]], clean: Outcome) -> list[str]:
+    """Of each attack and eps: whether pictures made on another model hurt more than any made on this one."""
+    found = []
+    for attack, eps in dict.fromkeys((cell.condition, cell.severity) for cell, _ in own if cell.source):
+        knowing = (_kind(attack), *WEAKER["square"])
+        here = [(cell, float(robust(o, clean).mean())) for cell, o in own if cell.attack and cell.severity == eps]
+        others = {told_condition(cell): share for cell, share in here if cell.source and cell.condition == attack}
+        itself = {c.condition: share for c, share in here if not c.source and _kind(c.condition) in knowing}
+        told, best = (min(shares, key=shares.get) for shares in (others, itself))
+        share, least = others[told], itself[best]
+        if share < least - 0.002 - 1e-9:
+            found.append(
+                f"{name}, eps {eps_text(attack, eps)}: {told} leaves {100 * share:.1f} % where {best}, by its own "
+                f"gradients, leaves {100 * least:.1f} %; its gradients may be masked"
+            )
+    return found
 
 
 def _kind(condition: str) -> str:

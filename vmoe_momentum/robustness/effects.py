@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from .attacks import ATTACKS, PLAIN
-from .plan import PUBLISHED, Settings
+from .plan import PUBLISHED, Settings, all_attacks
 
 
 class Needs(NamedTuple):
@@ -15,7 +15,7 @@ class Needs(NamedTuple):
 
 
 def _attacks(settings: Settings) -> tuple[str, ...]:
-    return settings.attacks if settings.data is not None else ()
+    return all_attacks(settings) if settings.data is not None else ()
 
 
 def _spending(settings: Settings, what: str) -> bool:
@@ -50,6 +50,7 @@ NEEDS = {
     ),
     "attacks": Needs(lambda s: not s.attacks or s.data is not None, "--data, clean pictures to attack"),
     "ids": Needs(lambda s: (s.data, s.imagenet_c) != (None, None), "--data or --imagenet_c, whose pictures it names"),
+    "transfer": Needs(lambda s: not s.transfer or s.data is not None, "--data, clean pictures to attack"),
     "router_aware": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     **{option: Needs(lambda s, o=option: any(getattr(ATTACKS[n], o) for n in _attacks(s) if n in ATTACKS),
                      f"--data and, in --attacks, one of {_taking(option)}") for option in PLAIN},

@@ -1,7 +1,7 @@
 """How long a plan will take, said before its first cell."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,15 +42,15 @@ def _seconds(run: Callable[[], torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def estimate(left: Iterable[tuple[Cell, Sequence[str]]], paces: dict[str, Pace]) -> dict[str | None, float]:
-    """Seconds by attack, None for what is none. left: cells, and the models that have yet to answer each."""
+def estimate(left: Iterable[tuple[Cell, Mapping[str, int]]], paces: dict[str, Pace]) -> dict[str | None, float]:
+    """Seconds by attack, None for what is none. left: cells, and the pictures that each model has yet to answer."""
     found: dict[str | None, float] = {}
     for cell, names in left:
         by_gradient = cell.attack is not None and ATTACKS[cell.attack].spends != "queries"
-        for name in names:
+        for name, pictures in names.items():
             forward, backward = paces[name]
-            made = forward + (cost(cell) - 1) * (backward if by_gradient else forward)
-            found[cell.attack] = found.get(cell.attack, 0.0) + count_pictures(cell) * made
+            made = forward + (cost(cell, len(paces)) - 1) * (backward if by_gradient else forward)
+            found[cell.attack] = found.get(cell.attack, 0.0) + pictures * made
     return found
 
 
@@ -69,7 +69,7 @@ def tell(seconds: dict[str | None, float], processes: int = 1) -> str:
 
 
 def estimate_line(
-    left: Sequence[tuple[Cell, Sequence[str]]],
+    left: Sequence[tuple[Cell, Mapping[str, int]]],
     models: Sequence[Model],
     batch_size: int,
     device: str,

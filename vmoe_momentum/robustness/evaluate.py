@@ -9,6 +9,7 @@ import torch
 
 from ..progress import Meter, Work
 from .attacks import ATTACKS
+from .begun import Begun
 from .cells import Cell, Memory, Store, run_cell
 from .claims import Claims
 from .estimate import estimate_line
@@ -56,12 +57,12 @@ def evaluate(
     ]
     if passes > 1 and not any(model.random for model in models):
         raise ValueError(f"--eot={passes}: every model answers the same again, so one pass is enough; leave it out")
-    store, memory = Store(out / "cells"), Memory()
+    store, memory, named = Store(out / "cells"), Memory(), {model.name: model for model in models}
     paths = {
-        (model.name, number): store.path(cell, model, batch_size, device)
+        (model.name, number): store.path(cell, model, batch_size, device, named.get(cell.source))
         for number, cell in enumerate(cells) for model in models
     }  # fmt: skip
-    work = Work((kind_of(cell), count_pictures(cell) * cost(cell) * len(models)) for cell in cells)
+    work = Work((kind_of(cell), count_pictures(cell) * cost(cell, len(models)) * len(models)) for cell in cells)
     meter = Meter("robustness", work, shown=place.rank == 0)
     with Claims(store.folder) as claims, helpers or nullcontext(), meter:
         todo = Todo(cells, models, store, paths, claims, meter, helpers)
@@ -77,14 +78,17 @@ def evaluate(
                 break
             cell, kind = cells[number], kind_of(cells[number])
             meter.tell(name_of(cell))
-            each = len(taken) * cost(cell)  # a picture
+            begun = Begun(store, {model.name: paths[model.name, number] for model in taken}, cell.numbers)
+            todo.begin(number, taken, begun.done)
+            each = len(taken) * cost(cell, len(models))  # a picture
 
-            def advance(count: int, kind: Kind = kind, each: int = each) -> None:
+            def advance(count: int, kind: Kind = kind, each: float = each) -> None:
                 meter.advance(kind, count * each)
                 todo.look(every=2.0)
 
             try:
-                made, seen = run_cell(cell, taken, batch_size, workers, device, memory, advance)
+                rest = (batch_size, workers, device, memory, advance, begun, named.get(cell.source))
+                made, seen = run_cell(cell, taken, *rest)
             except Exception as error:
                 error.add_note(name_of(cell))
                 raise

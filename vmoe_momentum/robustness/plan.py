@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..ranges import check_all
 from . import labels
-from .asked import BENCHMARK, RANGES, SEVERITIES, SHIFTED
+from .asked import BENCHMARK, RANGES, SEVERITIES, SHIFTED, TRANSFER_NAMES
 from .attacks import ATTACKS, PLAIN, Budget, Norm, check_attack, check_budget
 from .cells import Cell
 from .corruptions import check_corruption
@@ -41,6 +41,7 @@ class Settings(NamedTuple):
     severities: tuple[int, ...] | None = None  # None: all five
     regenerate: bool = True
     attacks: tuple[str, ...] = ("fgsm", "pgd", "pgd-margin", "square")
+    transfer: tuple[str, ...] = ()  # attacks whose pictures, made on each model, are shown to all of them
     eps: tuple[float, ...] = DEFAULT_EPS["Linf"]
     norm: Norm = "Linf"
     steps: int = 20
@@ -66,14 +67,16 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
         clean = _limited(_pictures("data", settings.data, settings, models), settings, f"--data={settings.data}")
         cells.append(Cell(clean, "clean", "clean"))
         cells += _regenerated(clean, settings) if settings.regenerate else []
-        for name in settings.attacks:
+        for name in all_attacks(settings):
             for model in models:
                 check_attack(name, model.view.size, model.num_classes, settings.norm)
                 if ATTACKS[name].needs_router and model.router_loss is None:
                     raise ValueError(f"attacks={name}: --model={model.name} has no routers; leave one of them out")
+        if settings.transfer:
+            _check_transfer(models)
         if settings.router_aware and all(model.router_loss is None for model in models):
             raise ValueError("--router_aware: none of the models has routers; leave it out")
-        cells += _adversarial(clean, settings)
+        cells += _adversarial(clean, settings, [model.name for model in models])
     if settings.imagenet_c is not None:
         cells += _published(settings, models)
     for name, which in SHIFTED.items():
@@ -122,7 +125,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(
             f"--imagenet_o={settings.imagenet_o}: needs --data, pictures of known classes to tell its own from"
         )
-    for setting in ("corruptions", "severities", "attacks", "eps"):
+    for setting in ("corruptions", "severities", "attacks", "transfer", "eps"):
         values = getattr(settings, setting) or ()
         told = [f"{255 * value:g}/255" for value in values] if setting == "eps" else list(values)
         twice = [value for place, value in enumerate(told) if value in told[:place]]
@@ -132,14 +135,22 @@ def check_settings(settings: Settings) -> None:
         raise ValueError("--severities=[]: use some of 1 to 5, or leave it out for all")
     for name in settings.corruptions or ():
         check_corruption(name, "--corruptions")
-    if settings.attacks and not settings.eps:
+    if all_attacks(settings) and not settings.eps:
         raise ValueError("--eps=[]: give budgets, such as [1/255], or no attacks (--attacks=[])")
-    for name in settings.attacks:
+    for name in settings.transfer:
+        if name not in TRANSFER_NAMES:
+            raise ValueError(f"--transfer={name}: not one of {', '.join(TRANSFER_NAMES)}")
+    for name in all_attacks(settings):
         for eps in settings.eps:
             check_budget(name, _budget(settings, eps, name))
-    if settings.router_aware and not any(ATTACKS[name].router for name in settings.attacks):
+    if settings.router_aware and not any(ATTACKS[name].router for name in all_attacks(settings)):
         knowing = ", ".join(name for name, found in ATTACKS.items() if found.router)
         raise ValueError(f"--router_aware: none of --attacks={list(settings.attacks)} uses it; {knowing} do")
+
+
+def all_attacks(settings: Settings) -> tuple[str, ...]:
+    """By their names, each once."""
+    return tuple(dict.fromkeys((*settings.attacks, *settings.transfer)))
 
 
 def _budget(settings: Settings, eps: float, attack: str | None = None) -> Budget:
@@ -172,6 +183,20 @@ def _check_models(models: Sequence[Model]) -> None:
     if len({model.num_classes for model in models}) > 1:
         told = ", ".join(f"{model.name} {model.num_classes}" for model in models)
         raise ValueError(f"--model: they have different numbers of classes ({told}); compare models of one task")
+
+
+def _check_transfer(models: Sequence[Model]) -> None:
+    """Raises ValueError: one model's pictures cannot be shown to another."""
+    if len(models) < 2:
+        raise ValueError("--transfer: pictures made on one model are shown to the others; give two --model at least")
+    first = models[0]
+    other = next((model for model in models if model.view != first.view), None)
+    if other is not None:
+        told = [f"{model.name} {tuple(model.view)}" for model in (first, other)]
+        raise ValueError(
+            f"--transfer: models see other cuts of a picture ({', '.join(told)}: size, crop_pct, interpolation, ...), "
+            "so pictures made on one mean nothing to the other; compare models of one view, or leave it out"
+        )
 
 
 def _index(folders: list[str], order: labels.Order | None, models: Sequence[Model], setting: str) -> labels.Index:
@@ -247,24 +272,26 @@ def _regenerated(clean: Pictures, settings: Settings) -> list[Cell]:
     ]  # fmt: skip
 
 
-def _adversarial(clean: Pictures, settings: Settings) -> list[Cell]:
+def _adversarial(clean: Pictures, settings: Settings, models: Sequence[str]) -> list[Cell]:
     few = tuple(subset(len(clean.paths), query_count(settings, len(clean.paths)), settings.seed))
     cells = []
-    if settings.attacks:
+    if all_attacks(settings):
         noise = "uniform-noise" if settings.norm == "Linf" else "uniform-noise-L2"
         cells += [
             Cell(clean, "noise", noise, _severity(eps, settings.norm), budget=_budget(settings, eps))
             for eps in settings.eps
         ]
-    for name in settings.attacks:
+    for name in all_attacks(settings):
         bought = ATTACKS[name].spends == "queries"  # dear, so run on a part
         for eps in settings.eps:
-            cells.append(
-                Cell(clean, "attack", condition_of(name, settings), _severity(eps, settings.norm), attack=name,
-                     budget=_budget(settings, eps, name), router_aware=_drives_routers(name, settings),
-                     order=few if bought else None)
+            cell = Cell(
+                clean, "attack", condition_of(name, settings), _severity(eps, settings.norm), attack=name,
+                budget=_budget(settings, eps, name), router_aware=_drives_routers(name, settings),
+                order=few if bought else None,
             )  # fmt: skip
-    if any(ATTACKS[name].spends == "steps" for name in settings.attacks):
+            # of the model they are made on it is the attack itself
+            cells += [cell._replace(source=model) for model in models] if name in settings.transfer else [cell]
+    if any(ATTACKS[name].spends == "steps" for name in all_attacks(settings)):
         check = tuple(subset(len(clean.paths), 100, settings.seed))
         budget = _budget(settings, LARGE_EPS)._replace(norm="Linf", eot=settings.eot)
         severity = _severity(LARGE_EPS, "Linf")

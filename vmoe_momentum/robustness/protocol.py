@@ -3,16 +3,22 @@
 from typing import Any
 
 from .attacks import ATTACKS, FIXED, INSIDE, Budget, step_size
-from .cells import Cell
+from .cells import Cell, told_condition
 
 
 def count_pictures(cell: Cell) -> int:
-    return len(cell.pictures.paths if cell.order is None else cell.order)
+    return len(cell.numbers)
 
 
-def cost(cell: Cell) -> int:
-    """Forward passes a picture, about: the answer, and what the attack needs."""
-    return 1 if cell.attack is None else 1 + passes(cell.attack, cell.budget, cell.router_aware)
+def cost(cell: Cell, models: int = 1) -> float:
+    """Forward passes a picture and model, about: the answer, and what the attack needs.
+
+    models: that are asked at once; the pictures of a transfer attack are made once for all of them.
+    """
+    if cell.attack is None:
+        return 1
+    needed = passes(cell.attack, cell.budget, cell.router_aware)
+    return 1 + (needed if cell.source is None else needed / models)
 
 
 def passes(name: str, budget: Budget, router: bool = False) -> int:
@@ -28,7 +34,7 @@ def protocols(cells: list[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         if cell.kind not in ("attack", "noise"):
             continue
-        told = {"condition": cell.condition, "severity_or_eps": cell.severity, "pictures": count_pictures(cell)}
+        told = {"condition": told_condition(cell), "severity_or_eps": cell.severity, "pictures": count_pictures(cell)}
         found.append(told | (_protocol(cell.attack, cell.budget) if cell.attack else {
             "norm": cell.budget.norm, "eps": cell.budget.eps, "seed": cell.budget.seed, "dtype": "float32",
         }))  # fmt: skip

@@ -24,6 +24,7 @@ from .protocol import protocols
 from .rows import Row, to_csv
 from .summary import make_rows
 from .tables import HEADLINES, METRICS, comparison_table, fall_tables, metric_tables
+from .transfer import transfer_tables
 from .wide import models_csv, timm_csvs
 
 
@@ -51,7 +52,8 @@ def write_report(
     sets = [cell.pictures for cell in evaluation.cells]
     classes = {each.name: len(each.classes) for each in sets if each.classes is not None}
     labels, falls = {model.name: model.label for model in evaluation.models}, make_falls(rows)
-    heads = [comparison_table(lines), *metric_tables(rows, HEADLINES, classes, labels)]
+    heads = [comparison_table(lines), *transfer_tables(rows, labels)]
+    heads += metric_tables(rows, HEADLINES, classes, labels)
     tables = fall_tables(falls, classes) + metric_tables(rows, METRICS, classes)
     doubted = [m.name for m in evaluation.models if doubts(evaluation._replace(models=[m]), rows)]
     entries = model_info(evaluation, doubted)

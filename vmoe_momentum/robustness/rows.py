@@ -13,9 +13,9 @@ class Row(NamedTuple):
     """One number.
 
     model: label and, where several models share one, which of them ("HeavyBall#2"). severity_or_eps: 1 to 5 of a
-    corruption, eps of an attack or noise (pixel units of 255 in Linf, of 1 where the condition ends in -L2), "" where
+    corruption, eps of an attack or noise (pixel units of 255 in Linf, of 1 where the attack ends in -L2), "" where
     there is none. value: a share, whatever the metric: an accuracy of 50 % is 0.5, an mCE of 80 % is 0.8. n: images
-    behind it.
+    behind it. A condition `mi-fgsm-20 from MODEL` is of pictures made on that model.
     """
 
     model: str

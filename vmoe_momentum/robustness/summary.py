@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from .calibration import aurra, average_precision, expected_calibration_error, rms_calibration_error
-from .cells import Cell, Outcome
+from .cells import Cell, Outcome, told_condition
 from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
 from .imagenet_c import (
@@ -16,10 +16,12 @@ from .imagenet_c import (
     relative_mean_corruption_error,
 )
 from .labels import real_labels
+from .models import Model
 from .pictures import Pictures
 from .rows import Row
 
 WORST, SANITY, L2 = "worst-case", "sanity-pgd", "-L2"
+ALSO_TRANSFER = "-transfer"  # of a worst case: pictures made on other models count, too
 BEFORE = "top1_before"  # of the pictures that were attacked, where these are a part
 OUTSIDE = "imagenet_o"  # its pictures are of no class
 
@@ -28,13 +30,21 @@ def make_rows(evaluation: Evaluation) -> list[Row]:
     """Every number of the report, model by model."""
     rows = []
     for model in evaluation.models:
-        own = [(cell, evaluation.outcomes[model.name, i]) for i, cell in enumerate(evaluation.cells)]
+        own = answers_of(evaluation, model)
         for cell, outcome in own:
             rows += _cell_rows(model.name, cell, outcome)
         rows += _corruption_rows(model.name, own) + _worst_rows(model.name, own) + _ood_rows(model.name, own)
         if model.num_classes == 1000:
             rows += _real_rows(model.name, own)
     return rows
+
+
+def answers_of(evaluation: Evaluation, model: Model) -> list[tuple[Cell, Outcome]]:
+    """Cell by cell. A transfer attack from the model itself is that attack, and from nowhere."""
+    return [
+        (cell._replace(source=None) if cell.source == model.name else cell, evaluation.outcomes[model.name, number])
+        for number, cell in enumerate(evaluation.cells)
+    ]
 
 
 def robust(outcome: Outcome, clean: Outcome) -> np.ndarray:
@@ -71,7 +81,7 @@ def clean_of(own: Iterable[tuple[Cell, Outcome]]) -> Outcome | None:
 
 
 def _cell_rows(model: str, cell: Cell, outcome: Outcome) -> list[Row]:
-    start = (model, cell.pictures.name, cell.condition, cell.severity)
+    start = (model, cell.pictures.name, told_condition(cell), cell.severity)
     n = len(outcome.correct)
     rows, labelled = [], not cell.pictures.name.startswith(OUTSIDE)
     if labelled and cell.kind != "attack":  # there, robust_top1 says more
@@ -148,7 +158,7 @@ def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
     attacks = [(cell, outcome) for cell, outcome in own if cell.kind == "attack"]
     for cell, outcome in attacks:
         kept = robust(outcome, clean)
-        start = (model, cell.pictures.name, cell.condition, cell.severity)
+        start = (model, cell.pictures.name, told_condition(cell), cell.severity)
         rows.append(Row(*start, "robust_top1", float(kept.mean()), len(kept)))
         if len(kept) < len(clean.index):
             rows.append(Row(*start, BEFORE, float(at(clean, outcome.index).mean()), len(kept)))
@@ -158,9 +168,19 @@ def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
 
 
 def standing(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], np.ndarray]:
-    """(worst-case, eps) -> [N] which images stand every attack; where one was made on all of them."""
-    clean, found = clean_of(own), {}
+    """(worst-case, eps) -> [N] which images stand every attack; where one was made on all of them.
+
+    Those made on other models count in a worst case of their own: it depends on which models these are, and the plain
+    one is the same in every report.
+    """
     attacks = [(cell, outcome) for cell, outcome in own if cell.kind == "attack" and cell.condition != SANITY]
+    plain = [(cell, outcome) for cell, outcome in attacks if cell.source is None]
+    found = _standing(plain, clean_of(own), WORST)
+    return found if len(plain) == len(attacks) else found | _standing(attacks, clean_of(own), WORST + ALSO_TRANSFER)
+
+
+def _standing(attacks: list[tuple[Cell, Outcome]], clean: Outcome, name: str) -> dict[tuple[str, str], np.ndarray]:
+    found: dict[str, np.ndarray] = {}
     for cell, outcome in attacks:
         if cell.order is None:
             kept = robust(outcome, clean)
@@ -171,7 +191,7 @@ def standing(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], np.ndarra
     before, ordered = True, {}
     for eps, kept in sorted(found.items(), key=lambda item: float(item[0])):
         before = kept & before  # what fell to a smaller eps falls to a larger one
-        ordered[WORST + (L2 if attacks[0][0].condition.endswith(L2) else ""), eps] = before
+        ordered[name + (L2 if attacks[0][0].condition.endswith(L2) else ""), eps] = before
     return ordered
 
 

@@ -23,7 +23,8 @@ NOTE = (
     "In %: top-1, and mCE where it says so. Brackets: 95 % intervals over images, bootstrap, and Clopper and Pearson's "
     "where all images agree; differences are paired. ± after an accuracy: standard deviation over the models of one "
     "label; after a difference: its standard error over them. Bold: the best mean, whatever its interval. n: pictures. "
-    "worst-case: stands every attack of that eps. mCE: mean over the 15 corruptions of the error over AlexNet's, of "
+    "worst-case: stands every attack of that eps; worst-case-transfer: those made on the other models, too. mCE: mean "
+    "over the 15 corruptions of the error over AlexNet's, of "
     "the published pictures only. 200 classes: of these alone, the logits of the others are cut off."
 )
 
@@ -117,7 +118,7 @@ def metric_tables(
         by_key: dict[tuple[str, str, str, str], dict[str, list[Row]]] = {}
         for row in own:
             by_key.setdefault(_key(row), {}).setdefault(column[row.model], []).append(row)
-        names, legend = _short(models)
+        names, legend = short_names(models)
         lines = [
             [_name(key, classes), *[_mean(found.get(model, [])) for model in models], _count(found)]
             for key, found in by_key.items()
@@ -136,7 +137,7 @@ def fall_tables(falls: list[Fall], classes: dict[str, int]) -> list[Table]:
         for fall in falls:
             if fall.metric in metrics:
                 by_key.setdefault(_key(fall), {})[fall.model] = fall
-        names, legend = _short(models)
+        names, legend = short_names(models)
         lines = [
             [_name(key, classes), *[_fall(found.get(model), len(models)) for model in models]]
             for key, found in by_key.items()
@@ -156,12 +157,12 @@ def _fall(fall: Fall | None, models: int) -> str:
     return f"{100 * fall.difference:+.1f}" + (f" ({places:+d})" if models > 1 and places else "")
 
 
-def _short(names: list[str]) -> tuple[list[str], str]:
-    """Heads of columns, and what they mean: long names would push the numbers off the page."""
-    if len(names) <= MANY + 1:
-        return names, ""
-    numbers = [f"({place})" for place in range(1, len(names) + 1)]
-    return numbers, " " + ", ".join(f"{number} {name}" for number, name in zip(numbers, names, strict=True)) + "."
+def short_names(models: list[str]) -> tuple[list[str], str]:
+    """Of columns, and what a note then adds: many long names would push the numbers off the page."""
+    if len(models) <= MANY + 1:
+        return models, ""
+    names = [f"({place})" for place in range(1, len(models) + 1)]
+    return names, " " + ", ".join(f"{name} {model}" for name, model in zip(names, models, strict=True)) + "."
 
 
 def _count(found: dict[str, list[Row]]) -> str:

@@ -9,11 +9,12 @@ the same to every attack (Classifier). The model must normalise inside.
 
 To add one: a function (classifier, images, labels, Budget) -> images, decorated with `@attack`, in the file of its
 kind: gradients.py follows gradients, queries.py asks for answers only, packages.py calls others' attacks, targeted.py
-chooses classes, routing.py moves tokens to other experts.
+chooses classes, routing.py moves tokens to other experts, transferable.py makes pictures that fool other models, too.
 """
 
-from . import gradients, packages, queries, routing, targeted  # noqa: F401  (they register themselves)
-from .budget import Budget
+# they register themselves
+from . import ensemble, gradients, packages, queries, routing, targeted, transferable  # noqa: F401
+from .budget import Budget, Stages
 from .gradients import best_iterate, projected_gradient, step_size
 from .losses import cross_entropy, direction, input_gradient, margin, probability_margin
 from .registry import (
@@ -51,6 +52,7 @@ __all__ = [
     "Classifier",
     "Norm",
     "Spends",
+    "Stages",
     "attack",
     "best_iterate",
     "check_attack",

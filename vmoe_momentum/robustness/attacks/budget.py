@@ -1,11 +1,20 @@
 """What an attack may do."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..asked import Norm
+
+
+class Stages(Protocol):
+    """Where an attack that takes long leaves what it has found so far, so that it can go on in another process."""
+
+    def load(self) -> dict[str, Tensor]:
+        """What was left there for these images, on the CPU; {} for nothing."""
+
+    def keep(self, found: dict[str, Tensor]) -> None: ...
 
 
 class Budget(NamedTuple):
@@ -21,3 +30,4 @@ class Budget(NamedTuple):
     eot: int = 1  # passes that gradients are averaged over, for networks that are random in evaluation
     # adds what routers do to the loss; top-k hides gradients of the choice itself. images, labels -> []
     router_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    stages: Stages | None = None  # of this batch; changes no number
