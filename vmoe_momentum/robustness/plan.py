@@ -160,8 +160,8 @@ def _budget(settings: Settings, eps: float, attack: str | None = None) -> Budget
 
 
 def _options(attack: str, settings: Settings) -> dict[str, int]:
-    """Those of PLAIN that it takes."""
-    return {name: getattr(settings, name) for name in PLAIN if getattr(ATTACKS[attack], name)}
+    """Those of PLAIN that it takes; none where there is no such attack, as check_budget will say."""
+    return {name: getattr(settings, name) for name in PLAIN if getattr(ATTACKS.get(attack), name, None)}
 
 
 def _severity(eps: float, norm: Norm) -> str:
