@@ -129,6 +129,8 @@ def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory)
             )
         logits = logits.float() if cell.pictures.classes is None else logits.float()[:, cell.pictures.classes]
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        if cell.pictures.merged is not None:
+            predicted = torch.tensor(cell.pictures.merged, device=device)[predicted]
     correct = (predicted == labels).cpu().numpy()
     parts = (batch.index.numpy(), correct, predicted.cpu().numpy(), confidence.cpu().numpy())
     return Outcome(*parts, routing, zero), images
@@ -192,6 +194,7 @@ class Store:
             "batch_size": batch_size if cell.kind == "attack" or model.coupled else None,
             "device": torch.device(device).type, "versions": versions(),
         }  # fmt: skip
+        facts |= {key: value for key in ("merged", "border") if (value := getattr(cell.pictures, key))}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
         return self.folder / f"{digest}.npz"
 

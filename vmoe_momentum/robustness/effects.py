@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from .attacks import ATTACKS
-from .plan import PUBLISHED, Settings
+from .plan import Settings
+from .sets import SETS
 
 
 class Needs(NamedTuple):
@@ -24,18 +25,19 @@ def _spending(settings: Settings, what: str) -> bool:
 
 def _corrupts(settings: Settings) -> bool:
     made_here = settings.data is not None and settings.regenerate
-    return settings.corruptions != () and (made_here or settings.imagenet_c is not None)
+    return settings.corruptions != () and (made_here or any(name in settings.sets for name in CORRUPTED))
 
 
 def _by_spending(what: str) -> str:
     return " or ".join(name for name, found in ATTACKS.items() if found.spends == what)
 
 
+CORRUPTED = [name for name, each in SETS.items() if each.corruptions]
 ALWAYS = Needs(lambda settings: True, "")
 NEEDS = {
-    **dict.fromkeys(("model", "data", *PUBLISHED, "upright", "limit", "out", "help"), ALWAYS),
+    **dict.fromkeys(("model", "data", *SETS, "upright", "limit", "out", "help"), ALWAYS),
     **dict.fromkeys(("batch_size", "workers", "processes", "device"), ALWAYS),
-    "imagenet_c": Needs(lambda s: s.corruptions != (), "corruptions: leave out --corruptions=[none]"),
+    **dict.fromkeys(CORRUPTED, Needs(lambda s: s.corruptions != (), "corruptions: leave out --corruptions=[none]")),
     "corruptions": Needs(
         lambda s: s.corruptions == () or _corrupts(s), "--imagenet_c, or --data without --regenerate=false"
     ),
