@@ -116,7 +116,8 @@ def _answer(cell: Cell, model: Model, batch: Batch, device: str, memory: Memory)
         images = run_attack(cell.attack, model.module, images, labels, budget)
     with torch.inference_mode():
         routing = {}
-        if model.routing is not None and cell.kind != "published":  # of those the clean picture is not at hand
+        # of what was corrupted elsewhere, and of other sets, the clean picture is not at hand
+        if model.routing is not None and cell.kind != "published" and not cell.pictures.whole:
             clean = memory.get(("routing", *pictures), lambda: model.routing(before)[1])
             logits, now = model.routing(images)
             routing = {block: routing_change(clean[block], now[block]).cpu().numpy() for block in clean}

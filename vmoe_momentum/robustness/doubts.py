@@ -76,6 +76,8 @@ def _of_the_sets(evaluation: Evaluation) -> list[str]:
 
 def _of_a_set(name: str, cells: list[Cell]) -> list[str]:
     found, own = [], set_of(name)
+    if cells[0].pictures.made:
+        return [f"{name}: {cells[0].pictures.made}; no CE and no mCE, which are of those"]
     mean = {True: "CE and mCE", False: "numbers"}[own.corruptions == BENCHMARK]
     size = picture_size(cells[0].pictures.paths[0])
     if size != (224, 224):

@@ -32,6 +32,7 @@ class Pictures(NamedTuple):
     labelled: str = ""  # how folder names became labels
     merged: list[int] | None = None  # the label that each of `classes` is, where several are one: ObjectNet
     border: int = 0  # pixels around each that are no part of it
+    made: str = ""  # how they were corrupted, where that was not by the set's authors
 
     @property
     def labels_that_count(self) -> int | None:
@@ -77,7 +78,7 @@ class _Files(Dataset):
             views = [view for view in self.views if view.upright == upright]
             picture, whole = read_inside(path, upright, self.pictures.border), self.pictures.whole
             if self.change is not None:
-                base = picture if min(picture.size) < SMALL else crop(picture, CORRUPTED)
+                base = for_corruption(picture)
                 clean |= {view: as_tensor(fit(base, view)) for view in views}
                 key = f"{path.parent.name}/{path.name}"
                 made = corrupt(np.asarray(base), self.change.name, self.change.severity, self.change.seed, key)
@@ -108,6 +109,11 @@ def batches(
         stacked = {view: torch.stack([each[i] for each in cut]) for i, view in enumerate(views)}
         before = {view: torch.stack([each[i] for each in clean]) for i, view in enumerate(views)} if clean[0] else None
         yield Batch(torch.tensor(index), torch.tensor(labels), stacked, before)
+
+
+def for_corruption(picture: Image.Image) -> Image.Image:
+    """The part that the published corruptions are of; all of a small picture."""
+    return picture if min(picture.size) < SMALL else crop(picture, CORRUPTED)
 
 
 def read_inside(path: Path, upright: bool, border: int) -> Image.Image:

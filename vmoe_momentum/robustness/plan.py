@@ -15,6 +15,7 @@ from .corruptions import REGISTRY
 from .imagenet_c import find_tree
 from .models import Model
 from .pictures import Change, Pictures
+from .regenerated import read_mark
 from .sets import SETS, PublishedSet, check_set, named_corruptions
 
 LARGE_EPS = 64 / 255  # Linf: any undefended model must fall
@@ -78,6 +79,8 @@ def describe_pictures(cells: Sequence[Cell]) -> dict[str, dict[str, str | int]]:
             seen = "at 64 px and more Resize(256), CenterCrop(224), then corrupted; whole from there on"
         else:
             seen = "at 64 px and more the middle, at the model's input size and crop_pct; else whole"
+        if cell.pictures.made:
+            seen = f"{cell.pictures.made}; {seen}"
         if cell.pictures.border:
             seen = f"without the {cell.pictures.border} px of its border; {seen}"
         folder = str(cell.pictures.paths[0].parent.parent)
@@ -182,7 +185,9 @@ def _pictures(
     name: str, root: str, settings: Settings, models: Sequence[Model], counted: _Counted | None = None
 ) -> Pictures:
     folders = labels.list_folders(Path(root), f"--{name}")
-    order = labels.read_order(Path(settings.data or root))  # one order for a model that has none of its own
+    order = labels.read_order(
+        Path(settings.data or settings.sets.get(name, root))
+    )  # one order for a model that has none of its own
     index = _index(list(folders), order, models, f"--{name}={root}")
     pictures = _labelled(name, folders, index, counted)
     if not pictures.paths:
@@ -283,6 +288,7 @@ def _corrupted(name: str, settings: Settings, models: Sequence[Model]) -> list[C
                 f"--{name}={root}: none of --corruptions=[{told}] is one of its; name some, or leave one of the two out"
             )
     levels = None if settings.severities is None else list(settings.severities)
+    made = read_mark(Path(root), f"--{name}={root}") if name == "imagenet_c" else None
     cells, first = [], None
     for (condition, severity), folder in find_tree(root, chosen, levels, name).items():
         pictures = _pictures(name, str(folder), settings, models)
@@ -293,8 +299,13 @@ def _corrupted(name: str, settings: Settings, models: Sequence[Model]) -> list[C
                 f"--{name}={root}: {condition}/{severity} has other pictures than the first folder ({len(files)} and "
                 f"{len(first)} files); a part is missing, and unequal parts are not the benchmark's"
             )
-        pictures = _named(_limited(pictures, settings))
-        cells.append(Cell(pictures._replace(whole=own.whole), "published", condition, str(severity)))
+        pictures = _limited(pictures, settings)._replace(whole=own.whole)
+        if made is None:
+            cells.append(Cell(_named(pictures), "published", condition, str(severity)))
+        else:
+            told = f"corrupted by data prepare imagenet-c with seed {made['settings']['seed']}, not the published ones"
+            pictures = pictures._replace(name=f"{name} (regenerated)", made=told)
+            cells.append(Cell(pictures, "regenerated", condition, str(severity)))
     return cells
 
 
