@@ -95,7 +95,7 @@ def clean(model: Model, data: Path, out: Path) -> Found:
 
 
 def corruptions(model: Model, corrupted: Path, out: Path) -> Found:
-    rows = make_rows(run(Settings(imagenet_c=str(corrupted), attacks=(), regenerate=False), model, out))
+    rows = make_rows(run(Settings(sets={"imagenet_c": str(corrupted)}, attacks=(), regenerate=False), model, out))
     (value,) = [row.value for row in rows if (row.condition, row.metric) == ("15 corruptions", "top1")]
     return {"corrupted_top1": value}
 

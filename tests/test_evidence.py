@@ -164,7 +164,7 @@ def test_corrupted_pictures_are_those_of_the_report(digits: Path, tmp_path: Path
     (model,) = open_models(["vmoe_tiny_patch4_16"], pretrained=False)
     model = model._replace(num_classes=10, class_names=None, module=Brightest(), routing=None, router_loss=None)
     shared = {"attacks": (), "corruptions": ("snow", "gaussian_noise"), "severities": (1, 4)}
-    kept = Settings(imagenet_c=str(tmp_path / "corrupted"), regenerate=False, **shared)
+    kept = Settings(sets={"imagenet_c": str(tmp_path / "corrupted")}, regenerate=False, **shared)
     anew = Settings(data=str(digits), limit=4, **shared)
     predicted = []
     for settings in (kept, anew):

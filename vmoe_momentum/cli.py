@@ -43,13 +43,19 @@ configuration; any setting can follow on the command line, e.g. --model.net.init
 """
 
 LIGHTNING = ("fit", "validate", "test", "predict")
-AGAIN = {"analyze": "what is done is kept by ablate; ", "robustness": "what is done is kept; "}  # when stopped
+AGAIN = {
+    "data": "what is done is kept by prepare imagenet-c; ",
+    "analyze": "what is done is kept by ablate; ",
+    "robustness": "what is done is kept; ",
+}  # when stopped
 
 
 def run_data(argv: list[str]) -> None:
     from .datasets import commands
+    from .robustness.regenerated import holds, verify_regenerated
+    from .robustness.regenerating import prepare_imagenet_c
 
-    commands.run(argv)
+    commands.run(argv, {"imagenet-c": commands.Other(prepare_imagenet_c, holds, verify_regenerated)})
 
 
 def run_import(argv: list[str]) -> None:

@@ -1,6 +1,7 @@
-"""Full disks and memory, in words that name the file or the setting."""
+"""Cores, and full disks and memory in words that name the file or the setting."""
 
 import errno
+import os
 import re
 import shutil
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 _SOCKET = 107  # characters of a socket's name, at most (unix(7)); multiprocessing adds 32 to TMPDIR's
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MEMORY = re.compile(r"DefaultCPUAllocator: |not enough memory|CUDA out of memory|Cannot allocate memory")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; where the system does not say (macOS), all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_sockets(setting: str) -> None:

@@ -56,6 +56,35 @@ def staged(out: Path, overwrite: bool, mark: str, for_file: bool = False) -> Ite
 
 
 @contextmanager
+def resumed(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
+    """`staged` for what takes hours: the folder, OUT.unfinished, stays when the block raises or is killed, and is given
+    again to the next call, with what lies in it.
+
+    Raises ValueError: as `staged`, and where another process fills that folder.
+    """
+    refuse_existing(out, overwrite, mark)
+    work = unfinished(out)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        claim = os.open(work / f".{_LOCK}", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ValueError(f"--out={out}: {work} cannot be written ({error.strerror}); choose another folder") from error
+    try:
+        if not _lock(claim, close=False):
+            raise ValueError(f"--out={out}: another process fills {work}; wait for it, or choose another folder")
+        yield work
+        (work / f".{_LOCK}").unlink()
+        _replace_folder(work, out)
+    finally:
+        os.close(claim)
+
+
+def unfinished(out: Path) -> Path:
+    """Where what is to be `out` grows, for people to see."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+@contextmanager
 def draft_of(target: Path, for_folder: bool = False) -> Iterator[BinaryIO]:
     """Gives a file to write, which is on the disk and called `target` when the block succeeds, and gone when it raises.
 
@@ -193,12 +222,13 @@ def _locked_file(target: Path) -> tuple[int, Path]:
             return claim, Path(name)
 
 
-def _lock(claim: int) -> bool:
+def _lock(claim: int, close: bool = True) -> bool:
     """False, and closed, where somebody took it for abandoned between its making and its locking."""
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(claim)
+        if close:
+            os.close(claim)
         return False
     except OSError:
         return True  # no locks here: nobody else can take it either

@@ -4,6 +4,8 @@ red + 256 * green: the class the model gives. blue: 0 plain; 1 another class, ou
 still; above 1 the confidence is that low.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,3 +43,18 @@ def paint(path: Path, answer: int, blue: int = 0, size: int = 40) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (size, size), (answer % 256, answer // 256, blue)).save(path)
     return path
+
+
+def write_mappings(root: Path, classes: dict[str, list[int]], without: Sequence[str] = ()) -> None:
+    """ObjectNet's four files: folder -> class indices, and folders of none. Numbers of 2012 are another order."""
+    place = root / "mappings"
+    place.mkdir(parents=True, exist_ok=True)
+    names = [f"thing {index}, or {index}" for index in range(1000)]
+    numbers = [(7 * index + 3) % 1000 for index in range(1000)]  # of the class index
+    lines = [names[numbers.index(number)] for number in range(1000)]
+    label = {folder: folder.replace("_", " ").capitalize() for folder in (*classes, *without)}
+    told = {label[folder]: "; ".join(names[index] for index in those) for folder, those in classes.items()}
+    (place / "folder_to_objectnet_label.json").write_text(json.dumps(label))
+    (place / "objectnet_to_imagenet_1k.json").write_text(json.dumps(told))
+    (place / "pytorch_to_imagenet_2012_id.json").write_text(json.dumps({str(k): n for k, n in enumerate(numbers)}))
+    (place / "imagenet_to_label_2012_v2").write_text("\n".join(lines) + "\n")

@@ -4,45 +4,47 @@ import pytest
 
 from vmoe_momentum.robustness.commands import _settings, parser
 from vmoe_momentum.robustness.effects import ALWAYS, NEEDS, check_effects, named_in
-from vmoe_momentum.robustness.plan import PUBLISHED
+from vmoe_momentum.robustness.sets import SETS
 
 OPTIONS = sorted({action.dest for action in parser()._actions})
 SQUARE, PGD = "--attacks=[square]", "--attacks=[pgd]"
-SETS = [f"--{name}=x" for name in PUBLISHED if name != "imagenet_o"]
+GIVEN = [f"--{name}=x" for name in SETS if name != "imagenet_o"]
 # option -> command lines where it has nothing to act on, and where it has
 CASES = {
-    "attacks": ([[PGD], *[[one, PGD] for one in SETS]], [["--data=x", PGD], ["--attacks=[]", *SETS]]),
-    "transfer": ([["--transfer=[pgd]", *SETS]], [["--data=x", "--transfer=[pgd]"], ["--transfer=[]", *SETS]]),
-    "eps": ([["--eps=[1/255]", *SETS], ["--data=x", "--attacks=[]", "--eps=[1/255]"]], [["--data=x", "--eps=[1/255]"]]),
-    "norm": ([["--norm=L2", *SETS], ["--data=x", "--attacks=[]", "--norm", "L2"]], [["--data=x", "--norm=L2"]]),
+    "attacks": ([[PGD], *[[one, PGD] for one in GIVEN]], [["--data=x", PGD], ["--attacks=[]", *GIVEN]]),
+    "transfer": ([["--transfer=[pgd]", *GIVEN]], [["--data=x", "--transfer=[pgd]"], ["--transfer=[]", *GIVEN]]),
+    "eps": (
+        [["--eps=[1/255]", *GIVEN], ["--data=x", "--attacks=[]", "--eps=[1/255]"]], [["--data=x", "--eps=[1/255]"]],
+    ),
+    "norm": ([["--norm=L2", *GIVEN], ["--data=x", "--attacks=[]", "--norm", "L2"]], [["--data=x", "--norm=L2"]]),
     "steps": (
-        [["--steps=3", *SETS], ["--data=x", SQUARE, "--steps=3"], ["--data=x", "--attacks=[fgsm]", "--steps=3"]],
+        [["--steps=3", *GIVEN], ["--data=x", SQUARE, "--steps=3"], ["--data=x", "--attacks=[fgsm]", "--steps=3"]],
         [["--data=x", PGD, "--steps=3"], ["--data=x", "--attacks=[]", "--transfer=[pgd]", "--steps=3"],
          ["--data=x", "--steps=20"]],
     ),
     "queries": (
-        [["--queries=9", *SETS], ["--data=x", PGD, "--queries=9"], ["--data=x", "--attacks=[]", "--queries=9"]],
+        [["--queries=9", *GIVEN], ["--data=x", PGD, "--queries=9"], ["--data=x", "--attacks=[]", "--queries=9"]],
         [["--data=x", SQUARE, "--queries=9"], ["--data=x", "--queries=5000"]],
     ),
     "query_images": (
-        [["--query_images=9", *SETS], ["--data=x", PGD, "--query_images=9"]],
+        [["--query_images=9", *GIVEN], ["--data=x", PGD, "--query_images=9"]],
         [["--data=x", SQUARE, "--query_images=9"]],
     ),
     "ids": ([["--ids=x", "--imagenet_a=x"]], [["--ids=x", "--data=x"], ["--ids=x", "--imagenet_c=x"]]),
     "random_start": (
-        [["--random_start", *SETS], ["--data=x", SQUARE, "--random_start"],
+        [["--random_start", *GIVEN], ["--data=x", SQUARE, "--random_start"],
          ["--data=x", "--attacks=[autoattack,apgd]", "--random_start"]],
         [["--data=x", PGD, "--random_start"], ["--data=x", "--attacks=[fab,square]", "--random_start"]],
     ),
     "restarts": (
-        [["--restarts=3", *SETS], ["--data=x", "--attacks=[autoattack]", "--restarts=3"]],
+        [["--restarts=3", *GIVEN], ["--data=x", "--attacks=[autoattack]", "--restarts=3"]],
         [["--data=x", SQUARE, "--restarts=3"], ["--data=x", "--attacks=[fgsm]", "--restarts=3"]],
     ),
     "eot": (
-        [["--eot=3", *SETS], ["--data=x", "--attacks=[autoattack]", "--eot=3"]],
+        [["--eot=3", *GIVEN], ["--data=x", "--attacks=[autoattack]", "--eot=3"]],
         [["--data=x", SQUARE, "--eot=3"], ["--data=x", PGD, "--eot=3"]],
     ),
-    "router_aware": ([["--router_aware", *SETS]], [["--data=x", "--router_aware"]]),
+    "router_aware": ([["--router_aware", *GIVEN]], [["--data=x", "--router_aware"]]),
     "corruptions": (
         [["--imagenet_a=x", "--corruptions=[fog]"], ["--data=x", "--regenerate=false", "--corruptions=[fog]"]],
         [["--data=x", "--corruptions=[fog]"], ["--imagenet_c=x", "--corruptions=[fog]"],
@@ -57,9 +59,12 @@ CASES = {
         [["--imagenet_c=x", "--regenerate=true"], ["--data=x", "--corruptions=[]", "--regenerate=true"]],
         [["--data=x", "--imagenet_c=x", "--regenerate=true"], ["--imagenet_c=x", "--regenerate=false"]],
     ),
-    "imagenet_c": ([["--imagenet_c=x", "--corruptions=[none]"]], [["--imagenet_c=x"]]),
+    **{
+        name: ([[f"--{name}=x", "--corruptions=[none]"]], [[f"--{name}=x"]])
+        for name, each in SETS.items() if each.corruptions
+    },
     "seed": (
-        [["--seed=3", *SETS], ["--data=x", "--attacks=[]", "--regenerate=false", "--seed=3"],
+        [["--seed=3", *GIVEN], ["--data=x", "--attacks=[]", "--regenerate=false", "--seed=3"],
          ["--data=x", "--imagenet_c=x", "--attacks=[]", "--seed=3"]],
         [["--seed=3", "--imagenet_a=x", "--limit=9"], ["--data=x", "--attacks=[]", "--seed=3"],
          ["--data=x", "--regenerate=false", "--seed=3"]],

@@ -18,7 +18,7 @@ from vmoe_momentum.classifiers import open_models
 from vmoe_momentum.datasets import FolderDataModule, prepare_folder
 from vmoe_momentum.models.saved import KEY
 from vmoe_momentum.robustness import Settings, labels, make_plan
-from vmoe_momentum.robustness.sets import TITLES, recognise
+from vmoe_momentum.robustness.sets import SETS, recognise
 from vmoe_momentum.training import ImageClassifier
 from vmoe_momentum.training.identity import check_checkpoint, describe_network
 
@@ -127,7 +127,7 @@ def test_thousand_classes_are_imagenets_only_where_they_are(tmp_path: Path) -> N
     for name in ("imagenet_a", "imagenet_v2", "imagenet_sketch"):
         for other in (numbers, shuffled):
             with pytest.raises(ValueError, match=f"those of --model={other.name} are others, or in another order"):
-                make_plan(PLAIN._replace(**{name: str(tmp_path / "w")}), [other])
+                make_plan(PLAIN._replace(sets={name: str(tmp_path / "w")}), [other])
 
 
 # ---- folders with display names
@@ -235,7 +235,8 @@ def tree(root: Path, kind: str) -> Path:
         folders = [index[k] for k in labels.subset(kind[-1])]
     else:
         folders = [str(k) for k in range(1000)] if kind == "imagenet_v2" else list(index)
-    names = {"imagenet_r": "art_0", "imagenet_sketch": "sketch_3", "val": "ILSVRC2012_val_00000007"}
+    val = "ILSVRC2012_val_00000007"
+    names = {"imagenet_r": "art_0", "imagenet_sketch": "sketch_3", "val": val, "imagenet_stylized": val}
     picture = paint(root / "x.png", 3)
     for folder in folders:
         (root / kind / folder).mkdir(parents=True)
@@ -243,19 +244,25 @@ def tree(root: Path, kind: str) -> Path:
     return root / kind
 
 
-@pytest.mark.parametrize("kind", list(TITLES))
+FOLDERS_OF_CLASSES = [name for name, each in SETS.items() if not each.corruptions and each.mapping is None]
+
+
+@pytest.mark.parametrize("kind", [*FOLDERS_OF_CLASSES, "val"])
 def test_another_set_than_named_is_refused(kind: str, tmp_path: Path) -> None:
-    """Every published set given as every other one: each is taken as itself, and what was found is named."""
+    """Every published set given as every other one: each is taken as itself, and what was found is named.
+
+    Stylized ImageNet has the names of the pictures that it was made of.
+    """
     root = tree(tmp_path, kind)
-    assert recognise(labels.list_folders(root, "--x")) == kind
-    for name in TITLES:
-        if name == "val":
-            continue
+    looks = "val" if kind == "imagenet_stylized" else kind
+    assert recognise(labels.list_folders(root, "--x")) == looks
+    title = "ImageNet's validation pictures, or made of these" if looks == "val" else SETS[looks].title
+    for name in FOLDERS_OF_CLASSES:
         data = str(root) if name == "imagenet_o" else None
-        settings = PLAIN._replace(**{name: str(root)}, data=data)
-        if name == kind:
+        settings = PLAIN._replace(sets={name: str(root)}, data=data)
+        if name == kind or (name == "imagenet_stylized" and looks == "val"):
             (cell,) = [c for c in make_plan(settings, [planted()]) if c.pictures.name.startswith(name)]
             assert len(cell.pictures.paths) == len(list(root.iterdir()))
             continue
-        with pytest.raises(ValueError, match=f"--{name}={root}: .*it looks like {TITLES[kind]}"):
+        with pytest.raises(ValueError, match=f"--{name}={root}: .*it looks like {title}"):
             make_plan(settings, [planted()])

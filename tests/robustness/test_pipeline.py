@@ -25,7 +25,7 @@ from vmoe_momentum.robustness.evaluate import evaluate
 from vmoe_momentum.robustness.imagenet_c import ALEXNET, ALEXNET_CLEAN
 from vmoe_momentum.robustness.models import View, check_model
 from vmoe_momentum.robustness.pictures import Change, Pictures, batches
-from vmoe_momentum.robustness.plan import PUBLISHED
+from vmoe_momentum.robustness.sets import SETS
 from vmoe_momentum.robustness.summary import WORST, make_rows
 
 INDEX = {wnid: place for place, wnid in enumerate(labels.wnids())}
@@ -65,7 +65,7 @@ def test_published_corruptions_give_planted_errors(tmp_path: Path) -> None:
             for k in range(10):
                 wnid = TWO[k % 2]
                 paint(tmp_path / "c" / name / str(severity) / wnid / f"{k}.png", 9 if k < wrong else INDEX[wnid])
-    settings = PLAIN._replace(data=str(tmp_path / "in"), imagenet_c=str(tmp_path / "c"))
+    settings = PLAIN._replace(data=str(tmp_path / "in"), sets={"imagenet_c": str(tmp_path / "c")})
     found = report(settings, [planted()], tmp_path / "out")
     ces = {n: 100 * np.mean([share[n, s] for s in SEVERITIES]) / ALEXNET[n] for n in BENCHMARK}
     start = ("planted", "imagenet_c (10 of 50,000)")
@@ -84,12 +84,12 @@ def test_published_corruptions_give_planted_errors(tmp_path: Path) -> None:
 def test_a_part_of_the_tree_is_labelled_a_part(tmp_path: Path) -> None:
     for severity in (1, 5):
         paint(tmp_path / "c" / "weather" / "fog" / str(severity) / TWO[0] / "a.png", 0 if severity == 1 else 5)
-    settings = PLAIN._replace(imagenet_c=str(tmp_path / "c"), corruptions=("fog",), severities=(1, 5))
+    settings = PLAIN._replace(sets={"imagenet_c": str(tmp_path / "c")}, corruptions=("fog",), severities=(1, 5))
     found = report(settings, [planted()], tmp_path / "out")
     assert found["planted", "imagenet_c (1 of 50,000)", "2 of 75 corruptions x severities", "mean", "top1"] == 0.5
     assert not any(key[-1] in ("mce", "ce", "relative_mce") for key in found)
     with pytest.raises(ValueError, match="gaussian_noise/1"):
-        make_plan(PLAIN._replace(imagenet_c=str(tmp_path / "c")), [planted()])
+        make_plan(PLAIN._replace(sets={"imagenet_c": str(tmp_path / "c")}), [planted()])
     paint(tmp_path / "c" / "weather" / "fog" / "1" / TWO[0] / "b.png", 0)
     with pytest.raises(
         ValueError, match=r"fog/5 has other pictures than the first folder \(1 and 2 files\); a part is missing"
@@ -108,9 +108,9 @@ def test_200_classes_count_and_nothing_else(which: str, tmp_path: Path) -> None:
         paint(tmp_path / "in" / "val" / wnid / "ILSVRC2012_val_00000001.png", INDEX[wnid], blue=1)
     paint(tmp_path / "in" / "val" / "n01440764" / "ILSVRC2012_val_00000002.png", 3)  # not of the subset
     name = f"imagenet_{which}"
-    settings = PLAIN._replace(data=str(tmp_path / "in"), **{name: str(tmp_path / "x")})
+    settings = PLAIN._replace(data=str(tmp_path / "in"), sets={name: str(tmp_path / "x")})
     found = report(settings, [planted()], tmp_path / "out")
-    part = f"{name} (6 of {PUBLISHED[name]:,})"
+    part = f"{name} (6 of {SETS[name].count:,})"
     assert found["planted", part, "shifted", "", "top1"] == 0.5
     assert found["n", "planted", part, "shifted", "", "top1"] == 6
     assert found["planted", f"data on {name}'s classes", "clean", "", "top1"] == 1.0
@@ -126,7 +126,7 @@ def test_imagenet_o_is_found_by_low_confidence(tmp_path: Path) -> None:
     for k in range(4):
         paint(tmp_path / "o" / own[k] / "x.png", INDEX[own[9]], blue=200 if k else 0)  # three of four unsure
         paint(tmp_path / "in" / "val" / own[k] / "y.png", INDEX[own[k]], blue=40)
-    settings = PLAIN._replace(data=str(tmp_path / "in"), imagenet_o=str(tmp_path / "o"))
+    settings = PLAIN._replace(data=str(tmp_path / "in"), sets={"imagenet_o": str(tmp_path / "o")})
     found = report(settings, [planted()], tmp_path / "out")
     part = "imagenet_o (4 of 2,000)"
     # ranked by low confidence: three O pictures, four of the validation set, then the confident O picture
@@ -143,7 +143,7 @@ def test_v2_sketch_and_real_labels(tmp_path: Path) -> None:
         paint(tmp_path / "s" / wnid / "x.png", INDEX[TWO[0]])
     val_tree(tmp_path / "in", wrong=0)
     settings = PLAIN._replace(
-        data=str(tmp_path / "in"), imagenet_v2=str(tmp_path / "v2"), imagenet_sketch=str(tmp_path / "s")
+        data=str(tmp_path / "in"), sets={"imagenet_v2": str(tmp_path / "v2"), "imagenet_sketch": str(tmp_path / "s")}
     )
     found = report(settings, [planted()], tmp_path / "out")
     assert found["planted", "imagenet_v2 (4 of 10,000)", "shifted", "", "top1"] == 1.0
@@ -234,7 +234,9 @@ def test_published_corruptions_are_never_cropped(photo: Path, tmp_path: Path) ->
     assert torch.equal(found[views[0]][0], TF.pil_to_tensor(square))
     assert torch.equal(found[views[1]][0], TF.pil_to_tensor(TF.resize(square, [64, 64])))
     paint(tmp_path / "c" / "fog" / "1" / TWO[0] / "a.png", 0)
-    plan = make_plan(PLAIN._replace(imagenet_c=str(tmp_path / "c"), corruptions=("fog",), severities=(1,)), [planted()])
+    plan = make_plan(
+        PLAIN._replace(sets={"imagenet_c": str(tmp_path / "c")}, corruptions=("fog",), severities=(1,)), [planted()]
+    )
     assert [cell.pictures.whole for cell in plan] == [True]
 
 
@@ -596,7 +598,7 @@ def test_groups_of_seeds_are_averaged_and_paired(tmp_path: Path) -> None:
 def test_units_warnings_and_provenance_are_in_the_report(tmp_path: Path) -> None:
     val_tree(tmp_path / "in", wrong=4)
     paint(tmp_path / "c" / "fog" / "1" / TWO[0] / "a.png", 0)
-    settings = PLAIN._replace(data=str(tmp_path / "in"), imagenet_c=str(tmp_path / "c"))
+    settings = PLAIN._replace(data=str(tmp_path / "in"), sets={"imagenet_c": str(tmp_path / "c")})
     settings = settings._replace(corruptions=("fog",), severities=(1,))
     models = [planted("a|b")]
     evaluation = evaluate(make_plan(settings, models), models, tmp_path / "out")
@@ -610,7 +612,7 @@ def test_units_warnings_and_provenance_are_in_the_report(tmp_path: Path) -> None
     told = json.loads((tmp_path / "out" / "report.json").read_text())
     assert told["comparison"][0]["top1"]["a|b"]["value"] == pytest.approx(0.8) and told["comparison"][0]["n"] == 20
     before = set((tmp_path / "out").glob("*.png"))
-    write_report(evaluate(make_plan(settings._replace(imagenet_c=None), models), models, tmp_path / "out"),
+    write_report(evaluate(make_plan(settings._replace(sets={}), models), models, tmp_path / "out"),
                  tmp_path / "out", {})  # fmt: skip
     assert set((tmp_path / "out").glob("*.png")) < before  # pictures of the other report are gone
 
@@ -707,6 +709,6 @@ def test_models_of_different_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a and b number their classes differently"):
         make_plan(settings._replace(data=str(tmp_path / "ten")), models)
     with pytest.raises(ValueError, match="imagenet_a=.*1,000 classes, not 10"):
-        make_plan(PLAIN._replace(imagenet_a=str(tmp_path)), models[:1])
+        make_plan(PLAIN._replace(sets={"imagenet_a": str(tmp_path)}), models[:1])
     with pytest.raises(ValueError, match="nothing to evaluate"):
         make_plan(PLAIN, models)

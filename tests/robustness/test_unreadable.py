@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from planted import paint, planted
+from planted import paint, planted, write_mappings
 
 from vmoe_momentum.robustness import Settings, labels, make_plan
-from vmoe_momentum.robustness.plan import PUBLISHED
+from vmoe_momentum.robustness.sets import SETS
 
 
 @pytest.fixture
@@ -29,18 +29,22 @@ def forbid(monkeypatch):
 
 
 @pytest.mark.parametrize("depth", ["class", "below"])
-@pytest.mark.parametrize("name", ["data", *PUBLISHED])
+@pytest.mark.parametrize("name", ["data", *SETS])
 def test_an_unreadable_folder_of_any_set_is_named(name: str, depth: str, tmp_path: Path, forbid) -> None:
     which = labels.subset(name[-1]) if name[-2:] in ("_a", "_r", "_o") else range(1000)
     wnids = [labels.wnids()[i] for i in list(which)[:3]]
-    root = tmp_path / name / ("fog/1" if name == "imagenet_c" else "")
+    own = SETS.get(name)
+    corruption = own.corruptions[0] if own and own.corruptions else "fog"
+    root = tmp_path / name / (f"{corruption}/1" if own and own.corruptions else own.place if own else "")
+    if name == "objectnet":
+        write_mappings(tmp_path / name, {wnid: [index] for wnid, index in zip(wnids, range(3), strict=True)})
     for wnid in wnids:
         paint(root / wnid / "more" / "x.png", 0)
         paint(tmp_path / "data" / wnid / "x.png", 0)
     settings = Settings(
-        data=str(tmp_path / "data"), attacks=(), corruptions=("fog",), severities=(1,), regenerate=False
+        data=str(tmp_path / "data"), attacks=(), corruptions=(corruption,), severities=(1,), regenerate=False
     )
-    settings = settings._replace(**{name: str(tmp_path / name)})
+    settings = settings._replace(**({} if name == "data" else {"sets": {name: str(tmp_path / name)}}))
     make_plan(settings, [planted()])
     place = root / wnids[1]
     forbid(place if depth == "class" else place / "more")

@@ -11,9 +11,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..ranges import COUNT, POSITIVE, SEED, SIDE, WORKERS, Range
+from ..resources import usable_cores
 from .batches import BatchPlan
 from .checks import require
-from .cores import usable_cores
 from .layout import read_classes, read_manifest
 from .loader import EpochLoader
 from .resizing import ProgressiveResize

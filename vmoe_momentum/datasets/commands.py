@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from ..parsers import new_parser
+from ..ranges import check_all
+from ..resources import usable_cores
 from .idx import prepare_idx
 from .imagenet import prepare_imagenet
 from .info import info, sample
@@ -21,6 +26,7 @@ _EXAMPLES = """examples:
   vmoe-momentum data prepare idx --out data/fashion
   vmoe-momentum data prepare folder --source pictures --out data/pictures --images hardlink
   vmoe-momentum data prepare imagenet --source /data/ILSVRC2012 --out data/imagenet
+  vmoe-momentum data prepare imagenet-c --source data/imagenet/val --out data/imagenet-c
   vmoe-momentum data verify data/digits
   vmoe-momentum data info data/digits
   vmoe-momentum data sample data/photos --out sheet.png --augment"""
@@ -37,12 +43,27 @@ _FLAGS = {
 }
 
 
-def run(argv: list[str]) -> None:
+class Other(NamedTuple):
+    """Something that `data prepare` makes, and nobody trains on: another room's."""
+
+    prepare: Callable[..., str]  # gives what to print
+    holds: Callable[[Path], bool]  # whether a folder is one
+    verify: Callable[[str, int | None, int], str]  # root, sample and num_workers as `verify` has them
+
+
+def run(argv: list[str], others: dict[str, Other] | None = None) -> None:
     """Runs `data prepare DATASET` or `data verify|info|sample ROOT`; argv is what follows `data`.
 
-    Mistakes come out as ValueError, FileNotFoundError or the parser's ArgumentError.
+    others: by name. Mistakes come out as ValueError, FileNotFoundError or the parser's ArgumentError.
     """
-    arguments = _parser().parse_args(argv)
+    others = others or {}
+    arguments = _parser(others).parse_args(argv)
+    if arguments.command != "prepare":
+        root = arguments[arguments.command].root
+        other = next((each for each in others.values() if each.holds(Path(root))), None)
+        if other is not None:
+            _look_at_other(arguments, other)
+            return
     if arguments.command == "info":
         Console().print(info(**arguments.info.as_dict()))
         return
@@ -59,13 +80,29 @@ def run(argv: list[str]) -> None:
             print(f"not covered: {report.uncovered}, of which this older manifest says nothing; prepare it again")
         return
     what = arguments.prepare.dataset
+    if what in others:
+        print(others[what].prepare(**arguments.prepare[what].as_dict()))
+        return
     done = PREPARE[what](**arguments.prepare[what].as_dict())
     backends = "FFCVDataModule or FolderDataModule" if done.betons else "FolderDataModule (no betons: ffcv is missing)"
     print(f"{done.root}: {done.classes} classes, {done.train} training and {done.val} validation images")
     print(f"use it with --data {backends} --data.root {done.root}")
 
 
-def _parser() -> ArgumentParser:
+def _look_at_other(arguments: Namespace, other: Other) -> None:
+    """Raises ValueError: it is not to be trained on, so there is nothing to describe."""
+    if arguments.command != "verify":
+        raise ValueError(
+            f"root={arguments[arguments.command].root}: pictures to test on, not a dataset to train on; `data verify` "
+            "checks them, and the README.md in it says what they are"
+        )
+    wanted = arguments.verify
+    check_all("--", {"sample": wanted.sample, "num_workers": wanted.num_workers}, verify.ranges)
+    workers = usable_cores() if wanted.num_workers < 0 else wanted.num_workers
+    print(other.verify(wanted.root, wanted.sample, workers))
+
+
+def _parser(others: dict[str, Other]) -> ArgumentParser:
     parser = new_parser("Prepare image data and check it.", _EXAMPLES, prog="vmoe-momentum data")
     commands = parser.add_subcommands(dest="command")
     prepare = new_parser("Turn pictures into a prepared dataset.", _EXAMPLES)
@@ -82,7 +119,7 @@ def _parser() -> ArgumentParser:
             look.add_argument("--augment", action="store_true", help="Random crops and flips, as in training.")
         commands.add_subcommand(name, look, help=helps[name])
     datasets = prepare.add_subcommands(dest="dataset")
-    for name, function in PREPARE.items():
+    for name, function in (PREPARE | {name: other.prepare for name, other in others.items()}).items():
         dataset = new_parser(inspect.getdoc(function).split("Args:")[0].rstrip(), _EXAMPLES)
         dataset.add_function_arguments(function, as_group=False, as_positional=False, skip=set(_FLAGS))
         for flag, text in _FLAGS.items():

@@ -19,8 +19,8 @@ from rich.progress import Progress
 from ..pictures import class_folders, find_pictures, is_picture, mention
 from ..progress import track
 from ..ranges import SEED, THREADS, in_range
+from ..resources import usable_cores
 from ..staging import refuse_existing, staged
-from .cores import usable_cores
 from .encoding import parse_encoding
 from .layout import SPLITS, ClassEntry, write_classes
 from .manifest import digest, seal

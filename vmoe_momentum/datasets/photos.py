@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..progress import track
 from ..ranges import SEED, THREADS, Range, in_range
+from ..resources import usable_cores
 from ..staging import refuse_existing, staged
-from .cores import usable_cores
 from .encoding import parse_encoding
 from .layout import SPLITS, ClassEntry, write_classes
 from .manifest import seal

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..pictures import UnreadablePicture, read_picture
 from ..ranges import COUNT, THREADS, in_range
+from ..resources import usable_cores
 from .beton import Beton, check_beton, decode_image
-from .cores import usable_cores
 from .layout import SPLITS, ClassEntry, ImageFile, beton_path, list_images, read_classes, read_manifest
 from .manifest import CHECKSUMS, check_contents, checksum_line, describe_files, read_checksums
 from .reading import BadImages, UnreadableImages, in_threads, read_content

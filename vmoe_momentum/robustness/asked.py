@@ -28,9 +28,6 @@ BUDGET = {
     "seed": Range(0, 2**31 - 1, whole=True), "restarts": Range(1, 1000, whole=True), "eot": Range(1, 1000, whole=True),
 }  # fmt: skip
 
-SHIFTED = {  # sets of other pictures: name -> which 200 classes count, None for all 1,000
-    "imagenet_a": "a", "imagenet_r": "r", "imagenet_o": "o", "imagenet_v2": None, "imagenet_sketch": None,
-}  # fmt: skip
 RANGES = {
     **BUDGET, "severities": SEVERITY.or_(None), "query_images": COUNT.or_(None), "limit": COUNT.or_(None),
 }  # fmt: skip

@@ -141,7 +141,8 @@ def _answer(
     seed = crc32(batch.index.numpy().tobytes(), 0 if cell.budget is None else cell.budget.seed)
     with torch.inference_mode(), frozen(model.module, seed) if model.random else nullcontext():
         routing = {}
-        if model.routing is not None and cell.kind != "published":  # of those the clean picture is not at hand
+        # of what was corrupted elsewhere, and of other sets, the clean picture is not at hand
+        if model.routing is not None and cell.kind != "published" and not cell.pictures.whole:
             clean = memory.get(("routing", *pictures), lambda: model.routing(before)[1])
             logits, now = model.routing(images)
             routing = {block: routing_change(clean[block], now[block]).cpu().numpy() for block in clean}
@@ -154,10 +155,13 @@ def _answer(
             )
         logits = logits.float() if cell.pictures.classes is None else logits.float()[:, cell.pictures.classes]
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        # of the logits: in float32 a softmax has many zeros, and nothing ranks those
+        five = logits.topk(FIVE).indices if logits.shape[1] > FIVE else predicted.new_zeros((len(logits), 0))
+        if cell.pictures.merged is not None:
+            label_of = torch.tensor(cell.pictures.merged, device=device)
+            predicted, five = label_of[predicted], label_of[five]
     correct = (predicted == labels).cpu().numpy()
     parts = (batch.index.numpy(), correct, predicted.cpu().numpy(), confidence.cpu().numpy())
-    # of the logits: in float32 a softmax has many zeros, and nothing ranks those
-    five = logits.topk(FIVE).indices if logits.shape[1] > FIVE else logits.new_zeros((len(logits), 0), dtype=torch.long)
     return Outcome(*parts, routing, zero, five.cpu().numpy()), images
 
 
@@ -231,6 +235,7 @@ class Store:
             "device": torch.device(device).type, "versions": versions(), "outcome": Outcome._fields,
             "source": None if source is None else (source.provenance, source.view),
         }  # fmt: skip
+        facts |= {key: value for key in ("merged", "border") if (value := getattr(cell.pictures, key))}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
         return self.folder / f"{digest}.npz"
 

@@ -8,9 +8,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .cells import FROM
-from .corruptions import BENCHMARK, EXTRA
 from .evaluate import Evaluation
 from .rows import Row
+from .sets import corruptions_of, named_corruptions
 from .summary import BEFORE, L2, SANITY, WORST, eps_text
 from .transfer import ITSELF, Transfers, transfers
 
@@ -22,10 +22,10 @@ def draw(evaluation: Evaluation, rows: list[Row]) -> dict[str, Figure]:
     found = {}
     for dataset in dict.fromkeys(cell.pictures.name for cell in evaluation.cells if cell.severity and not cell.attack):
         own = [row for row in rows if row.dataset == dataset and row.metric == "top1"]
-        if any(row.condition in (*BENCHMARK, *EXTRA) for row in own):
+        if any(row.condition in named_corruptions() for row in own):
             found[f"corruptions, {dataset}"] = _bars(own, labels, colors)
-        if any(row.condition in BENCHMARK for row in own):
-            benchmark = [row for row in own if row.condition in BENCHMARK]
+        benchmark = [row for row in own if row.condition in corruptions_of(dataset)]
+        if benchmark:
             found[f"severity, {dataset}"] = _curves(benchmark, labels, colors)
     own = [row for row in rows if row.condition != SANITY and FROM not in row.condition]
     attacks = [row for row in own if row.metric == "robust_top1"]
@@ -59,7 +59,7 @@ def _mean(rows: list[Row]) -> float:
 
 
 def _bars(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) -> Figure:
-    names = [name for name in (*BENCHMARK, *EXTRA) if any(row.condition == name for row in rows)]
+    names = [name for name in named_corruptions() if any(row.condition == name for row in rows)]
     figure = Figure(figsize=(max(6, 0.75 * len(names) + 2), 3.6), layout="constrained")
     axis, width = figure.subplots(), 0.8 / len(colors)
     for place, (label, color) in enumerate(colors.items()):

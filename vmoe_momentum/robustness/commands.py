@@ -15,8 +15,9 @@ from ..parsers import Parser, check_device, new_parser
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS, Range
 from ..staging import check_writable
-from .asked import ATTACK_NAMES, BENCHMARK, EXTRA, RANGES, SHIFTED, TRANSFER_NAMES
+from .asked import ATTACK_NAMES, RANGES, TRANSFER_NAMES
 from .processes import Helpers, Place, choose_device, end_with_parent, find_place, is_helper, shared_cores
+from .sets import SETS, named_corruptions
 
 if TYPE_CHECKING:
     from .models import Model
@@ -124,12 +125,10 @@ def parser() -> Parser:
         type=str | None,
         help="Clean labelled pictures: ROOT/val/CLASS/* or ROOT/CLASS/*, CLASS as trained on.",
     )
-    words.add_argument(
-        "--imagenet_c", type=str | None, help="The published ImageNet-C: <corruption>/<severity>/<wnid>/*."
-    )
-    for name in SHIFTED:
-        words.add_argument(f"--{name}", type=str | None, help=f"Folder of {name.replace('_', '-')}, one folder a wnid.")
-    names = f"Names, by default the 15 of the benchmark; [none] for none. All: {', '.join((*BENCHMARK, *EXTRA))}."
+    for name, found in SETS.items():
+        words.add_argument(f"--{name}", type=str | None, help=f"Folder of {found.title}: {found.layout}.")
+    names = "Names, by default all of a set (of ImageNet-C the 15 of the benchmark); [none] for none. All: "
+    names += f"{', '.join(named_corruptions())}."
     words.add_argument("--corruptions", type=list[str] | None, help=names)
     words.add_number("--severities", list[int] | None, RANGES["severities"], "By default all of them.")
     words.add_argument(
@@ -197,6 +196,7 @@ def _settings(given: dict[str, Any]) -> "Settings":
     made_here = given["imagenet_c"] is None if given["regenerate"] is None else given["regenerate"]
     corruptions = [] if given["corruptions"] == ["none"] else given["corruptions"]
     eps = DEFAULT_EPS[given["norm"]] if given["eps"] is None else [parse_eps(text) for text in given["eps"]]
-    chosen = {"corruptions": corruptions, "eps": eps, "regenerate": made_here}
-    values = {name: chosen.get(name, given[name]) for name in Settings._fields}
+    sets = {name: given[name] for name in SETS if given[name] is not None}
+    chosen = {"corruptions": corruptions, "eps": eps, "regenerate": made_here, "sets": sets}
+    values = {name: chosen[name] if name in chosen else given[name] for name in Settings._fields}
     return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

@@ -4,12 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .asked import BENCHMARK, SEVERITIES
 from .bootstrap import GroupDifference, Interval, group_difference, mean_interval
 from .cells import Cell, Outcome
-from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
 from .imagenet_c import ALEXNET
-from .summary import OUTSIDE, SANITY, answers_of, clean_of, eps_text, part_of_75, robust, standing, told_set
+from .sets import corruptions_of
+from .summary import OUTSIDE, SANITY, answers_of, clean_of, eps_text, part_of, robust, standing, told_set
 
 # an image that is wrong under everything has this share in mCE
 LARGEST_MCE = sum(1 / ALEXNET[name] for name in BENCHMARK) / len(BENCHMARK)
@@ -59,9 +60,9 @@ def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], 
         if name.startswith(OUTSIDE) or cell.condition == SANITY or cell.source is not None:
             continue  # what comes from another model has a table of its own
         if cell.severity.isdecimal() and cell.kind in ("published", "regenerated"):
-            if cell.condition in BENCHMARK:
+            if cell.condition in corruptions_of(name):
                 corrupted.setdefault(name, []).append(outcome.correct)
-                if cell.kind == "published":
+                if cell.kind == "published" and cell.condition in BENCHMARK:
                     errors.setdefault(name, []).append((1.0 - outcome.correct) / ALEXNET[cell.condition])
         elif cell.kind == "attack":
             lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = robust(outcome, clean)
@@ -70,7 +71,9 @@ def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], 
         else:
             lines[told_set(cell.pictures)] = outcome.correct
     lines |= {f"{name}, eps {eps_text(name, eps)}": kept for (name, eps), kept in standing(own).items()}
-    lines |= {f"{name}, mean of {part_of_75(len(parts))}": np.mean(parts, axis=0) for name, parts in corrupted.items()}
+    lines |= {
+        f"{name}, mean of {part_of(len(parts), name)}": np.mean(parts, axis=0) for name, parts in corrupted.items()
+    }
     found = {(what, "top1"): values.astype(float) for what, values in lines.items()}
     whole = len(BENCHMARK) * len(SEVERITIES)  # mCE is linear in the images: the mean of their shares in it
     return found | {

@@ -5,10 +5,11 @@ import re
 import numpy as np
 
 from ..pictures import picture_size
+from .asked import BENCHMARK, SEVERITIES
 from .cells import Cell, Outcome, told_condition
-from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
 from .rows import Row
+from .sets import set_of
 from .summary import SANITY, answers_of, eps_text, robust
 
 _ITERATED = ("pgd", "pgd-margin", "pma", "apgd", "apgd-dlr", "apgd-t", "malt", "autoattack")
@@ -96,23 +97,31 @@ def _kind(condition: str) -> str:
 
 
 def _of_the_sets(evaluation: Evaluation) -> list[str]:
-    """What keeps CE and mCE from being the published ones."""
-    found = []
-    cells = [cell for cell in evaluation.cells if cell.pictures.whole]
-    for cell in cells[:1]:
-        name, whole = cell.pictures.name, len(BENCHMARK) * len(SEVERITIES)
-        size = picture_size(cell.pictures.paths[0])
-        if size != (224, 224):
-            found.append(
-                f"{name}: pictures of {size[0]} x {size[1]} pixels where ImageNet-C has 224 x 224; they are squeezed "
-                "into the models' inputs, and CE and mCE are not comparable"
-            )
-        count = sum(each.condition in BENCHMARK for each in cells)
-        if count < whole:
-            found.append(f"{name}: no mCE: it is the mean over {whole} corruptions x severities, here are {count}")
-        elif " of " in name:
-            found.append(
-                f"{name}: a part of the published pictures; CE and mCE are this part's, not to be put beside published "
-                "ones"
-            )
+    """What keeps means, CE and mCE from being the published ones."""
+    sets: dict[str, list[Cell]] = {}
+    for cell in evaluation.cells:
+        if cell.pictures.whole:
+            sets.setdefault(cell.pictures.name, []).append(cell)
+    return [line for name, cells in sets.items() for line in _of_a_set(name, cells)]
+
+
+def _of_a_set(name: str, cells: list[Cell]) -> list[str]:
+    found, own = [], set_of(name)
+    if cells[0].pictures.made:
+        return [f"{name}: {cells[0].pictures.made}; no CE and no mCE, which are of those"]
+    mean = {True: "CE and mCE", False: "numbers"}[own.corruptions == BENCHMARK]
+    size = picture_size(cells[0].pictures.paths[0])
+    if size != (224, 224):
+        found.append(
+            f"{name}: pictures of {size[0]} x {size[1]} pixels where {own.title} has 224 x 224; they are squeezed "
+            f"into the models' inputs, and {mean} are not comparable"
+        )
+    whole, count = len(own.corruptions) * len(SEVERITIES), sum(each.condition in own.corruptions for each in cells)
+    if count < whole:
+        told = "no mCE: it" if own.corruptions == BENCHMARK else f"not {own.title}'s mean: that"
+        found.append(f"{name}: {told} is the mean over {whole} corruptions x severities, here are {count}")
+    elif " of " in name:
+        found.append(
+            f"{name}: a part of the published pictures; {mean} are this part's, not to be put beside published ones"
+        )
     return found

@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from .attacks import ATTACKS, PLAIN
-from .plan import PUBLISHED, Settings, all_attacks
+from .plan import Settings, all_attacks
+from .sets import SETS
 
 
 class Needs(NamedTuple):
@@ -24,7 +25,7 @@ def _spending(settings: Settings, what: str) -> bool:
 
 def _corrupts(settings: Settings) -> bool:
     made_here = settings.data is not None and settings.regenerate
-    return settings.corruptions != () and (made_here or settings.imagenet_c is not None)
+    return settings.corruptions != () and (made_here or any(name in settings.sets for name in CORRUPTED))
 
 
 def _by_spending(what: str) -> str:
@@ -35,11 +36,12 @@ def _taking(option: str) -> str:
     return ", ".join(name for name, found in ATTACKS.items() if getattr(found, option))
 
 
+CORRUPTED = [name for name, each in SETS.items() if each.corruptions]
 ALWAYS = Needs(lambda settings: True, "")
 NEEDS = {
-    **dict.fromkeys(("model", "data", *PUBLISHED, "upright", "limit", "out", "help"), ALWAYS),
+    **dict.fromkeys(("model", "data", *SETS, "upright", "limit", "out", "help"), ALWAYS),
     **dict.fromkeys(("batch_size", "workers", "processes", "device"), ALWAYS),
-    "imagenet_c": Needs(lambda s: s.corruptions != (), "corruptions: leave out --corruptions=[none]"),
+    **dict.fromkeys(CORRUPTED, Needs(lambda s: s.corruptions != (), "corruptions: leave out --corruptions=[none]")),
     "corruptions": Needs(
         lambda s: s.corruptions == () or _corrupts(s), "--imagenet_c, or --data without --regenerate=false"
     ),
@@ -49,7 +51,10 @@ NEEDS = {
         "--data, and no --corruptions=[none]",
     ),
     "attacks": Needs(lambda s: not s.attacks or s.data is not None, "--data, clean pictures to attack"),
-    "ids": Needs(lambda s: (s.data, s.imagenet_c) != (None, None), "--data or --imagenet_c, whose pictures it names"),
+    "ids": Needs(
+        lambda s: s.data is not None or any(name in s.sets for name in CORRUPTED),
+        "--data, --imagenet_c or one of its kind, whose pictures it names",
+    ),
     "transfer": Needs(lambda s: not s.transfer or s.data is not None, "--data, clean pictures to attack"),
     "router_aware": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     **{option: Needs(lambda s, o=option: any(getattr(ATTACKS[n], o) for n in _attacks(s) if n in ATTACKS),

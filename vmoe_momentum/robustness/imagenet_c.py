@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from .corruptions import BENCHMARK, SEVERITIES, check_corruption
+from .asked import BENCHMARK, SEVERITIES
+from .sets import SETS
 
 # Top-1 error of AlexNet, mean over the severities, to the image (each times 250,000 is an integer): google-research/
 # augmix at 9b9824c, where they are in the benchmark's order. Names, not positions: sorted lists have been zipped wrong.
@@ -15,7 +16,6 @@ ALEXNET = {
     "speckle_noise": 0.845388, "gaussian_blur": 0.787108, "spatter": 0.717512, "saturate": 0.658248,
 }  # fmt: skip
 ALEXNET_CLEAN = 0.43478  # torchvision's AlexNet V1: acc@1 56.522
-GROUPS = ("noise", "blur", "weather", "digital", "extra")  # as the published archives unpack
 
 Errors = Mapping[str, Mapping[int, float]]  # corruption -> severity -> top-1 error in [0, 1]
 
@@ -44,11 +44,11 @@ def relative_mean_corruption_error(errors: Errors, clean_error: float) -> float:
     return _mean(ratios)
 
 
-def mean_corrupted_accuracy(errors: Errors) -> float:
-    """Mean top-1 accuracy over the 15 x 5, in [0, 1]: RobustBench's headline."""
-    for name in BENCHMARK:
+def mean_corrupted_accuracy(errors: Errors, names: tuple[str, ...] = BENCHMARK) -> float:
+    """Mean top-1 accuracy over the corruptions at five severities each, in [0, 1]; of the 15 RobustBench's headline."""
+    for name in names:
         _complete(_of(errors, name), name)
-    return _mean([1.0 - error for name in BENCHMARK for error in errors[name].values()])
+    return _mean([1.0 - error for name in names for error in errors[name].values()])
 
 
 def _mean(values: list[float]) -> float:
@@ -68,44 +68,44 @@ def _complete(errors: Mapping[int, float], name: str) -> None:
 
 
 def find_tree(
-    root: str, corruptions: list[str] | None = None, severities: list[int] | None = None
+    root: str, corruptions: list[str] | None = None, severities: list[int] | None = None, published: str = "imagenet_c"
 ) -> dict[tuple[str, int], Path]:
     """Where each (corruption, severity) of the published images lies.
 
-    ROOT/<corruption>/<severity>/<wnid>/*, or ROOT/<group>/<corruption>/... as the five archives unpack. corruptions,
-    severities: only these are asked for; without them all 15 x 5 must be there. Raises FileNotFoundError and
-    ValueError: no such folder, an unknown name, folders missing.
+    ROOT/<corruption>/<severity>/<wnid>/*, or ROOT/<group>/<corruption>/... as ImageNet-C's five archives unpack.
+    corruptions, severities: only these are asked for; without them all must be there. published: a name of SETS.
+    Raises FileNotFoundError and ValueError: no such folder, an unknown name, folders missing.
     """
-    base = Path(root)
+    base, own, setting = Path(root), SETS[published], f"--{published}={root}"
     if not base.is_dir():
-        raise FileNotFoundError(f"--imagenet_c={root}: no such folder")
-    wanted = list(BENCHMARK) if corruptions is None else corruptions
+        raise FileNotFoundError(f"{setting}: no such folder")
+    wanted = list(own.corruptions) if corruptions is None else corruptions
     for name in wanted:
-        check_corruption(name, "--corruptions")
+        if name not in (*own.corruptions, *own.extra):
+            raise ValueError(f"--corruptions={name}: not one of {', '.join((*own.corruptions, *own.extra))}")
     folders, missing = {}, []
     for name in wanted:
-        places = [base / name, *(base / group / name for group in GROUPS)]
+        places = [base / name, *(base / group / name for group in own.groups)]
         place = next((path for path in places if path.is_dir()), None)
         for severity in SEVERITIES if severities is None else severities:
             folder = None if place is None else place / str(severity)
-            if folder is not None and _is_filled(folder, root):
+            if folder is not None and _is_filled(folder, setting):
                 folders[name, severity] = folder
             else:
                 missing.append(f"{name}/{severity}")
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        around = f" and in {', '.join(own.groups)}" if own.groups else ""
         raise ValueError(
-            f"--imagenet_c={root}: {shown} missing; looked for <corruption>/<severity> there and in noise, blur, "
-            "weather, digital, extra; name the ones you have with --corruptions and --severities (that is then no mCE)"
+            f"{setting}: {shown} missing; looked for <corruption>/<severity> there{around}; name the ones you have "
+            "with --corruptions and --severities (that is then not the set's mean)"
         )
     return folders
 
 
-def _is_filled(folder: Path, root: str) -> bool:
+def _is_filled(folder: Path, setting: str) -> bool:
     """Raises ValueError: nobody can say, as it cannot be read."""
     try:
         return folder.is_dir() and any(folder.iterdir())
     except OSError as error:
-        raise ValueError(
-            f"--imagenet_c={root}: {folder} cannot be read ({error.strerror}); mend its permissions"
-        ) from error
+        raise ValueError(f"{setting}: {folder} cannot be read ({error.strerror}); mend its permissions") from error

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from ..pictures import read_picture
+from ..pictures import UnreadablePicture, read_picture
 from ..resources import check_sockets
 from .corruptions import corrupt
 from .corruptions.base import SMALL
@@ -30,6 +30,14 @@ class Pictures(NamedTuple):
     classes: list[int] | None = None  # logits that count, ascending: ImageNet-A, -R, -O
     whole: bool = False  # published at their final size: never cropped
     labelled: str = ""  # how folder names became labels
+    merged: list[int] | None = None  # the label that each of `classes` is, where several are one: ObjectNet
+    border: int = 0  # pixels around each that are no part of it
+    made: str = ""  # how they were corrupted, where that was not by the set's authors
+
+    @property
+    def labels_that_count(self) -> int | None:
+        """How many; None for all of the model's classes."""
+        return None if self.classes is None else len(set(self.merged or self.classes))
 
 
 class Batch(NamedTuple):
@@ -68,9 +76,9 @@ class _Files(Dataset):
         cut: dict[View, Tensor] = {}
         for upright in dict.fromkeys(view.upright for view in self.views):
             views = [view for view in self.views if view.upright == upright]
-            picture, whole = read_picture(path, upright), self.pictures.whole
+            picture, whole = read_inside(path, upright, self.pictures.border), self.pictures.whole
             if self.change is not None:
-                base = picture if min(picture.size) < SMALL else crop(picture, CORRUPTED)
+                base = for_corruption(picture)
                 clean |= {view: as_tensor(fit(base, view)) for view in views}
                 key = f"{path.parent.name}/{path.name}"
                 made = corrupt(np.asarray(base), self.change.name, self.change.severity, self.change.seed, key)
@@ -101,6 +109,20 @@ def batches(
         stacked = {view: torch.stack([each[i] for each in cut]) for i, view in enumerate(views)}
         before = {view: torch.stack([each[i] for each in clean]) for i, view in enumerate(views)} if clean[0] else None
         yield Batch(torch.tensor(index), torch.tensor(labels), stacked, before)
+
+
+def for_corruption(picture: Image.Image) -> Image.Image:
+    """The part that the published corruptions are of; all of a small picture."""
+    return picture if min(picture.size) < SMALL else crop(picture, CORRUPTED)
+
+
+def read_inside(path: Path, upright: bool, border: int) -> Image.Image:
+    """What is within a border of so many pixels. Raises UnreadablePicture."""
+    picture = read_picture(path, upright)
+    if border and min(picture.size) <= 2 * border:
+        told = f"{picture.width} x {picture.height} px, of which a border of {border} is to be cut off"
+        raise UnreadablePicture(path, told)
+    return ImageOps.crop(picture, border) if border else picture
 
 
 def show(picture: Image.Image, view: View) -> Image.Image:

@@ -8,35 +8,26 @@ from typing import NamedTuple
 
 from ..ranges import check_all
 from . import labels
-from .asked import BENCHMARK, RANGES, SEVERITIES, SHIFTED, TRANSFER_NAMES
+from .asked import BENCHMARK, RANGES, SEVERITIES, TRANSFER_NAMES
 from .attacks import ATTACKS, PLAIN, Budget, Norm, check_attack, check_budget
 from .cells import Cell
-from .corruptions import check_corruption
+from .corruptions import REGISTRY
 from .ids import choose, read_ids
 from .imagenet_c import find_tree
 from .models import Model
 from .pictures import Change, Pictures
-from .sets import check_set
+from .regenerated import read_mark
+from .sets import SETS, PublishedSet, check_set, named_corruptions
 
-# pictures in the published sets (a corruption and severity of ImageNet-C); parts are labelled as parts
-PUBLISHED = {
-    "imagenet_c": 50_000, "imagenet_a": 7_500, "imagenet_r": 30_000, "imagenet_o": 2_000, "imagenet_v2": 10_000,
-    "imagenet_sketch": 50_889,
-}  # fmt: skip
 LARGE_EPS = 64 / 255  # Linf: any undefended model must fall
 DEFAULT_EPS: dict[Norm, tuple[float, ...]] = {"Linf": (1 / 255, 2 / 255, 4 / 255), "L2": (0.5, 1.0, 2.0)}
 
 
 class Settings(NamedTuple):
-    """What was asked for. Folders are None where a set is not wanted; eps in units of pixels in [0, 1]."""
+    """What was asked for. eps in units of pixels in [0, 1]."""
 
     data: str | None = None
-    imagenet_c: str | None = None
-    imagenet_a: str | None = None
-    imagenet_r: str | None = None
-    imagenet_o: str | None = None
-    imagenet_v2: str | None = None
-    imagenet_sketch: str | None = None
+    sets: dict[str, str] = {}  # name of a published set (sets.SETS) -> its folder
     corruptions: tuple[str, ...] | None = None  # None: the 15
     severities: tuple[int, ...] | None = None  # None: all five
     regenerate: bool = True
@@ -59,8 +50,8 @@ class Settings(NamedTuple):
 def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
     """Every cell, in the order they are run. Raises ValueError and FileNotFoundError: anything that cannot be done."""
     check_settings(settings)
-    if all(getattr(settings, name) is None for name in ("data", *PUBLISHED)):
-        raise ValueError("nothing to evaluate: give --data, or one of " + ", ".join(f"--{name}" for name in PUBLISHED))
+    if settings.data is None and not settings.sets:
+        raise ValueError("nothing to evaluate: give --data, or one of " + ", ".join(f"--{name}" for name in SETS))
     _check_models(models)
     cells: list[Cell] = []
     if settings.data is not None:
@@ -77,12 +68,8 @@ def make_plan(settings: Settings, models: Sequence[Model]) -> list[Cell]:
         if settings.router_aware and all(model.router_loss is None for model in models):
             raise ValueError("--router_aware: none of the models has routers; leave it out")
         cells += _adversarial(clean, settings, [model.name for model in models])
-    if settings.imagenet_c is not None:
-        cells += _published(settings, models)
-    for name, which in SHIFTED.items():
-        root = getattr(settings, name)
-        if root is not None:
-            cells += _shifted(name, root, which, settings, models)
+    for name in (name for name in SETS if name in settings.sets):
+        cells += (_corrupted if SETS[name].corruptions else _shifted)(name, settings, models)
     return cells
 
 
@@ -102,6 +89,10 @@ def describe_pictures(cells: Sequence[Cell]) -> dict[str, dict[str, str | int]]:
             seen = "at 64 px and more Resize(256), CenterCrop(224), then corrupted; whole from there on"
         else:
             seen = "at 64 px and more the middle, at the model's input size and crop_pct; else whole"
+        if cell.pictures.made:
+            seen = f"{cell.pictures.made}; {seen}"
+        if cell.pictures.border:
+            seen = f"without the {cell.pictures.border} px of its border; {seen}"
         folder = str(cell.pictures.paths[0].parent.parent)
         found[cell.pictures.name] = {
             "folder": folder, "pictures": len(cell.pictures.paths), "sha256": digest.hexdigest(), "seen": seen,
@@ -113,17 +104,16 @@ def describe_pictures(cells: Sequence[Cell]) -> dict[str, dict[str, str | int]]:
 def check_settings(settings: Settings) -> None:
     """Whatever needs no model. Raises ValueError, FileNotFoundError: names, numbers, folders that mean nothing."""
     check_all("--", settings._asdict(), RANGES)
-    for name in ("data", *PUBLISHED):
-        root = getattr(settings, name)
+    for name, root in {"data": settings.data, **settings.sets}.items():
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(f"--{name}={root}: no such folder")
     if settings.ids is not None:
         if settings.limit is not None:
             raise ValueError(f"--ids={settings.ids}: it says which pictures, so leave out --limit={settings.limit}")
         read_ids(settings.ids)
-    if settings.imagenet_o is not None and settings.data is None:
+    if "imagenet_o" in settings.sets and settings.data is None:
         raise ValueError(
-            f"--imagenet_o={settings.imagenet_o}: needs --data, pictures of known classes to tell its own from"
+            f"--imagenet_o={settings.sets['imagenet_o']}: needs --data, pictures of known classes to tell its own from"
         )
     for setting in ("corruptions", "severities", "attacks", "transfer", "eps"):
         values = getattr(settings, setting) or ()
@@ -133,8 +123,7 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"--{setting}: {twice[0]} is there twice; name each once")
     if settings.severities is not None and not settings.severities:
         raise ValueError("--severities=[]: use some of 1 to 5, or leave it out for all")
-    for name in settings.corruptions or ():
-        check_corruption(name, "--corruptions")
+    _check_corruptions(settings)
     if all_attacks(settings) and not settings.eps:
         raise ValueError("--eps=[]: give budgets, such as [1/255], or no attacks (--attacks=[])")
     for name in settings.transfer:
@@ -146,6 +135,16 @@ def check_settings(settings: Settings) -> None:
     if settings.router_aware and not any(ATTACKS[name].router for name in all_attacks(settings)):
         knowing = ", ".join(name for name, found in ATTACKS.items() if found.router)
         raise ValueError(f"--router_aware: none of --attacks={list(settings.attacks)} uses it; {knowing} do")
+
+
+def _check_corruptions(settings: Settings) -> None:
+    """Raises ValueError: a name of none of the sets, or of one that was not given."""
+    for name in settings.corruptions or ():
+        if name not in named_corruptions():
+            raise ValueError(f"--corruptions={name}: not one of {', '.join(named_corruptions())}")
+        owner = next(key for key, each in SETS.items() if name in (*each.corruptions, *each.extra))
+        if name not in REGISTRY and owner not in settings.sets:
+            raise ValueError(f"--corruptions={name}: it is of {SETS[owner].title}; give its folder as --{owner}")
 
 
 def all_attacks(settings: Settings) -> tuple[str, ...]:
@@ -218,24 +217,39 @@ def _index(folders: list[str], order: labels.Order | None, models: Sequence[Mode
     return found._replace(rule="; ".join(told))
 
 
+class _Counted(NamedTuple):
+    """Classes that count, ascending, and what label an answer of each is: its place, or one that several share."""
+
+    classes: list[int]
+    labels: list[int]
+
+
 def _pictures(
-    name: str, root: str, settings: Settings, models: Sequence[Model], classes: list[int] | None = None
+    name: str, root: str, settings: Settings, models: Sequence[Model], counted: _Counted | None = None
 ) -> Pictures:
     folders = labels.list_folders(Path(root), f"--{name}")
-    order = labels.read_order(Path(settings.data or root))  # one order for a model that has none of its own
+    order = labels.read_order(
+        Path(settings.data or settings.sets.get(name, root))
+    )  # one order for a model that has none of its own
     index = _index(list(folders), order, models, f"--{name}={root}")
-    pictures = _labelled(name, folders, index, classes)
+    pictures = _labelled(name, folders, index, counted)
     if not pictures.paths:
-        raise ValueError(f"--{name}={root}: none of its pictures is of the {len(classes)} classes that count")
+        raise ValueError(f"--{name}={root}: none of its pictures is of the {len(counted.classes)} classes that count")
     return pictures
 
 
-def _labelled(name: str, folders: dict[str, list[Path]], index: labels.Index, classes: list[int] | None) -> Pictures:
-    found = [(path, index.labels[folder]) for folder, paths in folders.items() for path in paths]
-    if classes is not None:
-        position = {label: place for place, label in enumerate(classes)}
-        found = [(path, position[label]) for path, label in found if label in position]
-    return Pictures(name, [path for path, _ in found], [label for _, label in found], classes, labelled=index.rule)
+def _labelled(name: str, folders: dict[str, list[Path]], index: labels.Index, counted: _Counted | None) -> Pictures:
+    """Pictures of folders that are no class that counts are left out."""
+    known = index.labels
+    found = [(path, known[folder]) for folder, paths in folders.items() if folder in known for path in paths]
+    classes, merged = None, None
+    if counted is not None:
+        label_of = dict(zip(*counted, strict=True))
+        found = [(path, label_of[label]) for path, label in found if label in label_of]
+        several = len(set(counted.labels)) < len(counted.labels)
+        classes, merged = counted.classes, counted.labels if several else None
+    paths, chosen = [path for path, _ in found], [label for _, label in found]
+    return Pictures(name, paths, chosen, classes, labelled=index.rule, merged=merged)
 
 
 def _limited(pictures: Pictures, settings: Settings, listed: str | None = None, part: bool = False) -> Pictures:
@@ -253,9 +267,9 @@ def _limited(pictures: Pictures, settings: Settings, listed: str | None = None, 
 
 
 def _named(pictures: Pictures) -> Pictures:
-    """A part of a published set says so."""
-    whole, count = PUBLISHED[pictures.name], len(pictures.paths)
-    return pictures if count == whole else pictures._replace(name=f"{pictures.name} ({count:,} of {whole:,})")
+    """A part of a published set says so, where it is known how many the whole has."""
+    whole, count = SETS[pictures.name].count, len(pictures.paths)
+    return pictures if whole in (None, count) else pictures._replace(name=f"{pictures.name} ({count:,} of {whole:,})")
 
 
 def subset(count: int, wanted: int, seed: int) -> list[int]:
@@ -268,6 +282,7 @@ def _regenerated(clean: Pictures, settings: Settings) -> list[Cell]:
         Cell(clean._replace(name=f"{clean.name} (regenerated)"), "regenerated", name, str(severity),
              Change(name, severity, settings.seed))
         for name in (BENCHMARK if settings.corruptions is None else settings.corruptions)
+        if name in REGISTRY
         for severity in settings.severities or SEVERITIES
     ]  # fmt: skip
 
@@ -319,42 +334,83 @@ def condition_of(name: str, settings: Settings) -> str:
     return told + ("-router" if router else "") + ("" if settings.norm == "Linf" else "-L2")
 
 
-def _published(settings: Settings, models: Sequence[Model]) -> list[Cell]:
-    names = None if settings.corruptions is None else list(settings.corruptions)
+def _corrupted(name: str, settings: Settings, models: Sequence[Model]) -> list[Cell]:
+    """A published set of corruptions and severities."""
+    root, own = settings.sets[name], SETS[name]
+    chosen = None
+    if settings.corruptions is not None:
+        chosen = [each for each in settings.corruptions if each in (*own.corruptions, *own.extra)]
+        if not chosen:
+            told = ", ".join(settings.corruptions)
+            raise ValueError(
+                f"--{name}={root}: none of --corruptions=[{told}] is one of its; name some, or leave one of the two out"
+            )
     levels = None if settings.severities is None else list(settings.severities)
+    made = read_mark(Path(root), f"--{name}={root}") if name == "imagenet_c" else None
     cells, first = [], None
-    for (name, severity), folder in find_tree(settings.imagenet_c, names, levels).items():
-        pictures = _pictures("imagenet_c", str(folder), settings, models)
+    for (condition, severity), folder in find_tree(root, chosen, levels, name).items():
+        pictures = _pictures(name, str(folder), settings, models)
         files = [f"{path.parent.name}/{path.name}" for path in pictures.paths]
         first = first or files
         if files != first:
             raise ValueError(
-                f"--imagenet_c={settings.imagenet_c}: {name}/{severity} has other pictures than the first folder "
-                f"({len(files)} and {len(first)} files); a part is missing, and unequal parts are not the benchmark's"
+                f"--{name}={root}: {condition}/{severity} has other pictures than the first folder ({len(files)} and "
+                f"{len(first)} files); a part is missing, and unequal parts are not the benchmark's"
             )
-        pictures = _named(_limited(pictures, settings, f"--imagenet_c={settings.imagenet_c}"))
-        cells.append(Cell(pictures._replace(whole=True), "published", name, str(severity)))
+        pictures = _limited(pictures, settings, f"--{name}={root}")._replace(whole=own.whole)
+        if made is None:
+            cells.append(Cell(_named(pictures), "published", condition, str(severity)))
+        else:
+            told = f"corrupted by data prepare imagenet-c with seed {made['settings']['seed']}, not the published ones"
+            pictures = pictures._replace(name=f"{name} (regenerated)", made=told)
+            cells.append(Cell(pictures, "regenerated", condition, str(severity)))
     return cells
 
 
-def _shifted(name: str, root: str, which: str | None, settings: Settings, models: Sequence[Model]) -> list[Cell]:
+def _shifted(name: str, settings: Settings, models: Sequence[Model]) -> list[Cell]:
+    """A published set of other pictures, and of --data those of the classes that count there."""
+    own, setting = SETS[name], f"--{name}={settings.sets[name]}"
     if models[0].num_classes != 1000:
-        raise ValueError(f"--{name}={root}: it is for models of ImageNet's 1,000 classes, not {models[0].num_classes}")
-    _check_imagenet(models, f"--{name}={root}")
-    classes = None if which is None else labels.subset(which)
-    folders = labels.list_folders(Path(root), f"--{name}")
-    index = labels.class_index(None, 1000, set(folders))
-    index.check(list(folders), f"--{name}={root}")
-    check_set(name, f"--{name}={root}", folders, (index.labels[folder] for folder in folders))
-    pictures = _labelled(name, folders, index, classes)
-    if which == "o":  # pictures of none of the classes: labels mean nothing, confidence does
+        raise ValueError(f"{setting}: it is for models of ImageNet's 1,000 classes, not {models[0].num_classes}")
+    _check_imagenet(models, setting)
+    folders = labels.list_folders(Path(settings.sets[name]) / own.place, f"--{name}")
+    index, counted = _known(own, Path(settings.sets[name]), folders, setting)
+    if own.mapping is None:
+        check_set(name, setting, folders, (index.labels[folder] for folder in folders))
+    pictures = _labelled(name, folders, index, counted)._replace(whole=own.whole, border=own.border)
+    if not pictures.paths:
+        raise ValueError(f"{setting}: none of its pictures is of a class of ImageNet-1k")
+    if own.classes == "o":  # pictures of none of the classes: labels mean nothing, confidence does
         pictures = pictures._replace(labels=[0] * len(pictures.paths))
     cells = [Cell(_named(_limited(pictures, settings)), "published", "shifted")]
-    if settings.data is not None and classes is not None:
-        same = _pictures("data", settings.data, settings, models, classes)
+    if settings.data is not None and counted is not None:
+        same = _pictures("data", settings.data, settings, models, counted)
         same = _limited(same, settings, f"--data={settings.data}", part=True)
         cells.append(Cell(same._replace(name=f"data on {name}'s classes"), "published", "clean"))
     return cells
+
+
+def _known(
+    own: PublishedSet, root: Path, folders: dict[str, list[Path]], setting: str
+) -> tuple[labels.Index, _Counted | None]:
+    """A class of each folder of a published set, and which classes count."""
+    if own.mapping is None:
+        index = labels.class_index(None, 1000, set(folders))
+        index.check(list(folders), setting)
+        few = labels.subset(own.classes) if own.classes else None
+        return index, None if few is None else _Counted(few, list(range(len(few))))
+    known = own.mapping(root, setting)
+    strange = sorted(set(folders) - set(known))
+    if strange:
+        raise ValueError(f"{setting}: folder {strange[0]} is none of {own.title}'s {len(known)}; take it out")
+    classed = {folder: classes for folder, classes in sorted(known.items()) if classes}
+    label_of = {index: label for label, classes in enumerate(classed.values()) for index in classes}
+    first = {folder: classes[0] for folder, classes in classed.items()}
+    counted = sorted(label_of)
+    return (
+        labels.Index(first, f"by {own.title}'s own mapping"),
+        _Counted(counted, [label_of[index] for index in counted]),
+    )
 
 
 def _check_imagenet(models: Sequence[Model], setting: str) -> None:

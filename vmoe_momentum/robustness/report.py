@@ -50,7 +50,7 @@ def write_report(
     lines, warnings = compare(evaluation), warnings_of(evaluation, rows)
     pictures = {name: _png(figure) for name, figure in draw(evaluation, rows).items()}
     sets = [cell.pictures for cell in evaluation.cells]
-    classes = {each.name: len(each.classes) for each in sets if each.classes is not None}
+    classes = {each.name: each.labels_that_count for each in sets if each.classes is not None}
     labels, falls = {model.name: model.label for model in evaluation.models}, make_falls(rows)
     heads = [comparison_table(lines), *transfer_tables(rows, labels)]
     heads += metric_tables(rows, HEADLINES, classes, labels)
@@ -118,11 +118,11 @@ def _numbers(evaluation: Evaluation) -> dict[str, Any]:
         "attacks": protocols(evaluation.cells),
         "dtype": {model.name: _dtype(model.module) for model in evaluation.models},
         "classes_that_count": {
-            cell.pictures.name: len(cell.pictures.classes)
+            cell.pictures.name: cell.pictures.labels_that_count
             for cell in evaluation.cells if cell.pictures.classes is not None
         },
     }  # fmt: skip
-    if any(cell.pictures.whole for cell in evaluation.cells):
+    if any(cell.kind == "published" and cell.condition in ALEXNET for cell in evaluation.cells):
         found["alexnet"] = {"top1_error": ALEXNET, "clean_top1_error": ALEXNET_CLEAN}
     return found
 

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .asked import BENCHMARK, SEVERITIES
 from .calibration import aurra, average_precision, expected_calibration_error, rms_calibration_error
 from .cells import Cell, Outcome, told_condition
-from .corruptions import BENCHMARK, SEVERITIES
 from .evaluate import Evaluation
 from .imagenet_c import (
+    ALEXNET,
     corruption_error,
     mean_corrupted_accuracy,
     mean_corruption_error,
@@ -19,6 +20,7 @@ from .labels import real_labels
 from .models import Model
 from .pictures import Pictures
 from .rows import Row
+from .sets import corruptions_of
 
 WORST, SANITY, L2 = "worst-case", "sanity-pgd", "-L2"
 ALSO_TRANSFER = "-transfer"  # of a worst case: pictures made on other models count, too
@@ -54,7 +56,7 @@ def robust(outcome: Outcome, clean: Outcome) -> np.ndarray:
 
 def told_set(pictures: Pictures) -> str:
     """The set's name, with how many classes count where these are not all."""
-    return pictures.name + ("" if pictures.classes is None else f", {len(pictures.classes)} classes")
+    return pictures.name + ("" if pictures.classes is None else f", {pictures.labels_that_count} classes")
 
 
 def eps_text(condition: str, severity: str) -> str:
@@ -101,45 +103,57 @@ def _cell_rows(model: str, cell: Cell, outcome: Outcome) -> list[Row]:
 
 
 def _corruption_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
+    """Means over severities, and over the corruptions of each set of such."""
     rows = []
     for kind in ("published", "regenerated"):
-        cells = [(cell, o) for cell, o in own if cell.kind == kind and cell.severity.isdecimal()]
-        errors: dict[str, dict[int, float]] = {}
-        counts: dict[str, int] = {}
-        for cell, outcome in cells:
-            counts[cell.condition] = counts.get(cell.condition, 0) + len(outcome.correct)
-            errors.setdefault(cell.condition, {})[int(cell.severity)] = 1.0 - float(outcome.correct.mean())
-        if not errors:
-            continue
-        start, n = (model, cells[0][0].pictures.name), sum(counts.get(name, 0) for name in BENCHMARK)
-        for name, found in errors.items():
-            rows.append(Row(*start, name, "mean", "top1", 1.0 - sum(found.values()) / len(found), counts[name]))
-            if kind == "published" and len(found) == len(SEVERITIES):
-                rows.append(Row(*start, name, "mean", "ce", corruption_error(found, name) / 100, counts[name]))
-        if set(BENCHMARK) <= set(errors) and all(len(errors[name]) == len(SEVERITIES) for name in BENCHMARK):
-            rows.append(Row(*start, "15 corruptions", "mean", "top1", mean_corrupted_accuracy(errors), n))
-            if kind == "published":  # AlexNet's errors are those of the published pictures
-                rows.append(Row(*start, "15 corruptions", "mean", "mce", mean_corruption_error(errors) / 100, n))
-                clean = clean_of(own)
-                if clean is not None:
-                    value = relative_mean_corruption_error(errors, 1.0 - float(clean.correct.mean()))
-                    rows.append(Row(*start, "15 corruptions", "mean", "relative_mce", value / 100, n))
-        elif n:
-            known = [error for name in BENCHMARK for error in errors.get(name, {}).values()]
-            rows.append(Row(*start, part_of_75(len(known)), "mean", "top1", 1.0 - sum(known) / len(known), n))
-        rows += _means(model, cells)
+        sets: dict[str, list[tuple[Cell, Outcome]]] = {}
+        for cell, outcome in own:
+            if cell.kind == kind and cell.severity.isdecimal():
+                sets.setdefault(cell.pictures.name, []).append((cell, outcome))
+        for dataset, cells in sets.items():
+            rows += _set_rows(model, dataset, cells, clean_of(own) if kind == "published" else None, kind)
+            rows += _means(model, dataset, cells)
     return rows
 
 
-def _means(model: str, cells: list[tuple[Cell, Outcome]]) -> list[Row]:
+def _set_rows(
+    model: str, dataset: str, cells: list[tuple[Cell, Outcome]], clean: Outcome | None, kind: str
+) -> list[Row]:
+    rows, benchmark = [], corruptions_of(dataset)
+    errors: dict[str, dict[int, float]] = {}
+    counts: dict[str, int] = {}
+    for cell, outcome in cells:
+        counts[cell.condition] = counts.get(cell.condition, 0) + len(outcome.correct)
+        errors.setdefault(cell.condition, {})[int(cell.severity)] = 1.0 - float(outcome.correct.mean())
+    start, n = (model, dataset), sum(counts.get(name, 0) for name in benchmark)
+    for name, found in errors.items():
+        rows.append(Row(*start, name, "mean", "top1", 1.0 - sum(found.values()) / len(found), counts[name]))
+        # AlexNet's errors are those of the published pictures
+        if kind == "published" and name in ALEXNET and len(found) == len(SEVERITIES):
+            rows.append(Row(*start, name, "mean", "ce", corruption_error(found, name) / 100, counts[name]))
+    if set(benchmark) <= set(errors) and all(len(errors[name]) == len(SEVERITIES) for name in benchmark):
+        whole = (*start, part_of(len(benchmark) * len(SEVERITIES), dataset), "mean")
+        rows.append(Row(*whole, "top1", mean_corrupted_accuracy(errors, benchmark), n))
+        if kind == "published" and benchmark == BENCHMARK:
+            rows.append(Row(*whole, "mce", mean_corruption_error(errors) / 100, n))
+            if clean is not None:
+                value = relative_mean_corruption_error(errors, 1.0 - float(clean.correct.mean()))
+                rows.append(Row(*whole, "relative_mce", value / 100, n))
+    elif n:
+        known = [error for name in benchmark for error in errors.get(name, {}).values()]
+        rows.append(Row(*start, part_of(len(known), dataset), "mean", "top1", 1.0 - sum(known) / len(known), n))
+    return rows
+
+
+def _means(model: str, dataset: str, cells: list[tuple[Cell, Outcome]]) -> list[Row]:
     """Top-5 and calibration error, which each severity has: over those of a corruption, and over all that count."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    found, benchmark = dict[tuple[str, str], list[Row]](), corruptions_of(dataset)
     for row in (row for cell, outcome in cells for row in _cell_rows(model, cell, outcome)):
         if row.metric in ("top5", "ece"):
             found.setdefault((row.condition, row.metric), []).append(row)
     for metric in ("top5", "ece"):
-        if own := [row for (name, kind), rows in found.items() if kind == metric and name in BENCHMARK for row in rows]:
-            found[part_of_75(len(own)), metric] = own
+        if own := [row for (name, kind), rows in found.items() if kind == metric and name in benchmark for row in rows]:
+            found[part_of(len(own), dataset), metric] = own
     return [
         Row(model, own[0].dataset, name, "mean", metric, sum(row.value for row in own) / len(own),
             sum(row.n for row in own))
@@ -147,9 +161,11 @@ def _means(model: str, cells: list[tuple[Cell, Outcome]]) -> list[Row]:
     ]  # fmt: skip
 
 
-def part_of_75(count: int) -> str:
-    """Conditions of the benchmark; the four extras never count."""
-    return "15 corruptions" if count == 75 else f"{count} of 75 corruptions x severities"
+def part_of(count: int, dataset: str) -> str:
+    """So many corruptions x severities of those that a set's mean is over; ImageNet-C's four extras never count."""
+    whole = len(corruptions_of(dataset))
+    each = len(SEVERITIES)
+    return f"{whole} corruptions" if count == whole * each else f"{count} of {whole * each} corruptions x severities"
 
 
 def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:

@@ -15,7 +15,7 @@ from ...ranges import check
 from ..asked import BENCHMARK, EXTRA, SEVERITIES, SEVERITY
 from . import blur, digital, noise, weather  # noqa: F401  (they register themselves)
 from .base import REGISTRY, SMALL, Corruption, corruption, is_small
-from .digital import through_jpeg
+from .digital import through_jpeg, to_file
 
 __all__ = [
     "BENCHMARK",
@@ -27,9 +27,12 @@ __all__ = [
     "Corruption",
     "check_corruption",
     "corrupt",
+    "corrupt_to_file",
     "corruption",
     "generator",
 ]
+
+_STORED = {"quality": 85, "optimize": True}  # of the published JPEGs
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, seed: int, key: str) -> np.ndarray:
@@ -38,13 +41,22 @@ def corrupt(image: np.ndarray, name: str, severity: int, seed: int, key: str) ->
     seed, key: the image's own random numbers, whatever the order and number of workers; key names the image.
     Raises ValueError: no such corruption, or a severity that is none of 1 to 5.
     """
+    result = _corrupt(image, name, severity, seed, key)
+    return result if is_small(image) else through_jpeg(result, **_STORED)
+
+
+def corrupt_to_file(image: np.ndarray, name: str, severity: int, seed: int, key: str) -> bytes:
+    """The file that `corrupt` gives the pixels of: a JPEG, of a small image a PNG, which loses nothing."""
+    result = _corrupt(image, name, severity, seed, key)
+    return to_file(result, "PNG") if is_small(image) else to_file(result, "JPEG", **_STORED)
+
+
+def _corrupt(image: np.ndarray, name: str, severity: int, seed: int, key: str) -> np.ndarray:
     check_corruption(name)
     check("severity", severity, SEVERITY)
     rng = _Later(seed, name, severity, key)
     kind = REGISTRY[name]
-    small = is_small(image)
-    result = kind.apply(image, (kind.small if small else kind.large)[severity - 1], rng)
-    return result if small else through_jpeg(result, quality=85, optimize=True)
+    return kind.apply(image, (kind.small if is_small(image) else kind.large)[severity - 1], rng)
 
 
 def check_corruption(name: str, setting: str = "corruption") -> None:

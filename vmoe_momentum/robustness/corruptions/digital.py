@@ -77,9 +77,14 @@ def jpeg_compression(image: np.ndarray, quality: int, rng: Draws) -> np.ndarray:
 
 def through_jpeg(image: np.ndarray, **options: object) -> np.ndarray:
     """uint8 [H, W, 3] as Pillow saves it (4:2:0) and reads it again."""
+    return np.asarray(Image.open(io.BytesIO(to_file(image, "JPEG", **options))))
+
+
+def to_file(image: np.ndarray, form: str, **options: object) -> bytes:
+    """What Pillow writes."""
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format="JPEG", **options)
-    return np.asarray(Image.open(file))
+    Image.fromarray(image).save(file, format=form, **options)
+    return file.getvalue()
 
 
 @corruption(
