@@ -57,8 +57,10 @@ def test_other_sets_are_whole_and_corruptions_are_not(root: Path) -> None:
     paint(root / "in" / "val" / a / "y.png", 6)
     paint(root / "in" / "val" / a / "x.png", 6)
     ids = root / "ids.txt"
-    corrupted = PLAIN._replace(imagenet_c=str(root / "c"), corruptions=("fog",), severities=(1, 2), ids=str(ids))
-    natural = PLAIN._replace(data=str(root / "in"), imagenet_a=str(root / "a"), ids=str(ids))
+    corrupted = PLAIN._replace(
+        sets={"imagenet_c": str(root / "c")}, corruptions=("fog",), severities=(1, 2), ids=str(ids)
+    )
+    natural = PLAIN._replace(data=str(root / "in"), sets={"imagenet_a": str(root / "a")}, ids=str(ids))
     ids.write_text("2.png\nx.png")
     with pytest.raises(ValueError, match=r"--ids=.*ids.txt: x.png is not in --imagenet_c=.*c, which has 4 pictures"):
         make_plan(corrupted, [planted()])
