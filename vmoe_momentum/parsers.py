@@ -105,11 +105,17 @@ def new_parser(description: str, examples: str, **options: str) -> Parser:
     )
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError: this machine has no such device."""
+DEVICE = "cpu, cuda, cuda:1, ...; by default the GPU where there is one."
+
+
+def pick_device(device: str | None) -> str:
+    """The one asked for, else the GPU where there is one. Raises ValueError: this machine has no such device."""
     import torch  # here, so that parsers are there without it
 
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device={device}: not on this machine; use cpu") from error
+    return device

@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from analysis_helpers import tiny, write_checkpoint
+from PIL import Image
 from planted import paint, planted
 from workers import CELLS, SETTINGS, begin, compute, end, log
 
 from vmoe_momentum import cli
+from vmoe_momentum.parsers import pick_device
 from vmoe_momentum.robustness import begun, evaluate, make_plan, processes
+from vmoe_momentum.robustness.cells import Cell
 from vmoe_momentum.robustness.claims import Claims
 from vmoe_momentum.robustness.commands import without_processes
+from vmoe_momentum.robustness.pictures import Pictures
 from vmoe_momentum.robustness.processes import ALONE, Helpers, Place, choose_device, find_place, shared_cores
 from vmoe_momentum.robustness.todo import Todo
 
@@ -124,6 +128,7 @@ def test_without_locks_it_is_computed_twice(
 HOLDER = """
 import os, sys, time
 from pathlib import Path
+from vmoe_momentum.robustness.cells import Cell
 from vmoe_momentum.robustness.claims import Claims
 claims = Claims(Path(sys.argv[1]))
 taken = claims.take("x")
@@ -316,3 +321,23 @@ class _started:
 
     def __exit__(self, *error: object) -> None:
         self.helpers.__exit__(*error)
+
+
+def test_photographs_are_decoded_by_the_share_of_the_cores(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(evaluate, "usable_cores", lambda: 8)
+    found = {}
+    for side in (16, 64):
+        path = tmp_path / f"{side}.png"
+        Image.new("RGB", (side, 2 * side)).save(path)
+        cell = Cell(Pictures("data", [path], [0]), "clean", "clean")
+        found[side] = [evaluate.loader_workers([cell], count) for count in (1, 4, 16)]
+    assert found == {16: [0, 0, 0], 64: [8, 2, 1]}
+    path.write_bytes(b"nothing")
+    assert evaluate.loader_workers([cell], 1) == 0
+
+
+def test_the_device_is_the_gpu_where_there_is_one(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    for there, taken in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert pick_device(None) == taken and pick_device("cpu") == "cpu"

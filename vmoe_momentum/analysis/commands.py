@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from rich.console import Console
 from torch import Tensor
 
 from ..configs import read_config
-from ..parsers import Parser, check_device, new_parser
+from ..parsers import DEVICE, Parser, new_parser, pick_device
 from ..ranges import COUNT, SEED, Range
 from .ablate import Fit, ablate, parse_axis
 from .compare import TARGET, check_targets, compare
@@ -65,8 +66,8 @@ def run(argv: list[str], data_class: type[LightningDataModule], fit: Fit, check:
 def _on_models(command: str, settings: dict[str, Any]) -> None:
     if settings.get("noise") == []:
         raise ValueError("--noise=[]: give a standard deviation, such as 8")
-    data, device = settings["data"], settings["device"]
-    check_device(device)
+    data, device = settings["data"], pick_device(settings["device"])
+    Console(stderr=True).print(f"on {device}", highlight=False)
     subjects = open_subjects(settings["model"], data.image_size)
     for subject in subjects:
         classes = subject.saved.facts["num_classes"]
@@ -193,7 +194,7 @@ def _model_parser(name: str, text: str, data: dict[str, Any] | None, data_class:
         noise = [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
         text = "Standard deviations in pixel units, of 255."
         parser.add_number("--noise", list[float], Range(0, 1e4), text, default=noise)
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", type=str | None, default=None, help=DEVICE)
     return _with_output(parser)
 
 

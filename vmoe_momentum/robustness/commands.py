@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from ..checksums import sha256
-from ..parsers import Parser, check_device, new_parser
+from ..parsers import DEVICE, Parser, new_parser, pick_device
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS, Range
 from ..staging import check_writable
@@ -65,7 +65,7 @@ def _run(
 ) -> None:
     from .claims import Claims
     from .effects import check_effects, named_in  # here: mistyped options are told before torch is imported
-    from .evaluate import evaluate
+    from .evaluate import evaluate, loader_workers
     from .models import turned
     from .plan import check_settings, describe_pictures, make_plan
     from .report import is_report, stamp, write_report
@@ -75,8 +75,8 @@ def _run(
     settings = _settings(given)
     check_settings(settings)
     check_effects(named_in(argv), settings)
-    device = choose_device(given["device"], place)
-    check_device(device)
+    picked = pick_device(given["device"])
+    device = choose_device(picked, place)
     if not given["out"].strip():
         raise ValueError("--out=: name a folder for the report")
     out = Path(given["out"])
@@ -88,14 +88,18 @@ def _run(
     start, before = time.monotonic(), stamp(out)
     words = without_processes(argv)
     helpers = Helpers(words, place.local_count) if given["processes"] > 1 else None
+    workers = loader_workers(cells, place.local_count) if given["workers"] is None else given["workers"]
+    if not place.rank:
+        told = f"on {picked}, pictures by {workers or 'no'} worker{'s' * (workers != 1)} beside it"
+        Console(stderr=True).print(told, soft_wrap=True, highlight=False)
     with shared_cores(place.local_count):
-        evaluation = evaluate(cells, models, out, given["batch_size"], given["workers"], device, place, helpers)
+        evaluation = evaluate(cells, models, out, given["batch_size"], workers, device, place, helpers)
     if place.rank:
         return  # the first of those that were started together writes
     provenance = {
         "command": shlex.join(["vmoe-momentum", "robustness", *words]), "settings": settings._asdict(),
         "models": {model.name: model.provenance for model in models}, "batch_size": given["batch_size"],
-        "device": given["device"], "machine": platform.machine(), "python": platform.python_version(),
+        "device": picked, "machine": platform.machine(), "python": platform.python_version(),
         "pictures": describe_pictures(cells), "versions": versions(),
         **({} if settings.ids is None else {"ids_sha256": sha256(Path(settings.ids))}),
     }  # fmt: skip
@@ -169,10 +173,11 @@ def parser() -> Parser:
     )  # fmt: skip
     words.add_number("--seed", int, RANGES["seed"], "Of corruptions, noise, attacks and subsets.", default=0)
     words.add_number("--batch_size", int, COUNT, "Pictures at once.", default=64)
-    words.add_number("--workers", int, WORKERS, "Processes that decode and corrupt, of each of --processes.", default=0)
+    text = "Processes that decode and corrupt, of each of --processes; by default its cores for photographs, "
+    words.add_number("--workers", int | None, WORKERS.or_(None), f"{text}0 for small pictures.", default=None)
     text = "That share the cells, on this machine; each a share of the cores and, with --device=cuda, a GPU in turn."
     words.add_number("--processes", int, Range(1, 1024, whole=True), text, default=1)
-    words.add_argument("--device", type=str, default="cpu", help="cpu, cuda, cuda:1, ...")
+    words.add_argument("--device", type=str | None, default=None, help=DEVICE)
     words.add_argument("--upright", type=bool | None, help=f"{UPRIGHT_HELP} By default as each was trained.")
     words.add_argument(
         "--out", type=str, default="runs/robustness", help="Folder for the report; a report there is replaced."

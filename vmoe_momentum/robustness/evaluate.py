@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..pictures import UnreadablePicture, picture_size
 from ..progress import Meter, Work
+from ..resources import usable_cores
 from .attacks import ATTACKS
 from .begun import Begun
 from .cells import Cell, Memory, Store, run_cell
 from .claims import Claims
+from .corruptions.base import SMALL
 from .estimate import estimate_line
 from .models import Model, View, check_model
 from .pictures import batches
@@ -27,6 +30,17 @@ class Evaluation(NamedTuple):
     models: list[Model]
     outcomes: Outcomes
     examples: dict[int, torch.Tensor]  # number of the cell -> uint8 [up to 6, 3, H, W], as the first model saw them
+
+
+def loader_workers(cells: Sequence[Cell], processes: int) -> int:
+    """Of a process of so many: its share of the cores where pictures are photographs. Small ones take longer to send
+    to another process than to decode; that one is unreadable is told where it is read.
+    """
+    try:
+        photographs = any(min(picture_size(cell.pictures.paths[0])) >= SMALL for cell in cells)
+    except UnreadablePicture:
+        photographs = False
+    return max(1, usable_cores() // processes) if photographs else 0
 
 
 def evaluate(
