@@ -215,7 +215,7 @@ def adversarial() -> str:
         kind = row["condition"] if row["metric"] == "robust_top1" else row["metric"] * (row["condition"] == "clean")
         found[row["model"].partition("#")[0]][kind].append(100 * float(row["value"]))
     columns = {"top1": "clean", "pgd-20": "PGD-20", "worst-case": "worst of PGD-20 on two losses"}
-    columns["autoattack"] = "AutoAttack, 120 pictures"
+    columns["autoattack"] = "AutoAttack, 40 pictures"
     lines = [f"| trained | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
     for model, values in found.items():
         cells = [f"{statistics.mean(values[c]):.1f} % ± {statistics.stdev(values[c]):.1f}" for c in columns]
