@@ -216,6 +216,7 @@ def adversarial() -> str:
         found[row["model"].partition("#")[0]][kind].append(100 * float(row["value"]))
     columns = {"top1": "clean", "pgd-20": "PGD-20", "worst-case": "worst of PGD-20 on two losses"}
     columns["autoattack"] = "AutoAttack, 40 pictures"
+    columns = {kind: told for kind, told in columns.items() if all(kind in values for values in found.values())}
     lines = [f"| trained | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
     for model, values in found.items():
         cells = [f"{statistics.mean(values[c]):.1f} % ± {statistics.stdev(values[c]):.1f}" for c in columns]

@@ -49,7 +49,7 @@ ALLOWED = {  # room -> rooms it may import
     },
     "robustbench_zoo": {"robustness"},
     "classifiers": {"analysis", "checksums", "models", "moe", "robustbench_zoo", "robustness"},
-    "robustbench": {"classifiers", "robustness"},
+    "robustbench": {"classifiers", "pictures", "robustness"},
     "export": {
         "lazily",
         "checksums",

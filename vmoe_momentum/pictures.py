@@ -105,15 +105,19 @@ def read_picture(path: Path, upright: bool = False, content: bytes | None = None
     """RGB uint8 of a file, or of its `content` where that was read already. Raises UnreadablePicture."""
     try:
         with Image.open(path if content is None else BytesIO(content)) as image:
-            scale = _scale(image, path)
-            # Pillow forgets format and tags when it turns
-            shown = ImageOps.exif_transpose(image) if upright else image
-            return scale(shown)
+            return as_rgb(image, path, upright)
     except UnreadablePicture:
         raise
     except Exception as error:  # Pillow's plugins raise what damaged bytes happen to cause
         told = str(error).partition(" <_io")[0] or type(error).__name__
         raise UnreadablePicture(path, f"not a readable image ({told})") from error
+
+
+def as_rgb(image: Image.Image, path: Path, upright: bool = False) -> Image.Image:
+    """RGB uint8 of an open picture. path: for messages. Raises UnreadablePicture, and what Pillow does."""
+    scale = _scale(image, path)
+    # Pillow forgets format and tags when it turns
+    return scale(ImageOps.exif_transpose(image) if upright else image)
 
 
 def is_turned(content: bytes) -> bool:

@@ -1,11 +1,13 @@
 """Our models for RobustBench: `robustbench.benchmark(open_model(SOURCE), ...)`."""
 
+from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from .classifiers import open_models
+from .pictures import as_rgb
 from .robustness import View
 from .robustness.pictures import as_tensor, show
 
@@ -16,8 +18,8 @@ class Preprocessing(NamedTuple):
     view: View
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        turned = ImageOps.exif_transpose(picture) if self.view.upright else picture
-        return as_tensor(show(turned.convert("RGB"), self.view)).float() / 255
+        rgb = as_rgb(picture, Path(getattr(picture, "filename", "") or "picture"), self.view.upright)
+        return as_tensor(show(rgb, self.view)).float() / 255
 
 
 class PixelClassifier(nn.Module):

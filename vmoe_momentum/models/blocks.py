@@ -164,8 +164,8 @@ class MomentumBlock(Block):
         found = []
 
         def u(y: Tensor, shift: Tensor | None = None) -> Tensor:
-            update, *routed = self.mlp(shifted(self.norm2(y), shift), noise)
-            found.append(routed)
+            update, aux_loss, gates = self.mlp(shifted(self.norm2(y), shift), noise)
+            found.append((aux_loss, gates))
             update = self.ls2(update)
             return update if drop_mask is None else update * drop_mask
 
