@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from evidence_arms import DEPTHS, GAMMAS, Arm, Cell
 
+import vmoe_momentum
 from vmoe_momentum.staging import draft_of
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +90,12 @@ def value_of(row: Row, name: str) -> float:
 
 
 def provenance() -> dict[str, str]:
-    """What is the same for all runs of a process."""
+    """What is the same for all runs of a process. Raises ValueError: the package is another checkout's."""
+    imported = Path(vmoe_momentum.__file__).resolve().parents[1]
+    if imported != ROOT.resolve():
+        raise ValueError(
+            f"vmoe_momentum is imported from {imported}, and rows would name the code of {ROOT}; set PYTHONPATH={ROOT}"
+        )
     return {
         "threads": str(torch.get_num_threads()), "machine": f"{processor()}, {platform.machine()}",
         "torch": torch.__version__, "revision": revision(),

@@ -214,8 +214,7 @@ def adversarial() -> str:
     for row in read("adversarial"):
         kind = row["condition"] if row["metric"] == "robust_top1" else row["metric"] * (row["condition"] == "clean")
         found[row["model"].partition("#")[0]][kind].append(100 * float(row["value"]))
-    columns = {"top1": "clean", "pgd-20": "PGD-20", "worst-case": "worst of PGD-20 on two losses"}
-    columns["autoattack"] = "AutoAttack, 40 pictures"
+    columns = {"top1": "clean", "pgd-20": "PGD-20", "autoattack": "AutoAttack, 40 pictures"}
     columns = {kind: told for kind, told in columns.items() if all(kind in values for values in found.values())}
     lines = [f"| trained | seeds | {' | '.join(columns.values())} |", "|---" * (len(columns) + 2) + "|"]
     for model, values in found.items():

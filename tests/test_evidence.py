@@ -220,3 +220,9 @@ def test_what_cannot_be_run_is_told(settings: dict, message: str) -> None:
 def test_list_says_what_is_left(tmp_path: Path, capsys) -> None:
     evidence.main(list=True, results=str(tmp_path))
     assert "234 of 234 runs are left, about 21.0 hours" in capsys.readouterr().out
+
+
+def test_rows_do_not_name_another_checkouts_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rows_of, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="is imported from .*, and rows would name the code of .*; set PYTHONPATH="):
+        rows_of.provenance()
