@@ -6,7 +6,8 @@
 Protocol. Clean networks by configs/digits.yaml, attacked ones by configs/digits_adversarial.yaml and the same with
 TRADES; Residual and HeavyBall; seeds 0, 1 and 2, which are also those of the data. The last weights count: nothing is
 chosen by the held-out pictures but by early stopping, which the recipe has. Then one robustness report over all: all
-360 held-out digits under PGD-20, 40 of them under AutoAttack, in Linf at 8/255, the budget trained for. Runs that are there are not repeated, and the report goes on where it stopped.
+360 held-out digits under PGD-20, 40 of them under AutoAttack, in Linf at 8/255, the budget trained for. Runs that are
+there are not repeated, and the report goes on where it stopped.
 """
 
 import csv as csv_files
