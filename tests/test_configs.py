@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 from dataset_helpers import HAS_FFCV
+from registered import registered
 
 from vmoe_momentum import TopKRouter, cli, create_model
 from vmoe_momentum.lightning_cli import run_lightning
 from vmoe_momentum.models import PixelModel
 from vmoe_momentum.models.directory import save
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import MomentumRule
 from vmoe_momentum.training.profile import measure_cost
 
@@ -114,7 +114,7 @@ def test_every_overlay_says_how_to_use_it_and_builds() -> None:
 
 def test_every_rule_has_an_overlay() -> None:
     named = {yaml.safe_load(path.read_text())["model"]["net"]["init_args"]["rule"]["class_path"] for path in OVERLAYS}
-    assert named == set(subclasses(MomentumRule))
+    assert named == set(registered(MomentumRule))
 
 
 def test_the_dense_baseline_of_the_evidence_has_the_same_active_flops() -> None:

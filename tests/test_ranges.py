@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
+from registered import registered
 
 import vmoe_momentum
 from vmoe_momentum import datasets, moe, momentum, robustness, training
@@ -18,7 +19,6 @@ from vmoe_momentum.datasets import commands as data_commands
 from vmoe_momentum.export.commands import classify_parser, export_parser
 from vmoe_momentum.export.exporting import export
 from vmoe_momentum.models import commands as import_commands
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.models.vit import MomentumVisionTransformer
 from vmoe_momentum.ranges import Range, check, in_range
 from vmoe_momentum.robustness.commands import parser as robustness_parser
@@ -26,10 +26,10 @@ from vmoe_momentum.robustness.plan import RANGES, Settings, check_settings
 
 STRANGE = (math.nan, math.inf, -math.inf, -1, 0, 1e30, -1e30, 1.5, True, 10**30)
 PLACES = {  # what to build, by name; whatever else takes a number here is missing from this list
-    **subclasses(momentum.MomentumRule),
-    **subclasses(moe.Router),
-    **{name: cls for name, cls in subclasses(Callback).items() if cls.__module__.startswith("vmoe_momentum.")},
-    **subclasses(datasets.ImageDataModule),
+    **registered(momentum.MomentumRule),
+    **registered(moe.Router),
+    **registered(Callback),
+    **registered(datasets.ImageDataModule),
     **{f.__name__: f for f in (*data_commands.PREPARE.values(), *data_commands.LOOK.values())},
     **{f.__name__: f for f in (import_commands.import_flax, import_commands.import_timm, export)},
     "ProgressiveResize": datasets.resizing.ProgressiveResize,

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from registered import registered
 
 from vmoe_momentum.analysis import residual_radius, spectral_radius, step_size
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import SAM, Adam, Complex, HeavyBall, MomentumRule, Nesterov, Residual, Robust
 
 LINEAR = [
@@ -133,9 +133,9 @@ def test_adam_after_its_layers_is_heavy_ball_whatever_the_idle_buffers_hold() ->
     torch.testing.assert_close(radius(Adam(mu=0.6, gamma2=1.3), sigma, t=2), expected)
 
 
-@pytest.mark.parametrize("name", sorted(subclasses(MomentumRule)))
+@pytest.mark.parametrize("name", sorted(registered(MomentumRule)))
 def test_every_rule_answers(name: str) -> None:
-    rule = subclasses(MomentumRule)[name]()
+    rule = registered(MomentumRule)[name]()
     assert step_size(rule, 2, rule.coefficients()) > 0
     found = spectral_radius(rule, 2, rule.coefficients(), plane(5))
     assert found is None or (found.shape == (5,) and found.isfinite().all())

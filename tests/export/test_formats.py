@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from registered import registered
 from torch import nn
 
 from vmoe_momentum import create_model
@@ -13,15 +14,14 @@ from vmoe_momentum.export.base import Request, Servable, as_answer
 from vmoe_momentum.export.formats import FORMATS
 from vmoe_momentum.models import MomentumVisionTransformer, PixelModel
 from vmoe_momentum.models.saved import build_arguments
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.moe import Router
 from vmoe_momentum.momentum import MomentumRule
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-RULES = sorted(name for name, cls in subclasses(MomentumRule).items() if cls.__module__.startswith("vmoe_momentum"))
-ROUTERS = sorted(name for name, cls in subclasses(Router).items() if cls.__module__.startswith("vmoe_momentum"))
+RULES = sorted(registered(MomentumRule))
+ROUTERS = sorted(registered(Router))
 # torch.export is swept over rules and routers in tests/models and tests/moe, too
 SWEPT = [pytest.param("pt2", marks=pytest.mark.long), "onnx"]
 # rules of the same arithmetic as another one here: part of `make test-all`

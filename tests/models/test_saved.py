@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 from analysis_helpers import write_checkpoint
+from registered import registered
 from torch import nn
 
 from vmoe_momentum import SoftRouter, UpcycledViT, create_model
 from vmoe_momentum.models.saved import KEY, open_saved
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import HeavyBall, MomentumRule
 
 IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ def same(net: nn.Module, path: Path) -> None:
     assert type(again.net) is type(net) and not again.training
 
 
-@pytest.mark.parametrize("rule", sorted(subclasses(MomentumRule)))
+@pytest.mark.parametrize("rule", sorted(registered(MomentumRule)))
 def test_every_rule_comes_back(rule: str, tmp_path: Path) -> None:
     net = create_model("vmoe_tiny_patch4_16", rule=rule, num_classes=10)
     nn.init.normal_(net.head.weight)

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 import pytest
 import timm.layers
 import torch
+from registered import registered
 from torch import Tensor, nn
 
 from vmoe_momentum.models import MomentumVisionTransformer
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.moe import Router
 from vmoe_momentum.momentum import MomentumRule
 
-RULES = sorted(name for name, cls in subclasses(MomentumRule).items() if cls.__module__.startswith("vmoe_momentum"))
-ROUTERS = sorted(name for name, cls in subclasses(Router).items() if cls.__module__.startswith("vmoe_momentum"))
+RULES = sorted(registered(MomentumRule))
+ROUTERS = sorted(registered(Router))
 
 
 def small(rule: str = "HeavyBall", **settings) -> MomentumVisionTransformer:

@@ -6,13 +6,13 @@ import inspect
 import pytest
 import timm
 import torch
+from registered import registered
 from torch import Tensor, nn
 
 import vmoe_momentum
 from vmoe_momentum import HeavyBall, Nesterov, Residual, TopKRouter, create_model
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
 from vmoe_momentum.models.directory import save
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import Carry, MomentumRule
 from vmoe_momentum.training import OptimizerSettings
 
@@ -248,7 +248,7 @@ def test_training_compiles_whole() -> None:
         torch.testing.assert_close(eager, graph, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rule", subclasses(MomentumRule).values(), ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", registered(MomentumRule).values(), ids=lambda rule: rule.__name__)
 def test_tokens_and_buffers_stay_float32_under_autocast(rule: type[MomentumRule]) -> None:
     net, seen = tiny(rule()), []
     for block in net.blocks:

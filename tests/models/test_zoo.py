@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from registered import registered
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import AttentionExtract
 from torch import Tensor, nn
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 from vmoe_momentum import HeavyBall
 from vmoe_momentum.models import MomentumVisionTransformer
 from vmoe_momentum.models.directory import save
-from vmoe_momentum.models.settings import subclasses, to_spec
+from vmoe_momentum.models.settings import to_spec
 from vmoe_momentum.models.variants import NAMES
 from vmoe_momentum.momentum import MomentumRule
 
 ROOT = Path(__file__).parent.parent.parent
-RULES = [*subclasses(MomentumRule)]
+RULES = [*registered(MomentumRule)]
 SHORT = [(name, RULES[i % len(RULES)]) for i, name in enumerate(NAMES)]
 LONG = [(name, rule) for name in NAMES for rule in RULES if (name, rule) not in SHORT]
 FAMILIES = ("vmoe_small_patch32_224", "soft_moe_small_patch16_224", "deep_vmoe_tiny_patch4_16", "vmoe_upcycled")
@@ -338,7 +339,7 @@ def test_compiles_with_inductor(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_an_object_works_where_a_name_does(rule: str, tmp_path: Path) -> None:
-    given = subclasses(MomentumRule)[rule]()
+    given = registered(MomentumRule)[rule]()
     net = small("vmoe_tiny_patch4_16", given)
     assert to_spec(net.rule) == to_spec(given)
     save(net, tmp_path / "net")

@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from registered import registered
 from torch import Tensor, nn
 
-from vmoe_momentum.models.settings import from_spec, subclasses, to_spec
+from vmoe_momentum.models.settings import from_spec, to_spec
 from vmoe_momentum.moe import (
     ExpertChoiceRouter,
     GShardRouter,
@@ -194,7 +195,7 @@ def test_ties_go_to_the_earlier_token_and_the_lower_expert() -> None:
 
 
 def test_every_router_is_here() -> None:
-    assert {type(router) for router in ROUTERS.values()} == set(subclasses(Router).values())
+    assert {type(router) for router in ROUTERS.values()} == set(registered(Router).values())
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from registered import registered
 from torch import Tensor
 
-from vmoe_momentum.models.settings import from_spec, subclasses, to_spec
+from vmoe_momentum.models.settings import from_spec, to_spec
 from vmoe_momentum.momentum import (
     SAM,
     Adam,
@@ -117,7 +118,7 @@ def test_formulas_with_gradients(name: str) -> None:
 
 
 def test_every_rule_is_here_and_its_settings_travel() -> None:
-    assert {type(rule) for rule in RULES.values()} == set(subclasses(MomentumRule).values())
+    assert {type(rule) for rule in RULES.values()} == set(registered(MomentumRule).values())
     for rule in RULES.values():
         spec = to_spec(rule)
         assert to_spec(from_spec(spec, MomentumRule, "rule")) == spec

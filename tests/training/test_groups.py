@@ -9,22 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import fails, rows
+from registered import registered
 
 from vmoe_momentum import PixelModel, cli, create_model
 from vmoe_momentum.models.groups import images_together
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.moe import Router
 from vmoe_momentum.training.profile import measure_cost
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
-ROUTERS = sorted(
-    name for name in subclasses(Router) if subclasses(Router)[name].__module__.startswith("vmoe_momentum.")
-)
+ROUTERS = sorted(registered(Router))
 
 
 def together(name: str, images: int = 4) -> Router:
     """A router of that class that groups the tokens of several images in evaluation, too."""
-    cls = subclasses(Router)[name]
+    cls = registered(Router)[name]
     tight = {"eval_capacity_factor": 0.5} if "eval_capacity_factor" in inspect.signature(cls).parameters else {}
     return cls(group_size=17 * images, **tight)
 

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from registered import registered
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -18,11 +19,10 @@ import vmoe_momentum
 from vmoe_momentum.models import PixelModel, directory
 from vmoe_momentum.moe import Router
 from vmoe_momentum.momentum import Complex, HeavyBall, MomentumRule
-from vmoe_momentum.names import subclasses
 from vmoe_momentum.training.materializing import build_on_meta, materialize
 from vmoe_momentum.training.sharding import shard
 
-RULES, ROUTERS = subclasses(MomentumRule), {n: c for n, c in subclasses(Router).items() if not c.__abstractmethods__}
+RULES, ROUTERS = registered(MomentumRule), {n: c for n, c in registered(Router).items() if not c.__abstractmethods__}
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
