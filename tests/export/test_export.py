@@ -24,6 +24,7 @@ from vmoe_momentum import SoftRouter, cli
 from vmoe_momentum.export import FORMATS, choose, open_served
 from vmoe_momentum.export.round_trip import RoundTrip, check
 from vmoe_momentum.models.saved import KEY, RAW
+from vmoe_momentum.parsers import pick_device
 
 pytest.importorskip("onnxruntime")
 
@@ -44,7 +45,12 @@ def test_what_a_folder_says_of_itself(made: Path, kind: str) -> None:
     assert told["recipe"] == {"optimizer": {"name": "adamw", "lr": 0.002}, "max_epochs": 5} and told["data"] == "digits"
     found = told["round_trip"]
     assert found["pictures"] == 40 and found["max_difference"] < 1e-4 and found["agreement"] == 1.0
-    assert found["top1_before"] == found["top1_after"] and found["megabytes"] > 1 and found["latency_ratio"] > 0
+    assert (
+        found["device"] == pick_device(None)
+        and found["top1_before"] == found["top1_after"]
+        and found["megabytes"] > 1
+        and found["latency_ratio"] > 0
+    )
     for path in (made / kind).iterdir():  # no places of this machine
         content = path.read_bytes()
         if path.suffix == ".pt2":
@@ -119,8 +125,10 @@ def test_others_run_it_without_this_package(made: Path, kind: str, tmp_path: Pat
 def test_every_format_classifies_alike(made: Path, digits: Path, kind: str, capsys) -> None:
     paths = [sorted((digits / "val" / name).iterdir())[0] for name in ("3", "8")]
     cli.run(["classify", str(made / kind), *map(str, paths), "--top_k=3", "--trust_program"])
-    shown = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr()
+    shown, told = captured.out.splitlines(), captured.err.splitlines()
     assert len(shown) == 8 and str(paths[0]) in shown[0]
+    assert told == [f"on {pick_device(None)}"] or torch.cuda.is_available() and kind == "onnx"
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(p).convert("RGB"))) for p in paths])
     with torch.no_grad():
         best = network(made)(pixels.permute(0, 3, 1, 2)).softmax(dim=1).topk(3)
@@ -241,12 +249,12 @@ def test_a_program_is_opened_only_when_trusted(made: Path, digits: Path, tmp_pat
 
 def test_an_export_that_is_not_its_network_is_not_kept(made: Path, digits: Path, tmp_path: Path, monkeypatch, capsys):
     form = FORMATS["state-dict"]
-    wrong = form._replace(open=lambda folder, metadata: lambda images: form.open(folder, metadata)(images) + 1e-3)
+    wrong = form._replace(open=lambda *given: lambda images: form.open(*given)(images) + 1e-3)
     monkeypatch.setitem(FORMATS, "state-dict", wrong)
     argv = ["export", f"--ckpt_path={made / 'run'}", "--pick=last", "--to=state-dict", f"--data={digits}", "--limit=5"]
     assert "not the network it comes from (differs by up to 0.001" in fails([*argv, f"--out={tmp_path / 'o'}"], capsys)
     assert list(tmp_path.iterdir()) == []
-    fine = RoundTrip(9, 0.2, 0.89, 0.9, 0.8, 1.0, 1.0, None)
+    fine = RoundTrip(9, 0.2, 0.89, 0.9, 0.8, 1.0, 1.0, None, "cpu")
     with pytest.raises(ValueError, match="--precision=int8: too coarse"):
         check(fine, "int8", "onnx")
     check(fine._replace(agreement=0.95), "int8", "onnx")
@@ -297,6 +305,7 @@ def test_a_full_disk_leaves_nothing(made: Path, digits: Path, tmp_path: Path) ->
         (["--ckpt_path=a.ckpt", "--push=me/net"], "--push=me/net: the hub takes --to hf"),
         (["--ckpt_path=a.ckpt", "--scores=empty"], "empty: no metrics.csv in it"),
         (["--ckpt_path=a.ckpt", "--weights=averaged"], "--weights=averaged: a.ckpt has none"),
+        (["--ckpt_path=a.ckpt", "--device=cuda:9"], "--device=cuda:9: not on this machine; use cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -337,6 +346,7 @@ def test_overwriting_replaces_only_exports(made: Path, digits: Path, tmp_path: P
         (["{m}/hf", "{p}", "--top_k=0"], "--top_k=0: use a whole number from 1"),
         (["{m}/onnx", "{p}", "--plot=o.png"], "--plot: onnx files keep no experts to look at"),
         (["{m}/hf", "{p}", "--plot=bad.png/o.png"], "--plot=bad.png/o.png: cannot be written"),
+        (["{m}/hf", "{p}", "--device=gpu"], "--device=gpu: not on this machine; use cpu"),
         (["damaged", "{p}"], "damaged"),
     ],
 )  # fmt: skip

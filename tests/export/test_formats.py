@@ -8,6 +8,7 @@ import pytest
 import torch
 from registered import registered
 from torch import nn
+from torch.export.passes import move_to_device_pass
 
 from vmoe_momentum import create_model
 from vmoe_momentum.export.base import Request, Servable, as_answer
@@ -239,14 +240,9 @@ SWEEP = [
 def test_every_format_and_precision(case: str, kind: str, precision: str, tmp_path) -> None:
     from vmoe_momentum.export.round_trip import check, round_trip
 
-    build = registered if kind in ("hf", "state-dict") else shallow  # what is kept as a network is built by name
+    build = by_name if kind in ("hf", "state-dict") else shallow  # what is kept as a network is built by name
     model, request = build(**CASES[case]), Request(precision=precision)
-    metadata = {
-        "class_names": None, "class_ids": None, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
-        "interpolation": "bilinear", "upright": False,
-        "network": network_facts(model), "source": {"file": "x", "weights": "raw"}, "parameters": 1, "data": None,
-        "scores": {}, "recipe": {}, **request._asdict(),
-    }  # fmt: skip
+    metadata = facts_of(model, request)
     metadata |= FORMATS[kind].write(copy.deepcopy(model), tmp_path, request, metadata)
     pixels = torch.randint(0, 256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
     labels = torch.zeros(40, dtype=torch.int64)
@@ -258,7 +254,17 @@ def test_every_format_and_precision(case: str, kind: str, precision: str, tmp_pa
     assert math.isfinite(found.max_difference) and found.agreement >= 0.85, found
 
 
-def registered(
+def facts_of(model: PixelModel, request: Request) -> dict:
+    """What opening a folder and its card read."""
+    return {
+        "class_names": None, "class_ids": None, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0,
+        "interpolation": "bilinear", "upright": False,
+        "network": network_facts(model), "source": {"file": "x", "weights": "raw"}, "parameters": 1, "data": None,
+        "scores": {}, "recipe": {}, **request._asdict(),
+    }  # fmt: skip
+
+
+def by_name(
     rule: str | dict = "HeavyBall", router: str = "TopKRouter", post_norm: str = "none", **settings
 ) -> PixelModel:
     """A network that timm builds by name, for formats that keep the network itself."""
@@ -275,3 +281,24 @@ def network_facts(model: PixelModel) -> dict:
         "architecture": "vmoe_tiny_patch4_16", "model_args": build_arguments(model.net) or {}, "num_classes": 5,
         "image_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3, "settings": model.net.function_settings(),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_every_format_on_a_gpu(kind: str, tmp_path) -> None:
+    """Written on the CPU, as always."""
+    model, request = by_name(), Request()
+    metadata = facts_of(model, request)
+    FORMATS[kind].write(copy.deepcopy(model), tmp_path, request, metadata)
+    images = torch.rand(17, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = as_answer(Servable(model, request))(images)
+    found = FORMATS[kind].open(tmp_path, metadata, "cuda")(images)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("router", ["TopKRouter", "ExpertChoiceRouter", "SoftRouter"])
+def test_a_program_moves_to_another_device_whole(router: str, tmp_path) -> None:
+    """The meta device stands for the GPU: whatever stayed on the CPU does not go with it."""
+    FORMATS["pt2"].write(shallow(router=router), tmp_path, Request(), {})
+    moved = move_to_device_pass(torch.export.load(tmp_path / "model.pt2"), "meta")
+    assert moved.module()(torch.rand(17, 3, 16, 16, device="meta")).shape == (17, 5)

@@ -1,4 +1,5 @@
-"""On a GPU: the paths taken there, and that nothing waits for the host. Skipped without one."""
+"""On a GPU: the paths taken there, and that nothing waits for the host. Without one the first test runs on the CPU, so
+that these tests do not fall behind the code unseen."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from vmoe_momentum.moe import ExpertChoiceRouter, M6TRouter, Router, SoftRouter, SparseMlp, TopKRouter
 from vmoe_momentum.moe.paths import fill
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROUTERS: dict[str, Router] = {
     "dropless": TopKRouter(capacity_factor="dropless"),
     "capacity": TopKRouter(capacity_factor=0.6),
@@ -26,19 +27,25 @@ def layer(name: str, dtype: torch.dtype = torch.float32) -> tuple[SparseMlp, Ten
     return made.to(dtype), x.to(dtype), noise
 
 
+def both_ways(made: SparseMlp, x: Tensor, noise: Tensor | None) -> list[Tensor]:
+    """Outputs, loss and gradients, on the device of x."""
+    outputs, loss, _ = made(x, noise)
+    return [outputs, loss, *torch.autograd.grad(outputs.float().sin().sum() + loss, [x, *made.parameters()])]
+
+
+@pytest.mark.parametrize("there", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("name", ROUTERS)
-def test_as_on_a_cpu(name: str) -> None:
-    """Outputs, loss and gradients."""
+def test_as_on_a_cpu(name: str, there: str) -> None:
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", there):
         made, x, noise = layer(name)
         made, x = made.to(device), x.to(device).requires_grad_()
-        outputs, loss = made(x, None if noise is None else noise.to(device))
-        gradients = torch.autograd.grad(outputs.sin().sum() + loss, [x, *made.parameters()])
-        results.append([each.cpu() for each in (outputs, loss, *gradients)])
+        found = both_ways(made, x, None if noise is None else noise.to(device))
+        results.append([each.detach().cpu() for each in found])
     torch.testing.assert_close(results[1], results[0], atol=2e-4, rtol=1e-4)
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_nothing_waits_for_the_gpu(name: str, dtype: torch.dtype) -> None:
@@ -48,17 +55,16 @@ def test_nothing_waits_for_the_gpu(name: str, dtype: torch.dtype) -> None:
     if name == "dropless" and fill(x) == "slots":
         pytest.skip("a loop over the experts, on this card and in this type")
     noise = made.router.sample_noise(x)
-    outputs, loss = made(x, noise)  # libraries set themselves up
-    (outputs.float().sin().sum() + loss).backward()
+    both_ways(made, x, noise)  # libraries set themselves up
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        outputs, loss = made(x, made.router.sample_noise(x))
-        (outputs.float().sin().sum() + loss).backward()
+        both_ways(made, x, made.router.sample_noise(x))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dropless", "capacity", "expert choice"])
 def test_compiled_as_eager(name: str, dtype: torch.dtype) -> None:
@@ -66,12 +72,13 @@ def test_compiled_as_eager(name: str, dtype: torch.dtype) -> None:
     made, x = made.cuda().eval(), x.cuda().requires_grad_()
     results = []
     for run in (made, torch.compile(made)):
-        outputs, _ = run(x)
+        outputs, *_ = run(x)
         results.append((outputs, *torch.autograd.grad(outputs.float().sin().sum(), [x, made.experts.fc1.weight])))
     near = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
     torch.testing.assert_close(results[1], results[0], **near)
 
 
+@needs_gpu
 def test_the_fused_optimizer_moves_weights_as_on_a_cpu() -> None:
     from vmoe_momentum import create_model
     from vmoe_momentum.training import OptimizerSettings

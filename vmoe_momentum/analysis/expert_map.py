@@ -24,14 +24,14 @@ def expert_maps(model: PixelModel, pixels: Tensor) -> dict[int, Tensor]:
         raise ValueError("--plot: this network has no MoE blocks, so no experts to show")
     rows, columns = net.patch_embed.grid_size
     with record(net) as visits:
-        model(pixels)
+        model(pixels.to(next(net.parameters()).device))
         for visit in visits:
             size = visit.tokens.shape[:2]
             gates = visit.plan.gates.reshape(*size, -1)
             reached = visit.plan.assigned().reshape(*size, -1)
             best = torch.where(reached, gates, -1.0).argmax(dim=-1)
             best = torch.where(reached.any(dim=-1), best, -1)
-            found[visit.block] = best[:, -rows * columns :].reshape(-1, rows, columns)
+            found[visit.block] = best[:, -rows * columns :].reshape(-1, rows, columns).cpu()
     return found
 
 

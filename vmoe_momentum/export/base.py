@@ -11,17 +11,19 @@ from ..models import PixelModel
 from .asked import Request
 
 Metadata = dict[str, Any]
-Answer = Callable[[Tensor], Tensor]  # pixels [B, 3, S, S] in the format's own dtype -> [B, K] on the CPU
+Answer = Callable[[Tensor], Tensor]  # pixels [B, 3, S, S] in the format's own dtype -> [B, K], both on the CPU
 
 
 class Format(NamedTuple):
-    """write: into an existing folder, giving what only this format knows (file, opset). open: what it wrote."""
+    """write: into an existing folder, giving what only this format knows (file, opset). open: what it wrote, computing
+    on a device."""
 
     write: Callable[[PixelModel, Path, Request, Metadata], Metadata]
-    open: Callable[[Path, Metadata], Answer]
+    open: Callable[[Path, Metadata, str], Answer]
     open_network: Callable[[Path, Metadata], PixelModel] | None = None  # where the network itself is kept
     is_program: bool = False  # opening one runs what its author put into it
     precisions: tuple[str, ...] = ("fp32",)
+    computes_on: Callable[[str], str] = str  # the device that is taken where this one is asked for
 
 
 class Servable(nn.Module):
@@ -51,9 +53,12 @@ def image_size(model: PixelModel) -> int:
     return int(size[0] if size else model.net.pretrained_cfg["input_size"][-1])
 
 
-def as_answer(servable: nn.Module) -> Answer:
+def as_answer(servable: nn.Module, device: str = "cpu") -> Answer:
+    """Moves `servable` to the device."""
+    servable.to(device)
+
     def answer(images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return servable(images)
+            return servable(images.to(device)).cpu()
 
     return answer

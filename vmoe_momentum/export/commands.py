@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..parsers import Parser, new_parser
+from ..parsers import DEVICE, Parser, new_parser, pick_device
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT
 from .asked import Pick, Request, Weights
@@ -52,6 +52,7 @@ def export_parser() -> Parser:
     words.add_argument(
         "--weights", type=Weights, default="auto", help="auto: the averaged ones (EMA) where there are any."
     )
+    words.add_argument("--device", type=str | None, help=f"What computes the comparison: {DEVICE} Files are the same.")
     words.add_argument("--scores", type=str | None, help="Log folder of a `test` run: its scores go into the card.")
     words.add_argument("--push", type=str | None, help="OWNER/NAME: upload an hf export to the Hugging Face hub.")
     words.add_argument("--overwrite", action="store_true", help="Replace a folder that export wrote earlier.")
@@ -73,16 +74,18 @@ def run_export(argv: list[str]) -> None:
         )
     from .exporting import export  # here, as below: mistakes above are told before torch is imported
 
+    device = pick_device(given.device)
+    _tell(device, given.to)
     metadata = export(
         given.ckpt_path, given.to, given.out, given.data, request, given.weights, given.pick, given.scores, given.limit,
-        given.overwrite, given.trust_pickle,
+        given.overwrite, given.trust_pickle, device,
     )  # fmt: skip
     source, found = metadata["source"], metadata["round_trip"]
     table = Table(box=None, show_header=False)
     told = {
         "checkpoint": source["file"] + (f", epoch {source['epoch']}" if "epoch" in source else ""),
         "weights": source["weights"],
-        "compared on": f"{found['pictures']} pictures: largest difference {found['max_difference']:.2g}, "
+        "compared on": f"{found['pictures']} pictures, on {found['device']}: largest difference {found['max_difference']:.2g}, "
         f"same class {100 * found['agreement']:.1f} %",
         "top-1": f"{100 * found['top1_before']:.2f} % before, {100 * found['top1_after']:.2f} % after",
         "size": f"{found['megabytes']:.1f} MB",
@@ -106,6 +109,7 @@ def classify_parser() -> Parser:
         "--trust_program", action="store_true", help="Open a pt2 file. It may run any code: only files of your own."
     )
     words.add_argument("--upright", type=bool | None, help=f"{UPRIGHT_HELP} By default as it was trained.")
+    words.add_argument("--device", type=str | None, help=f"What computes: {DEVICE}")
     words.add_argument("--plot", type=str | None, help="PNG: which expert each patch went to, block by block.")
     return words
 
@@ -119,7 +123,9 @@ def run_classify(argv: list[str]) -> None:
     from ..analysis.expert_map import draw_experts
     from .serving import classify, open_served
 
-    served = open_served(given.source, given.trust_program)
+    device = pick_device(given.device)
+    served = open_served(given.source, given.trust_program, device)
+    _tell(device, served.metadata["format"])
     if given.upright is not None:
         served = served._replace(metadata={**served.metadata, "upright": given.upright})
     network = served.network() if given.plot is not None else None
@@ -131,3 +137,12 @@ def run_classify(argv: list[str]) -> None:
     if network is not None:
         draw_experts(network, [served.pixels(path) for path in paths], [path.name for path in paths], Path(given.plot))
         console.print(f"[bold]experts[/bold]  {given.plot}", soft_wrap=True, highlight=False)
+
+
+def _tell(device: str, kind: str) -> None:
+    """What computes, on stderr, as all commands do."""
+    from .formats import FORMATS
+
+    taken = FORMATS[kind].computes_on(device)
+    told = f"on {device}" if taken == device else f"on {device}; {kind} on {taken}, as its runtime has no {device} here"
+    Console(stderr=True).print(told, soft_wrap=True, highlight=False)

@@ -40,11 +40,13 @@ def export(
     limit: int = 1000,
     overwrite: bool = False,
     trust_pickle: bool = False,
+    device: str = "cpu",
 ) -> Metadata:
     """Writes the folder `out` and gives its metadata.
 
     data: labelled pictures, ROOT/val/CLASS/* or ROOT/CLASS/*; at most `limit` of them, 1 to 1e9, are compared on.
-    scores: log folder of a `test` run, for the card and the metadata. The other arguments: weights.choose.
+    scores: log folder of a `test` run, for the card and the metadata. device: what computes the comparison; files are
+    the same, and run anywhere. The other arguments: weights.choose.
     Raises ValueError, FileNotFoundError: a setting that means nothing, damaged files, an export unlike its network.
     """
     if to not in FORMATS:
@@ -61,7 +63,8 @@ def export(
         with staged(place, overwrite, MARK) as work:
             metadata |= form.write(chosen.model, work, request, metadata)
             (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
-            found = round_trip(chosen.model, form.open(work, metadata), pixels, labels, request, work)
+            answer = form.open(work, metadata, device)
+            found = round_trip(chosen.model, answer, pixels, labels, request, work, device)
             check(found, request.precision, to)
             metadata = listed(work, {**metadata, "round_trip": found._asdict()})
             (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")

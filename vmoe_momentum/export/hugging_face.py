@@ -36,8 +36,9 @@ def open_network(folder: Path, metadata: Metadata) -> PixelModel:
         raise ValueError(f"{folder}: damaged, or of another network ({error}); export it again") from error
 
 
-def open_answer(folder: Path, metadata: Metadata) -> Answer:
-    return as_answer(Servable(open_network(folder, metadata), Request(metadata["input"], metadata["output"])))
+def open_answer(folder: Path, metadata: Metadata, device: str = "cpu") -> Answer:
+    asked = Request(metadata["input"], metadata["output"])
+    return as_answer(Servable(open_network(folder, metadata), asked), device)
 
 
 FORMAT = Format(write, open_answer, open_network)

@@ -86,7 +86,13 @@ def _quantize(path: Path) -> None:
         logging.disable(logging.NOTSET)
 
 
-def open_answer(folder: Path, metadata: Metadata) -> Answer:
+def computes_on(device: str) -> str:
+    """A GPU only where onnxruntime can use it (the package onnxruntime-gpu)."""
+    known = "CUDAExecutionProvider" in _needs("onnxruntime").get_available_providers()
+    return device if known and device.startswith("cuda") else "cpu"
+
+
+def open_answer(folder: Path, metadata: Metadata, device: str = "cpu") -> Answer:
     runtime = _needs("onnxruntime")
     if metadata.get("precision") == "int8" and metadata.get("quantization") != QUANTIZATION:
         raise ValueError(
@@ -95,8 +101,12 @@ def open_answer(folder: Path, metadata: Metadata) -> Answer:
         )
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    kind, _, index = computes_on(device).partition(":")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if kind == "cuda":
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": index or "0"}))
     try:
-        session = runtime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(str(folder / FILE), options, providers=providers)
     except Exception as error:  # onnxruntime has no common base of its errors
         raise ValueError(f"{folder / FILE}: onnxruntime cannot open it ({error}); export it again") from error
     name = session.get_inputs()[0].name
@@ -164,4 +174,4 @@ def _needs(name: str) -> Any:
         raise ValueError(f"onnx: the package {name} is missing; pip install 'vmoe_momentum[export]'") from error
 
 
-FORMAT = Format(write, open_answer, precisions=("fp32", "fp16", "int8"))
+FORMAT = Format(write, open_answer, precisions=("fp32", "fp16", "int8"), computes_on=computes_on)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from ..models import PixelModel
 from ..models.groups import images_together
@@ -49,17 +50,19 @@ def write(model: PixelModel, folder: Path, request: Request, metadata: Metadata)
     return {"file": FILE}
 
 
-def open_answer(folder: Path, metadata: Metadata) -> Answer:
+def open_answer(folder: Path, metadata: Metadata, device: str = "cpu") -> Answer:
     """torch.export.load unpickles, evaluates expressions and calls functions by name: for files one trusts."""
     log = logging.getLogger("torch.export")
     level = log.level
     log.setLevel(logging.CRITICAL)  # it prints the traceback of a failure that is reported here
     try:
-        return as_answer(torch.export.load(folder / FILE).module())
+        program = torch.export.load(folder / FILE)
     except Exception as error:  # whatever damaged bytes make of the reader
         raise ValueError(f"{folder / FILE}: cannot be read ({str(error).splitlines()[0]}); export it again") from error
     finally:
         log.setLevel(level)
+    # it was traced on the CPU, and tensors that its graph makes name their device
+    return as_answer((program if device == "cpu" else move_to_device_pass(program, device)).module(), device)
 
 
 FORMAT = Format(write, open_answer, is_program=True)

@@ -29,13 +29,20 @@ class RoundTrip(NamedTuple):
     latency_ratio: float  # over eager torch, batches of TIMED
     megabytes: float
     rounding_error: float | None  # of the network itself in float32, where the difference is large enough to ask
+    device: str  # of eager torch
 
 
 def round_trip(
-    model: PixelModel, answer: Answer, pixels: Tensor, labels: Tensor, request: Request, folder: Path
+    model: PixelModel,
+    answer: Answer,
+    pixels: Tensor,
+    labels: Tensor,
+    request: Request,
+    folder: Path,
+    device: str = "cpu",
 ) -> RoundTrip:
-    """pixels: uint8 [N, 3, S, S]."""
-    eager = as_answer(Servable(model, request))
+    """pixels: uint8 [N, 3, S, S]. Moves `model` to the device."""
+    eager = as_answer(Servable(model, request), device)
     taken = pixels if request.input == "uint8" else pixels.float() / 255
     expected, found = [], []
     for start in track(range(0, len(taken), CHUNKS[0]), "comparing"):
@@ -54,8 +61,8 @@ def round_trip(
     ratio = _ratio(eager, answer, taken[:TIMED])
     own = None
     if request.precision == "fp32" and largest > TOLERANCE:
-        own = rounding_error(model, pixels[:64].float() / 255)
-    return RoundTrip(len(taken), largest, agreement, top1[0], top1[1], ratio, round(size / 1e6, 3), own)
+        own = rounding_error(model, pixels[:64].to(device).float() / 255)
+    return RoundTrip(len(taken), largest, agreement, top1[0], top1[1], ratio, round(size / 1e6, 3), own, device)
 
 
 @torch.no_grad()

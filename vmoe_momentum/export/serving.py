@@ -22,6 +22,7 @@ class Served(NamedTuple):
     answer: Answer
     metadata: Metadata
     folder: Path
+    device: str = "cpu"
 
     def pixels(self, path: Path) -> Tensor:
         """uint8 [3, S, S], cut as evaluation cuts it. Raises ValueError: no picture."""
@@ -41,12 +42,14 @@ class Served(NamedTuple):
             raise ValueError(
                 f"--plot: {kind} files keep no experts to look at; export with --to hf or state-dict for this picture"
             )
-        return opened(self.folder, self.metadata)
+        return opened(self.folder, self.metadata).to(self.device)
 
 
-def open_served(folder: str, trust_program: bool = False) -> Served:
-    """trust_program: open formats that are programs. Raises FileNotFoundError, ValueError: no such folder, not ours,
-    damaged, a program."""
+def open_served(folder: str, trust_program: bool = False, device: str = "cpu") -> Served:
+    """trust_program: open formats that are programs. device: what computes, if the format can.
+
+    Raises FileNotFoundError, ValueError: no such folder, not ours, damaged, a program.
+    """
     place = Path(folder)
     if "://" in folder or not place.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give one that vmoe-momentum export wrote")
@@ -62,7 +65,7 @@ def open_served(folder: str, trust_program: bool = False) -> Served:
             "--trust_program if that was you, or take an export to onnx, hf or state-dict"
         )
     verify_folder(place)
-    return Served(form.open(place, metadata), metadata, place)
+    return Served(form.open(place, metadata, device), metadata, place, device)
 
 
 def classify(served: Served, paths: list[Path], top_k: int) -> list[list[tuple[str, float]]]:
