@@ -94,7 +94,7 @@ from pathlib import Path
 import jsonargparse
 from evidence_arms import Cell, cells, guess
 from evidence_measures import forget, make_corrupted
-from evidence_rows import CODE, REPEATED, ROOT, Row, add_row, provenance, read_rows
+from evidence_rows import AGAIN, CODE, REPEATED, ROOT, Row, add_row, provenance, read_rows
 from evidence_runs import name_of, run_cell
 from rich.console import Console
 from rich.table import Table
@@ -147,7 +147,7 @@ def main(
     if not Path(data).is_dir():
         raise FileNotFoundError(f"--data={data}: no such folder; vmoe-momentum data prepare idx --out {data}")
     if not left and arm is not None and seed is not None:
-        return repeat(wanted[0], rows, Path(data), Path(out), fit or [])
+        return repeat(wanted[0], rows, folder, Path(data), Path(out), fit or [])
     made = provenance()
     if folder.resolve() == RESULTS and made["revision"].endswith("+"):
         raise ValueError(f"{', '.join(CODE)}: changed since the last commit; commit first, as rows name their code")
@@ -169,7 +169,7 @@ def main(
 def write_page(rows: list[Row], folder: Path) -> None:
     from evidence_page import write_page  # needs statsmodels, which runs do not
 
-    write_page(rows, folder)
+    write_page(rows, read_rows(folder / "repeats.csv", AGAIN), folder)
 
 
 def run_left(left: list[Cell], path: Path, data: Path, out: Path, made: Row, extra: list[str]) -> None:
@@ -200,8 +200,8 @@ def run_left(left: list[Cell], path: Path, data: Path, out: Path, made: Row, ext
                 meter.say(f"{name_of(cell)}: top-1 {row['top1'] or row['diverged']}, {row['seconds']} s")
 
 
-def repeat(cell: Cell, rows: list[Row], data: Path, out: Path, extra: list[str]) -> None:
-    """From the start, in a folder of its own. Raises ValueError: it gave something else."""
+def repeat(cell: Cell, rows: list[Row], results: Path, data: Path, out: Path, extra: list[str]) -> None:
+    """From the start, in a folder of its own; a row of repeats.csv. Raises ValueError: it gave something else."""
     (old,) = [row for row in rows if (row["arm"], row["seed"]) == (cell.arm.name, str(cell.seed))]
     folder = out / "again"
     shutil.rmtree(folder / name_of(cell), ignore_errors=True)
@@ -216,6 +216,7 @@ def repeat(cell: Cell, rows: list[Row], data: Path, out: Path, extra: list[str])
         if old[name] or row[name]:
             table.add_row(name, old[name], row[name] + ("" if old[name] == row[name] else "   differs"))
     Console().print(table)
+    add_row(results / "repeats.csv", row, cells(), AGAIN)
     other = [name for name in REPEATED if old[name] != row[name]]
     if other:
         raise ValueError(f"{', '.join(other)}: other than in the row; machine, torch and revision above may say why")

@@ -8,7 +8,7 @@ from evidence_answers import Answer, answers, shown_apart, table_of, value
 from evidence_arms import ARMS, cells
 from evidence_pictures import draw
 from evidence_questions import MAIN, SECONDARY
-from evidence_rows import ROOT, Row
+from evidence_rows import REPEATED, ROOT, Row
 from evidence_statistics import Difference
 
 from vmoe_momentum.staging import write_together
@@ -22,19 +22,23 @@ ARM_COLUMNS = (
 NOTHING = "Nothing has been run yet: there is no row, so there is no result."
 
 
-def write_page(rows: list[Row], folder: Path) -> None:
-    """Pictures and README.md of the folder; the text between the markers is that of the committed page."""
+def write_page(rows: list[Row], again: list[Row], folder: Path) -> None:
+    """Pictures and README.md of the folder; the text between the markers is that of the committed page.
+
+    again: rows of runs that were made once more.
+    """
     draw(rows, folder)
     place = folder / "README.md"
     text = (place if place.exists() else PAGE).read_text()
-    write_together(folder, {"README.md": fill(text, rows).encode()})
+    write_together(folder, {"README.md": fill(text, rows, again).encode()})
 
 
-def fill(text: str, rows: list[Row]) -> str:
+def fill(text: str, rows: list[Row], again: list[Row]) -> str:
     """`text` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    for name, make in PARTS.items():
+    made = {name: make(rows) for name, make in PARTS.items()} | {"repeats": repeats(rows, again)}
+    for name, told in made.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make(rows)}\n{match[2]}", text, flags=re.DOTALL)
+        text = re.sub(pattern, lambda match, told=told: f"{match[1]}{told}\n{match[2]}", text, flags=re.DOTALL)
     return text
 
 
@@ -49,7 +53,7 @@ def status(rows: list[Row]) -> str:
             missing.setdefault(cell.arm.name, []).append(cell.seed)
     lost = sum(bool(row["diverged"]) for row in rows)
     told = f"{len(every) - sum(map(len, missing.values()))} of {len(every)} runs are there; {lost} became not finite."
-    made = sorted({f"{row['machine']}, torch {row['torch']}, code {row['revision']}" for row in rows})
+    made = sorted({makers(row) for row in rows})
     told += f" Made with {'; '.join(made)}."
     if not missing:
         return told
@@ -155,6 +159,27 @@ def secondary(rows: list[Row]) -> str:
                        f"{difference.high:+.3g}), {count} pairs")  # fmt: skip
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def repeats(rows: list[Row], again: list[Row]) -> str:
+    """A line for each run that was made once more."""
+    first = {(row["arm"], row["seed"]): row for row in rows}
+    lines = []
+    for row in again:
+        old = first.get((row["arm"], row["seed"]))
+        if old is None:
+            continue
+        other = [name for name in REPEATED if old[name] != row[name]]
+        told = "the same to the last digit"
+        if other:
+            before, after = 100 * value(old, "top1"), 100 * value(row, "top1")
+            told = f"clean top-1 {after:.2f} % where the row has {before:.2f} %, {len(other)} of {len(REPEATED)} differ"
+        lines.append(f"- {row['arm']}, seed {row['seed']}: {told}; made with {makers(row)}, the row with {makers(old)}")
+    return "\n".join(lines) or "No run has been repeated yet."
+
+
+def makers(row: Row) -> str:
+    return f"{row['machine']}, torch {row['torch']}, code {row['revision']}"
 
 
 CAPTIONS = (

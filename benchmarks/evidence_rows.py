@@ -29,10 +29,13 @@ COLUMNS = ("part", "arm", "seed", "rule", "post_norm", "gamma", "depth", "diverg
 REPEATED = ("diverged", *MEASURED)  # what a second run of the same cell must give again
 assert max(DEPTHS) < 100
 
+CELL = ("arm", "seed")  # what tells rows apart
+AGAIN = (*CELL, "machine", "torch", "revision")  # what tells repeated runs apart
+
 Row = dict[str, str]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, key: tuple[str, ...] = CELL) -> list[Row]:
     """Raises ValueError: columns that are not ours, a cell that is there twice."""
     if not path.exists():
         return []
@@ -43,19 +46,19 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(
             f"{path}: its columns are not those of the protocol, or a row is cut off; put it back from git"
         )
-    keys = [(row["arm"], row["seed"]) for row in rows]
+    keys = [tuple(row[name] for name in key) for row in rows]
     if len(set(keys)) < len(keys):
         raise ValueError(f"{path}: {next(key for key in keys if keys.count(key) > 1)} is there twice; keep one of them")
     return rows
 
 
-def add_row(path: Path, row: Row, order: list[Cell]) -> None:
+def add_row(path: Path, row: Row, order: list[Cell], key: tuple[str, ...] = CELL) -> None:
     """Into its place: seed by seed, arms in the protocol's order. Stopped at any time, the file is as before or after.
 
     Whoever calls it keeps other processes from doing the same.
     """
     places = {(cell.arm.name, str(cell.seed)): place for place, cell in enumerate(order)}
-    rows = [old for old in read_rows(path) if (old["arm"], old["seed"]) != (row["arm"], row["seed"])]
+    rows = [old for old in read_rows(path, key) if any(old[name] != row[name] for name in key)]
     rows = sorted([*rows, row], key=lambda each: places.get((each["arm"], each["seed"]), len(places)))
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -103,11 +106,15 @@ def provenance() -> dict[str, str]:
 
 
 def processor() -> str:
+    """Its kind: sums are added in an order that depends on it, and names alone ("AMD EPYC") do not tell it."""
+    vectors = torch.backends.cpu.get_cpu_capability()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+        return f"{platform.processor() or 'unknown'} {vectors}"
+    said = {name.strip(): told.strip() for name, _, told in (line.partition(":") for line in lines)}
+    kind = "".join(f" {name} {said[name]}" for name in ("cpu family", "model") if name in said).replace("cpu ", "")
+    return f"{said.get('model name', 'unknown')}{kind} {vectors}"
 
 
 def revision() -> str:

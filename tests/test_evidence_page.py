@@ -142,14 +142,14 @@ def test_a_run_that_is_not_finite_counts_as_chance_and_ends_what_is_borne() -> N
 
 def test_missing_cells_are_named_and_have_no_verdict() -> None:
     rows = [row for row in planted(skip=("nesterov",)) if (row["arm"], row["seed"]) != ("adam", "3")]
-    text = page.fill(page.PAGE.read_text(), rows)
+    text = page.fill(page.PAGE.read_text(), rows, [])
     assert "**Not complete.** Missing: adam (seeds 3); nesterov (seeds 0, 1, 2)." in text
     assert "question 5, adam against residual, clean top-1: not answered, 4 of 5 seeds are there" in text
     assert len(re.findall(r"\| adam - residual \| .* \| 4 of 5 \| .* \| missing \|", text)) == 2
 
 
 def test_without_rows_nothing_is_said() -> None:
-    text = page.fill(page.PAGE.read_text(), [])
+    text = page.fill(page.PAGE.read_text(), [], [])
     assert text.count(page.NOTHING) == 5 and "png" not in text
     assert not re.search(r"[+-]\d+\.\d", text)
 
@@ -188,17 +188,28 @@ def test_no_sentence_claims_more_than_its_interval() -> None:
 
 def test_pictures_and_page_are_made_from_rows_alone(tmp_path: Path) -> None:
     rows = [row for row in planted() if row["part"] != "depth"]
-    page.write_page(rows, tmp_path)
+    page.write_page(rows, rows[:1], tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "forest.png", "mechanism.png", "margin.png"}
     text = (tmp_path / "README.md").read_text()
-    assert page.fill(text, rows) == text and "depth.png" not in text
+    assert page.fill(text, rows, rows[:1]) == text and "depth.png" not in text
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+def test_runs_made_once_more_are_told_beside_their_rows() -> None:
+    rows = planted()
+    assert page.repeats(rows, []) == "No run has been repeated yet."
+    other = rows[1] | {"top1": "0.8123", "machine": "another"}
+    same, differs = page.repeats(rows, [rows[0] | {"seconds": "9"}, other]).splitlines()
+    assert "the same to the last digit" in same
+    assert "clean top-1 81.23 % where the row has" in differs and f"1 of {len(rows_of.REPEATED)} differ" in differs
+    assert "made with another, torch none, code none, the row with none," in differs
+
+
 def test_the_committed_page_is_that_of_the_committed_rows() -> None:
     rows, text = rows_of.read_rows(ROWS), page.PAGE.read_text()
-    assert page.fill(text, rows) == text, "run `python benchmarks/evidence.py --pictures`"
+    again = rows_of.read_rows(ROWS.with_name("repeats.csv"), rows_of.AGAIN)
+    assert page.fill(text, rows, again) == text, "run `python benchmarks/evidence.py --pictures`"
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (page.PAGE.parent / name).exists()
 

@@ -85,8 +85,8 @@ def run_export(argv: list[str]) -> None:
     told = {
         "checkpoint": source["file"] + (f", epoch {source['epoch']}" if "epoch" in source else ""),
         "weights": source["weights"],
-        "compared on": f"{found['pictures']} pictures, on {found['device']}: largest difference {found['max_difference']:.2g}, "
-        f"same class {100 * found['agreement']:.1f} %",
+        "compared on": f"{found['pictures']} pictures, on {found['device']}: "
+        f"largest difference {found['max_difference']:.2g}, same class {100 * found['agreement']:.1f} %",
         "top-1": f"{100 * found['top1_before']:.2f} % before, {100 * found['top1_after']:.2f} % after",
         "size": f"{found['megabytes']:.1f} MB",
         "latency": f"{found['latency_ratio']:.2f} of eager torch",
