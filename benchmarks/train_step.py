@@ -26,8 +26,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from vmoe_momentum import create_model
-from vmoe_momentum.models.settings import subclasses
 from vmoe_momentum.momentum import MomentumRule
+from vmoe_momentum.specs import subclasses
 from vmoe_momentum.training import OptimizerSettings
 
 DENSE = "dense ViT"

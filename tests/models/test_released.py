@@ -36,8 +36,8 @@ from vmoe_momentum.models.blocks import norm_like
 from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.flax_import import describe_import, read_shape
 from vmoe_momentum.models.flax_layout import layout
-from vmoe_momentum.models.settings import to_spec
 from vmoe_momentum.momentum import MomentumRule
+from vmoe_momentum.specs import to_spec
 
 RELEASED = Oracle("released_momentum.npz")
 CASES = list(RELEASED.meta["cases"])

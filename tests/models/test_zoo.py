@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from vmoe_momentum import HeavyBall
 from vmoe_momentum.models import MomentumVisionTransformer
 from vmoe_momentum.models.directory import save
-from vmoe_momentum.models.settings import to_spec
 from vmoe_momentum.models.variants import NAMES
 from vmoe_momentum.momentum import MomentumRule
+from vmoe_momentum.specs import to_spec
 
 ROOT = Path(__file__).parent.parent.parent
 RULES = [*registered(MomentumRule)]

@@ -139,7 +139,7 @@ CHANGES = {
     "top_k": 1, "noise_std": 3.0, "renormalize": True, "capacity_factor": 0.3, "eval_capacity_factor": 0.3,
     "capacity_multiple_of": 1, "capacity_rounding": "round", "batch_priority": True, "group_size": N * B,
     "importance_loss_weight": 0.5, "load_loss_weight": 0.5, "gshard_loss_weight": 0.5,
-    "capacity": 2, "bfloat16_dispatch": True,
+    "capacity": 2, "bfloat16_dispatch": True, "gate_bias": True,
 }  # fmt: skip
 
 
@@ -153,6 +153,8 @@ def observe(changed: dict) -> list[Tensor]:
     for training in (True, False):
         torch.manual_seed(1)
         layer = make(TopKRouter(**{**base, **changed})).train(training)
+        if layer.router.gate_bias:  # zero where it begins
+            layer.router.bias.data.copy_(torch.arange(layer.router.bias.shape[0]))
         x = torch.randn(B, 13 if "group_size" not in changed else N, D, dtype=torch.float64)
         seen += layer(x, layer.router.sample_noise(x))[:2]
     return seen

@@ -8,7 +8,6 @@ import torch
 from registered import registered
 from torch import Tensor, nn
 
-from vmoe_momentum.models.settings import from_spec, to_spec
 from vmoe_momentum.moe import (
     ExpertChoiceRouter,
     GShardRouter,
@@ -18,6 +17,7 @@ from vmoe_momentum.moe import (
     SparseMlp,
     TopKRouter,
 )
+from vmoe_momentum.specs import from_spec, to_spec
 
 B, N, D, F, E = 3, 10, 8, 12, 4
 

@@ -9,7 +9,6 @@ import torch
 from registered import registered
 from torch import Tensor
 
-from vmoe_momentum.models.settings import from_spec, to_spec
 from vmoe_momentum.momentum import (
     SAM,
     Adam,
@@ -21,6 +20,7 @@ from vmoe_momentum.momentum import (
     Residual,
     Robust,
 )
+from vmoe_momentum.specs import from_spec, to_spec
 
 Layer = Callable[[Tensor], Tensor]
 RULES = {

@@ -16,7 +16,7 @@ from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
 from torch import Tensor, nn
 from torch.func import jvp, vjp, vmap
 
-from ..models import MomentumBlock
+from ..momentum import ThreadsCarry
 
 ZERO = 1e-3  # a direction that J shrinks to this share of |J| is one LayerNorm removes (its eps leaves a rest)
 
@@ -40,11 +40,11 @@ class Points(NamedTuple):
         return [Points(*parts) for parts in zip(*(part.split(size) for part in self), strict=True)]
 
 
-def has_post_norm(block: MomentumBlock) -> bool:
+def has_post_norm(block: ThreadsCarry) -> bool:
     return not isinstance(block.norm3, nn.Identity)
 
 
-def update_of(block: MomentumBlock, gamma: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def update_of(block: ThreadsCarry, gamma: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """u of a block in evaluation, in float64, as a function of x, shift and rest, all [B, N, D]."""
     block = copy.deepcopy(block).double().eval().requires_grad_(False)
 

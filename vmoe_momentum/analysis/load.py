@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models import MomentumBlock
+from ..momentum import ThreadsCarry
 from .output import Files, grid, show, whole_numbers
 from .subjects import Subject, latest
 from .trace import Visit, walk
@@ -53,7 +53,7 @@ def load(subjects: list[Subject], batches: list[Tensor], files: Files, device: s
     return rows
 
 
-def _count(block: MomentumBlock, visit: Visit) -> dict[str, Tensor]:
+def _count(block: ThreadsCarry, visit: Visit) -> dict[str, Tensor]:
     tokens, assigned = visit.tokens.flatten(0, 1), visit.plan.assigned().flatten(0, 1)
     by_norm = block.mlp.every_output(tokens).norm(dim=-1).argsort(dim=-1, descending=True, stable=True)
     return {

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ..models import MomentumBlock, PixelModel
+from ..models import PixelModel
 from ..moe import Plan, SoftRouter
+from ..momentum import ThreadsCarry
 from ..progress import track
 from .hulls import compare_points
 from .output import Files, grid, group_by, show, whole_numbers
@@ -144,7 +145,7 @@ def _answer(subject: Subject, model: PixelModel, visit: Visit, picked: Tensor) -
     return Answers(outputs.cpu(), weights.cpu())
 
 
-def _outputs(subject: Subject, index: int, block: MomentumBlock, tokens: Tensor) -> Tensor:
+def _outputs(subject: Subject, index: int, block: ThreadsCarry, tokens: Tensor) -> Tensor:
     """[T, D] -> [T, E, M]."""
     outputs = block.ls2(block.mlp.every_output(tokens)).double()
     if not outputs.isfinite().all():

@@ -12,7 +12,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..models import MomentumBlock, PixelModel
+from ..models import PixelModel
+from ..momentum import ThreadsCarry
 from ..progress import track
 from .eigenvalues import Eigenvalues, Points, has_post_norm, image_spectrum, token_spectrum, update_of
 from .output import Files, grid, group_by, show, whole_numbers
@@ -112,7 +113,7 @@ def _check_groups(subject: Subject) -> None:
             )
 
 
-def _alone(block: MomentumBlock, num_tokens: int) -> bool:
+def _alone(block: ThreadsCarry, num_tokens: int) -> bool:
     return block.mlp.router.takes_tokens_alone(num_tokens, block.mlp.experts.fc1.weight.shape[0])
 
 
@@ -128,7 +129,7 @@ def _points(model: PixelModel, batches: list[Tensor], what: str) -> dict[int, Po
 
 
 def _measure(
-    block: MomentumBlock, points: Points, tokens: int, images: int, count: int, what: str
+    block: ThreadsCarry, points: Points, tokens: int, images: int, count: int, what: str
 ) -> tuple[str, Eigenvalues]:
     u, gamma = update_of(block, _gamma(block)), _gamma(block)
     if _alone(block, points.x.shape[1]):
@@ -153,7 +154,7 @@ def _measure(
 
 
 def _rows(
-    subject: Subject, block: MomentumBlock, index: int, part: str, found: Eigenvalues
+    subject: Subject, block: ThreadsCarry, index: int, part: str, found: Eigenvalues
 ) -> tuple[SpectrumRow, list[EigenvalueRow]]:
     t, coefficients = _step(block)
     gamma = step_size(block.rule, t, coefficients)
@@ -173,12 +174,12 @@ def _rows(
     return row, [EigenvalueRow(subject.label, subject.epoch, index, *cell) for cell in cells]
 
 
-def _step(block: MomentumBlock) -> tuple[int, dict[str, float]]:
+def _step(block: ThreadsCarry) -> tuple[int, dict[str, float]]:
     """t and the coefficients of the block's rule."""
     return max(1, block.step), {name: float(value) for name, value in block.momentum().items()}
 
 
-def _gamma(block: MomentumBlock) -> float:
+def _gamma(block: ThreadsCarry) -> float:
     return step_size(block.rule, *_step(block))
 
 
@@ -214,7 +215,7 @@ def _draw(files: Files, last: list[Subject], rows: list[SpectrumRow], details: l
     files.save(figure)
 
 
-def _panel(axis: Axes, s: Tensor, block: MomentumBlock, gamma: float) -> None:
+def _panel(axis: Axes, s: Tensor, block: ThreadsCarry, gamma: float) -> None:
     real, imaginary = s.real.numpy(), s.imag.numpy()
     axis.scatter(real, imaginary, s=3, alpha=0.25, color="black", linewidths=0, rasterized=True)
     low = min(-0.7, 1.15 * float(np.quantile(real, 0.0025)))

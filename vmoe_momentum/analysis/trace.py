@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models import MomentumBlock, PixelModel
+from ..models import PixelModel
 from ..models.groups import images_together
 from ..moe import Plan
+from ..momentum import ThreadsCarry
 from ..progress import track
 
 
@@ -36,7 +37,7 @@ def record(net: nn.Module) -> Iterator[list[Visit]]:
     visits: list[Visit] = []
     handles = []
     for index, block in enumerate(net.blocks):
-        if isinstance(block, MomentumBlock):
+        if isinstance(block, ThreadsCarry):
             handles += _watch(index, block, visits)
     handles.append(net.register_forward_pre_hook(lambda *_: visits.clear()))
     try:
@@ -46,7 +47,7 @@ def record(net: nn.Module) -> Iterator[list[Visit]]:
             handle.remove()
 
 
-def _watch(index: int, block: MomentumBlock, visits: list[Visit]) -> list[Any]:
+def _watch(index: int, block: ThreadsCarry, visits: list[Visit]) -> list[Any]:
     seen: dict[str, Any] = {}
 
     def keep(name: str, pick: Callable[[tuple, Any], Any]) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from ..models.settings import describe
+from ..specs import describe
 from .base import Metadata
 
 TEXT = """---

@@ -16,7 +16,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..moe import Router, SparseMlp
-from ..momentum import Carry, Coefficients, MomentumRule, Residual
+from ..momentum import Carry, Coefficients, MomentumRule, Residual, ThreadsCarry
+from ..momentum.threads import shifted
 
 
 class QkNormAttention(Attention):
@@ -66,11 +67,6 @@ class DenseBlock(Block):
         return self.norm3(x), carry._replace(momentum=buffers)
 
 
-def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
-    """In the type of x; without a shift x itself."""
-    return x if shift is None else x + shift.to(x.dtype)
-
-
 def norm_like(norm: nn.Module) -> nn.Module:
     """A fresh one of the same kind."""
     new = copy.deepcopy(norm)
@@ -81,7 +77,7 @@ def norm_like(norm: nn.Module) -> nn.Module:
     return new
 
 
-class MomentumBlock(Block):
+class MomentumBlock(Block, ThreadsCarry):
     """timm's block with a sparse MLP whose residual line is a momentum rule.
 
     Its experts hold nothing yet: the network draws them, once (init_vmoe), or they are copied.
@@ -159,24 +155,7 @@ class MomentumBlock(Block):
         self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Carry]:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
-        # Drawn once a block, however often the rule evaluates u.
-        noise, drop_mask = self.noise(x), self._drop_path_mask(x)
-        found = []
-
-        def u(y: Tensor, shift: Tensor | None = None) -> Tensor:
-            update, aux_loss, gates = self.mlp(shifted(self.norm2(y), shift), noise)
-            found.append((aux_loss, gates))
-            update = self.ls2(update)
-            return update if drop_mask is None else update * drop_mask
-
-        if self.step == 0:
-            x, buffers = x + u(x), carry.momentum
-        else:
-            buffers = self.rule.init(x) if self.step == 1 else carry.momentum
-            x, buffers = self.rule(x, u, buffers, self.step, self.momentum())
-        aux_loss, gates = found[-1]
-        asked = None if carry.gates is None else (*carry.gates, gates)
-        return self.norm3(x), Carry(buffers, carry.aux_loss + aux_loss, asked)
+        return self.sparse_step(x, carry, self.noise(x), self._drop_path_mask(x))
 
     def _drop_path_mask(self, x: Tensor) -> Tensor | None:
         """[B, 1, 1]: 0 where this image skips u, 1 / (1 - rate) elsewhere. It drops u, not the momentum gathered."""

@@ -8,8 +8,8 @@ import timm
 from torch import nn
 
 from ..checksums import seal_folder
+from ..specs import to_spec
 from ..staging import refuse_existing, staged
-from .settings import to_spec
 from .vit import MomentumVisionTransformer
 
 MARK = "config.json"

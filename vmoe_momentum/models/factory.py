@@ -12,9 +12,10 @@ from torch import nn
 from ..checksums import verify_folder
 from ..moe import Router
 from ..momentum import MomentumRule
+from ..names import did_you_mean
 from ..ranges import in_range
+from ..specs import from_spec, to_spec
 from .placement import PostNorm
-from .settings import did_you_mean, from_spec, to_spec
 from .vit import BLOCKS, NUMBERS, RATIO, WIDTH
 
 OURS = "*moe*"

@@ -13,10 +13,10 @@ from ..moe import Router, SoftRouter, TopKRouter
 from ..moe.routing import LinearGate
 from ..momentum import MomentumRule, Residual
 from ..ranges import SIDE, in_range
+from ..specs import to_spec
 from .flax_layout import Shape, layout
 from .flax_shards import some
 from .placement import PostNorm, has_post_norm
-from .settings import to_spec
 from .vit import NUMBERS, WIDTH, MomentumVisionTransformer
 
 ExpertOutput = Literal["added", "subtracted"]

@@ -13,11 +13,11 @@ from torch import nn
 from ..checksums import verify_archive, verify_folder
 from ..moe import Router
 from ..momentum import MomentumRule
+from ..specs import completed
 from .directory import as_json, read_facts
 from .factory import create_model
 from .loading import fit_to_data
 from .pixels import PixelModel
-from .settings import completed
 from .sharded import is_checkpoint, is_sharded, read_rest, read_sharded
 
 KEY = "vmoe_momentum"

@@ -15,12 +15,13 @@ from torch import nn
 from ..checksums import verify_folder
 from ..moe import GShardRouter, Router, TopKRouter
 from ..momentum import MomentumRule, Residual
+from ..names import did_you_mean
 from ..ranges import in_range
+from ..specs import describe, from_spec, to_spec
 from .blocks import DenseBlock, MomentumBlock
 from .initialization import draw_seed
 from .loading import pixels_per_patch
 from .placement import PostNorm, block_settings, check_post_norm, moe_indices, momentum_steps
-from .settings import describe, did_you_mean, from_spec, to_spec
 from .vit import NUMBERS, MomentumVisionTransformer, check_patches
 
 ARCHITECTURE = "vmoe_upcycled"

@@ -10,9 +10,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from ..moe import Router, SoftRouter
 from ..momentum import MomentumRule
+from ..specs import from_spec, to_spec
 from .blocks import QkNormAttention
 from .loading import fit_weights
-from .settings import from_spec, to_spec
 from .upcycling import UpcycledViT
 from .vit import MomentumVisionTransformer
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..moe import Router
 from ..momentum import Carry, MomentumRule
 from ..ranges import COUNT_OR_NONE, MOMENTUM, SIDE, Range, in_range
+from ..specs import from_spec, to_spec
 from .blocks import DenseBlock, MomentumBlock, QkNormAttention, qk_norms
 from .groups import fill_group
 from .initialization import draw_seed, init_head, init_vmoe
 from .placement import PostNorm, block_settings, check_post_norm, moe_indices, momentum_steps
 from .positions import AutocastStream, SinCos2d
-from .settings import from_spec, to_spec
 
 BLOCKS, WIDTH = Range(0, 10_000, whole=True), Range(0, 2**16, whole=True)
 RATIO = Range(0, 1024, above=True).or_(None)

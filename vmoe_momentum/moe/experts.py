@@ -94,20 +94,27 @@ def grouped_mm(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 
 
 class Experts(nn.Module):
-    """fc2(act(fc1(x))) per expert, dropout after each as in V-MoE's MlpBlock.
+    """fc2(act(fc1(x))) per expert, dropout after each as in V-MoE's MlpBlock, or after the first only.
 
     Under autocast the rows and weights are cast to its dtype (torch's grouped product is not on autocast's list).
     Weights that are spread over ranks bring their mesh along: then rows are exchanged.
     """
 
     def __init__(
-        self, num_experts: int, width: int, hidden: int, act_layer: type[nn.Module], drop: float, draw: bool = True
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        act_layer: type[nn.Module],
+        drop: float,
+        draw: bool = True,
+        drop_outputs: bool = True,
     ) -> None:
         super().__init__()
         self.fc1 = StackedLinear(num_experts, width, hidden, draw)
         self.act = act_layer()
         self.fc2 = StackedLinear(num_experts, hidden, width, draw)
-        self.drop = nn.Dropout(drop)
+        self.drop, self.drop_outputs = nn.Dropout(drop), drop_outputs
 
     def forward(self, rows: Tensor, ends: Tensor | None, even: bool = False) -> Tensor:
         """rows: [R, D], sorted by expert, and their ends, as Plan.dispatch gives them -> [R, D].
@@ -126,4 +133,5 @@ class Experts(nn.Module):
             rows = rows.reshape(num_experts, shape[0] // num_experts, shape[1])
         groups = None if ends is None else Groups.of(rows, ends)
         rows = self.drop(self.act(self.fc1(rows, groups)))
-        return self.drop(self.fc2(rows, groups)).reshape(shape)
+        outputs = self.fc2(rows, groups)
+        return (self.drop(outputs) if self.drop_outputs else outputs).reshape(shape)

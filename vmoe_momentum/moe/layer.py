@@ -22,11 +22,13 @@ class SparseMlp(nn.Module):
         act_layer: type[nn.Module],
         drop: float = 0.0,
         draw: bool = True,
+        drop_outputs: bool = True,
     ) -> None:
-        """draw: False leaves the experts' memory as it is, for weights that come from elsewhere."""
+        """draw: False leaves the experts' memory as it is, for weights that come from elsewhere. drop_outputs: whether
+        dropout comes behind the experts, too, or behind their hidden layer only."""
         super().__init__()
         self.router = router.for_layer(in_features, num_experts)
-        self.experts = Experts(num_experts, in_features, hidden_features, act_layer, drop, draw)
+        self.experts = Experts(num_experts, in_features, hidden_features, act_layer, drop, draw, drop_outputs)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, N, D]; noise: from `router.sample_noise` -> outputs [B, N, D], auxiliary loss [], mean over groups,

@@ -131,16 +131,22 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 
 
 class LinearGate(Router):
-    """Routers whose logits are x W, W without bias."""
+    """Routers whose logits are x W, or x W + b with `gate_bias`."""
+
+    gate_bias: bool = False
 
     def add_weights(self, width: int, num_experts: int) -> None:
         self.weight = nn.Parameter(torch.empty(num_experts, width))
+        if self.gate_bias:
+            self.bias = nn.Parameter(torch.empty(num_experts))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         # Flax's default for a Dense layer: truncated normal of variance 1/D (0.8796 is the std of one cut at 2).
         std = self.weight.shape[1] ** -0.5 / 0.87962566103423978
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        if self.gate_bias:
+            nn.init.zeros_(self.bias)
 
     def sample_noise(self, x: Tensor) -> Tensor | None:
         if not self.training or self.noise_std == 0.0:
@@ -153,4 +159,4 @@ class LinearGate(Router):
         """[B, N, D] -> [B, N, E]. At least float32: in bfloat16 the softmax flips top-k choices."""
         with without_autocast(x.device):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype) if self.gate_bias else None)

@@ -138,6 +138,7 @@ class TopKRouter(TokenChoice):
         gshard_loss_weight: The same for the GShard balance loss, in [0, 1e6].
         bfloat16_dispatch: Round tokens to bfloat16 on their way to the experts and back, as the reference's TPU
             recipes do; the experts compute in the network's own type.
+        gate_bias: Add a bias to the logits, as sparse language models do. Not in V-MoE.
     """
 
     def __init__(
@@ -156,9 +157,11 @@ class TopKRouter(TokenChoice):
         load_loss_weight: float = 0.005,
         gshard_loss_weight: float = 0.0,
         bfloat16_dispatch: bool = False,
+        gate_bias: bool = False,
     ) -> None:
         grouping = (capacity_multiple_of, capacity_rounding, group_size, bfloat16_dispatch)
         super().__init__(capacity_factor, eval_capacity_factor, *grouping)
+        self.gate_bias = gate_bias
         self.top_k, self.noise_std, self.renormalize = top_k, noise_std, renormalize
         self.capacity, self.batch_priority = capacity, batch_priority
         self.importance_loss_weight, self.load_loss_weight = importance_loss_weight, load_loss_weight

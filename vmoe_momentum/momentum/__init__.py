@@ -7,6 +7,7 @@ from .coefficients import Coefficients
 from .robust import Robust
 from .rules import Complex, HeavyBall, Nesterov, Residual
 from .sam import SAM
+from .threads import ThreadsCarry
 
 __all__ = [
     "SAM",
@@ -19,4 +20,5 @@ __all__ = [
     "Nesterov",
     "Residual",
     "Robust",
+    "ThreadsCarry",
 ]

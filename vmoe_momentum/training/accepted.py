@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..configs import short
-from ..models.settings import did_you_mean
+from ..names import did_you_mean
 
 _SCHEDULE = "it puts a schedule of its own in the place of model.schedule"
 REFUSED = {  # those that Lightning ships and cannot work, with the reason and the way out

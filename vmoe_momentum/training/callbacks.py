@@ -12,7 +12,7 @@ from rich.table import Table
 from torch.distributed.fsdp import FSDPModule
 
 from ..models.groups import images_together
-from ..models.settings import describe
+from ..specs import describe
 from .budget import budget, refuse_too_large, shape_of
 from .identity import describe_network
 from .instruments import RouterWatch, watch_routers

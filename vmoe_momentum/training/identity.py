@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.saved import KEY, build_arguments, completed_settings
-from ..models.settings import describe
+from ..specs import describe
 
 if TYPE_CHECKING:
     from .module import ImageClassifier

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models import MomentumBlock
+from ..momentum import ThreadsCarry
 
 
 class BlockStats(NamedTuple):
@@ -57,7 +57,7 @@ def watch_routers(net: nn.Module) -> Iterator[RouterWatch]:
     """Everything `net` runs inside is counted, block by block (`block5`). Hooks are gone afterwards."""
     watch, handles = RouterWatch(), []
     for name, block in net.named_modules():
-        if isinstance(block, MomentumBlock):
+        if isinstance(block, ThreadsCarry):
             label = "block" + name.rpartition(".")[2]
             handles.append(block.mlp.router.register_forward_hook(_router_hook(watch, label)))
             updates: list[Tensor] = []  # of one step; a rule may evaluate u twice, and the last makes the step
@@ -87,7 +87,7 @@ def watch_choices(net: nn.Module) -> Iterator[dict[str, Tensor]]:
         return hook
 
     for name, block in net.named_modules():
-        if isinstance(block, MomentumBlock):
+        if isinstance(block, ThreadsCarry):
             label = "block" + name.rpartition(".")[2]
             handles.append(block.mlp.router.register_forward_hook(hook_of(label)))
     try:

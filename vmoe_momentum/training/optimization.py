@@ -12,7 +12,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..models.settings import did_you_mean
+from ..names import did_you_mean
 from ..ranges import COUNT_OR_NONE, MOMENTUM, NOT_NEGATIVE, POSITIVE, Range, in_range
 from .meshes import ByMesh, by_mesh, weights_of
 from .per_expert import ELEMENTWISE, PerExpert, views_of

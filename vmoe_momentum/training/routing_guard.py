@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..models import MomentumBlock
+from ..momentum import ThreadsCarry
 from ..ranges import COUNT_OR_NONE, SHARE, in_range
 
 _EVERY = 50  # steps between two looks, each of which waits for the device
@@ -80,8 +80,8 @@ class RouterGuard(Callback):
             )
 
 
-def _blocks(net: torch.nn.Module) -> Iterator[tuple[str, MomentumBlock]]:
+def _blocks(net: torch.nn.Module) -> Iterator[tuple[str, ThreadsCarry]]:
     """By the names that RouterStats logs."""
     for name, block in net.named_modules():
-        if isinstance(block, MomentumBlock):
+        if isinstance(block, ThreadsCarry):
             yield "block" + name.rpartition(".")[2], block

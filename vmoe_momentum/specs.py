@@ -7,7 +7,7 @@ looked up among the *already imported* subclasses of the expected base, so a con
 import inspect
 from typing import Any, TypeVar
 
-from ..names import did_you_mean, subclasses
+from .names import did_you_mean, subclasses
 
 T = TypeVar("T")
 
