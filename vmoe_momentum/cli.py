@@ -20,7 +20,8 @@ from .stopping import Stopped, stoppable
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
 
-Train, test and look into V-MoE vision transformers whose sparse layers carry momentum across depth.
+Train, test and look into V-MoE vision transformers, and sparse language models, whose sparse layers carry momentum
+across depth.
 
 commands:
   data       prepare, verify and look at data (vmoe-momentum data --help)
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        line, code = ending(error, _sections() if argv[0] in LIGHTNING else {})
+        line, code = ending(error, _sections(argv) if argv[0] in LIGHTNING else {})
         sys.stdout.flush()
         print(f"vmoe-momentum: {line}", file=sys.stderr, flush=True)
         raise SystemExit(code) from None
@@ -199,10 +200,13 @@ def _refuse_mistyped(options: list[str]) -> None:
         raise ValueError(mistake)
 
 
-def _sections() -> dict[str, list[str]]:
+def _sections(argv: list[str]) -> dict[str, list[str]]:
     """For the parser's messages; what was raised before there was one needs none."""
     loaded = sys.modules.get(f"{__package__}.lightning_cli")
-    return loaded.sections() if loaded else {}
+    try:
+        return loaded.sections(loaded.kind_of(argv)) if loaded else {}
+    except ValueError:  # a config that cannot be read, which is then what is told
+        return {}
 
 
 def quieten() -> None:

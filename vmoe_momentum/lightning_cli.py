@@ -14,9 +14,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loops.utilities import _parse_loop_limits
 from lightning.pytorch.utilities import rank_zero_only
 
-from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
+from . import models
 from .configs import as_configs
 from .endings import Told, ending
+from .kinds import Kind, kind_of
+from .language import LanguageModule
 from .mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
 from .models.sharded import is_checkpoint
@@ -31,12 +33,10 @@ from .training import (
     EpochSeconds,
     FiniteTraining,
     FSDP2Strategy,
-    ImageClassifier,
     JobCheckpoints,
     MonitorCheck,
     OptimizerSettings,
     PartialEpoch,
-    PredictionWriter,
     ResumedSettings,
     RouterGuard,
     RouterStats,
@@ -64,10 +64,9 @@ TRAINER = {  # numbers of Lightning's that it does not check, or in other words
     "reload_dataloaders_every_n_epochs": COUNT_OR_NONE,
 }  # fmt: skip
 SINGLE = {  # types of the keys at the top of a config that are no sections
-    "seed_everything": bool | int, "data": datasets.ImageDataModule, "ckpt_path": str | None,
+    "seed_everything": bool | int, "ckpt_path": str | None,
     "weights_only": bool | None, "print_config": Any, "verbose": bool, "return_predictions": bool | None,
 }  # fmt: skip
-CLASSES = {"model": ImageClassifier, "trainer": Trainer}
 CKPT_KEYWORDS = ("best", "last", "hpc")
 
 
@@ -88,30 +87,31 @@ class FitParser(WholeFirst, LightningArgumentParser):
 
 
 class VMoECLI(LightningCLI):
-    """LightningCLI with the data's class count, class names and image size linked to the model.
+    """LightningCLI with what the data knows, classes and sizes or words, linked to the model.
 
     command: the one of Lightning's commands to build a parser for; "" for none of them.
     """
 
-    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
-        known = LightningCLI.subcommands()
+    def __init__(self, *args: Any, command: str, kind: Kind, **kwargs: Any) -> None:
+        known, self.kind = LightningCLI.subcommands(), kind
         self.subcommands = lambda: {command: known[command]} if command else {}
-        super().__init__(*args, **kwargs)
+        super().__init__(kind.module, kind.data, *args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for name in ("num_classes", "image_size", "class_names"):
+        for name in self.kind.linked:
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.argv = list(args or ())
         configs = as_configs(self.argv)
+        single, classes = {**SINGLE, "data": self.kind.data}, {"model": self.kind.module, "trainer": Trainer}
         try:
             super().parse_arguments(parser, args)
         except Exception as error:  # whatever the parser raises for what it did not foresee
-            if mistake := find_mistake(configs, SINGLE, CLASSES):
+            if mistake := find_mistake(configs, single, classes):
                 raise ValueError(mistake) from error
             raise
-        if mistake := find_unnoticed(configs, SINGLE, CLASSES):
+        if mistake := find_unnoticed(configs, single, classes):
             raise ValueError(mistake)
         config = self.config.get(self.config.get("subcommand")) or self.config
         check_all("", config, {"seed_everything": SEED.or_(True, False)})
@@ -162,6 +162,8 @@ class VMoECLI(LightningCLI):
         check_apart(self._get(self.config_init, "trainer.callbacks"))
         trainer = super().instantiate_trainer(**kwargs)
         refuse_unsharded(trainer.strategy)
+        if self.kind.module is LanguageModule and isinstance(trainer.strategy, FSDP2Strategy):
+            raise ValueError("trainer.strategy=FSDP2Strategy: for image classifiers; train language models with ddp")
         spread = getattr(trainer.strategy, "expert_parallel", 1)
         check_experts(self.model.model.net, trainer.num_devices * trainer.num_nodes, spread)
         folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
@@ -174,7 +176,7 @@ class VMoECLI(LightningCLI):
             for kind in (FiniteTraining, RouterGuard)
         ]
         others = [callback for callback in trainer.callbacks if callback not in guards]
-        ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), PredictionWriter(), SeededSteps()]
+        ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), self.kind.writer(), SeededSteps()]
         ours += [ResumedSettings(), Attempts(self.argv)]
         self.together = EndTogether(self._ending, self.argv)
         trainer.callbacks = [*guards, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
@@ -209,12 +211,13 @@ class VMoECLI(LightningCLI):
         data, fitting = self.datamodule, self.subcommand == "fit"
         size = f"data.batch_size={data.batch_size}" if fitting else f"data.eval_batch_size={data.eval_batch_size}"
         more = ", raise trainer.accumulate_grad_batches to match" if fitting else ""
-        lower = f"{size} at data.image_size={data.image_size} is too much; lower it{more}, or take a smaller image_size"
+        side = "image_size" if hasattr(data, "image_size") else "block_size"
+        lower = f"{size} at data.{side}={getattr(data, side)} is too much; lower it{more}, or take a smaller {side}"
         told = explain(error, f"{lower} or network") if isinstance(error, Exception) else None
         return error if told is None else Exhausted(told)
 
     def _ending(self, error: BaseException) -> tuple[str, int]:
-        return ending(self._in_words(error), sections())
+        return ending(self._in_words(error), sections(self.kind))
 
 
 def _share_folder(loggers: list[Any]) -> None:
@@ -224,10 +227,10 @@ def _share_folder(loggers: list[Any]) -> None:
             logger._version = loggers[0].version
 
 
-def sections() -> dict[str, list[str]]:
+def sections(kind: Kind) -> dict[str, list[str]]:
     """The valid keys of each part of a config, for messages."""
     keys = {
-        "model": list(inspect.signature(ImageClassifier).parameters),
+        "model": list(inspect.signature(kind.module).parameters),
         "trainer": list(inspect.signature(Trainer).parameters),
         "model.net": ["class_path", "init_args"],
         "data": ["class_path", "init_args"],
@@ -244,8 +247,6 @@ def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
     quiet = {"exit_on_error": False, "allow_abbrev": False}  # errors are ours to print; a cut-off name is a mistake
     kinds = {argv[0]: dict(quiet)} if start else {}
     return VMoECLI(
-        ImageClassifier,
-        datasets.ImageDataModule,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
@@ -257,6 +258,7 @@ def run_lightning(argv: list[str], start: bool = True) -> VMoECLI:
         args=argv,
         run=start,
         command=argv[0] if start else "",
+        kind=kind_of(argv),
     )
 
 
@@ -273,10 +275,8 @@ def rehearse(built: VMoECLI) -> None:
     trainer._data_connector.attach_data(module, datamodule=data)
     data.setup("fit")
     data.val_dataloader()
-    module.check_batch_size(data.batch_size)
-    module.check_sizes(data.sizes())
+    module.check_data(data)
     module.configure_optimizers()
     MonitorCheck().on_fit_start(trainer, module)
     with torch.no_grad():
-        size = module.image_size
-        module.model.train().forward_with_aux(torch.zeros(data.batch_size, 3, size, size))
+        module.try_batch(data)

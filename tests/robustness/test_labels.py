@@ -20,7 +20,7 @@ from vmoe_momentum.models.saved import KEY
 from vmoe_momentum.robustness import Settings, labels, make_plan
 from vmoe_momentum.robustness.sets import SETS, recognise
 from vmoe_momentum.training import ImageClassifier
-from vmoe_momentum.training.identity import check_checkpoint, describe_network
+from vmoe_momentum.training.identity import check_checkpoint, describe_classifier
 
 PLAIN = Settings(attacks=(), regenerate=False)
 WNIDS = ("n02979186", "n01440764", "n02102040")  # cassette player, tench, English springer
@@ -145,7 +145,7 @@ def imagenette(tmp_path_factory) -> Path:
         create_model("vmoe_tiny_patch4_16"), num_classes=3, image_size=SIZE, class_names=data.class_names
     )
     module._trainer = SimpleNamespace(datamodule=data)
-    content = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 1, KEY: describe_network(module)}
+    content = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 1, KEY: describe_classifier(module)}
     torch.save(content, here / "a.ckpt")
     del content[KEY]["class_ids"]
     torch.save(content, here / "old.ckpt")
@@ -217,12 +217,12 @@ def test_data_of_another_order_is_refused(tmp_path: Path) -> None:
         data = SimpleNamespace(class_ids=ids, eval_crop_ratio=1.0, eval_image_size=SIZE)
         module._trainer = SimpleNamespace(datamodule=data)
         if fits:
-            check_checkpoint(module, checkpoint)
+            check_checkpoint(module, checkpoint, module.facts(), module.override_model)
             continue
         with pytest.raises(ValueError, match="class_ids: folder 9 is class 9, in the data 0; .*--override-model"):
-            check_checkpoint(module, checkpoint)
+            check_checkpoint(module, checkpoint, module.facts(), module.override_model)
         module.override_model = True
-        check_checkpoint(module, checkpoint)
+        check_checkpoint(module, checkpoint, module.facts(), module.override_model)
 
 
 # ---- the set that was named

@@ -12,7 +12,7 @@ class Chosen(NamedTuple):
     """A network with its weights, in eval mode, and where they come from."""
 
     model: PixelModel
-    facts: dict[str, Any]  # as training.identity.describe_network wrote them
+    facts: dict[str, Any]  # as a module's `facts` wrote them
     told: dict[str, Any]  # file, epoch, step, weights
     file: Path  # where the weights lie
     folder: Path  # of the run's log

@@ -3,8 +3,25 @@
 B streams of text, N tokens of a block of text, L positions looked back on, D width, V words, H heads, d = D / H.
 """
 
-from .blocks import DenseBlock, SparseBlock
-from .names import SIZES, create_language_model
-from .network import Cache, Read, SparseLanguageModel
+from ..lazily import lazily
 
-__all__ = ["SIZES", "Cache", "DenseBlock", "Read", "SparseBlock", "SparseLanguageModel", "create_language_model"]
+__all__ = [
+    "Cache",
+    "DenseBlock",
+    "LanguageModule",
+    "Read",
+    "SIZES",
+    "SparseBlock",
+    "SparseLanguageModel",
+    "create_language_model",
+]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "blocks": ("DenseBlock", "SparseBlock"),
+        "module": ("LanguageModule",),
+        "names": ("SIZES", "create_language_model"),
+        "network": ("Cache", "Read", "SparseLanguageModel"),
+    },
+)

@@ -72,5 +72,4 @@ def create_language_model(
         net.cutoffs = cutoffs
     else:
         net = SparseLanguageModel(vocab_size, cutoffs=cutoffs, **given, **settings)
-    net.settings = {"name": name, **{key: value for key, value in changed.items() if value is not None}}
     return net

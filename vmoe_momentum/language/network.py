@@ -85,6 +85,10 @@ class SparseLanguageModel(nn.Module):
         cutoffs: list[int] | None = None,
     ) -> None:
         super().__init__()
+        self._arguments = {
+            "width": width, "depth": depth, "num_heads": num_heads, "hidden": hidden, "num_experts": num_experts,
+            "context": context, "dropout": dropout, "dense_between": dense_between, "form": form, "head": head,
+        }  # fmt: skip
         check_form(form)
         if width % num_heads:
             raise ValueError(
@@ -137,6 +141,10 @@ class SparseLanguageModel(nn.Module):
             "rule": to_spec(self.rule), "router": self.router_spec, "form": self.form, "num_heads": self.num_heads,
             "dense_between": self.dense_between, "context": self.context, "head": self.head_kind,
         }  # fmt: skip
+
+    def build_arguments(self) -> dict[str, Any]:
+        """Arguments of the constructor that builds it again, as JSON."""
+        return dict(self._arguments)
 
     def empty_cache(self, streams: int) -> Cache:
         """Before the first word: zeros, which are attended to, as in the released code."""

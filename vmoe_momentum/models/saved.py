@@ -28,7 +28,7 @@ class SavedNetwork(NamedTuple):
     """What a checkpoint says of its network; `build` makes it."""
 
     source: str
-    facts: dict[str, Any]  # as training.identity.describe_network wrote them
+    facts: dict[str, Any]  # as a module's `facts` wrote them
     epoch: int | None  # finished epochs; None for directories, which do not say
     step: int | None
     averaged: bool = False  # the weights are a running average (EMAWeightAveraging), kept beside the raw ones
@@ -74,6 +74,8 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     told = (checkpoint["epoch"] + 1, checkpoint["global_step"], _is_averaged(checkpoint), trust_pickle)
     facts = {**checkpoint[KEY], "settings": completed_settings(checkpoint[KEY]["settings"])}
+    if "vocab_size" in facts:
+        raise ValueError(f"{source}: holds a language model, and this is for image classifiers; give one of these")
     return SavedNetwork(source, facts, *told)
 
 
@@ -115,7 +117,11 @@ def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _is_whole(checkpoint: dict[str, Any]) -> bool:
     facts = checkpoint.get(KEY)
-    kinds = {"architecture": str, "settings": dict, "num_classes": int, "image_size": int, "mean": list, "std": list}
+    kinds: dict[str, type] = {"architecture": str, "settings": dict}
+    if isinstance(facts, dict) and "vocab_size" in facts:
+        kinds |= {"vocab_size": int, "model_args": dict}
+    else:
+        kinds |= {"num_classes": int, "image_size": int, "mean": list, "std": list}
     parts = {"state_dict": dict, "epoch": int, "global_step": int}
     return isinstance(facts, dict) and all(
         isinstance(place.get(name), kind) for place, wanted in ((facts, kinds), (checkpoint, parts))

@@ -88,12 +88,9 @@ def _watched(trainer: pl.Trainer) -> list[tuple[str, str]]:
 
 def _logged(trainer: pl.Trainer, module: Any) -> list[str]:
     """By the module and by our callbacks in every run, but for the routers'."""
-    train = ["loss", "loss_step", "loss_epoch", "main_loss", "aux_loss", "epoch_seconds"]
-    train += [] if module.pairing is None else module.pairing.logged()
+    train = [f"train/{name}" for name in ("loss", "loss_step", "loss_epoch", "epoch_seconds")]
     robust = any(getattr(callback, "val_attack", None) is not None for callback in trainer.callbacks)
-    return [
-        *(f"train/{name}" for name in train), "val/loss", *module.val_accuracy.keys(), *["val/robust_top1"] * robust,
-    ]  # fmt: skip
+    return [*train, *module.logged(), *["val/robust_top1"] * robust]
 
 
 def _never_validates(trainer: pl.Trainer) -> str | None:

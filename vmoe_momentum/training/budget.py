@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 
 from ..moe.experts import Experts
-from .profile import saved_bytes
 from .sharding import FSDP2Strategy, blocks
 
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "nesterov": 1, "lion": 1, "sgd": 1}  # tensors as large as the weights
@@ -50,10 +49,8 @@ def budget(trainer: pl.Trainer, module: Any) -> Budget:
         around = parameters - sum(_gathered(block, 1) for block in blocks(net.net))  # stays until the backward pass
         kept = sorted(sizes)[-2:] if strategy.reshard_after_forward else sizes  # the next one comes while one computes
         gathered = around + sum(kept)
-    images = trainer.datamodule.batch_size if trainer.datamodule is not None else 0
-    each = saved_bytes(net, module.image_size)
-    activations = None if each is None else each * images
-    return Budget(own, own, None if moments is None else moments * own, averaged * own, gathered, activations)
+    kept = module.saved_bytes(trainer.datamodule)
+    return Budget(own, own, None if moments is None else moments * own, averaged * own, gathered, kept)
 
 
 def _gathered(block: nn.Module, expert_parallel: int) -> int:

@@ -5,18 +5,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.fsdp import FSDPModule
 
-from ..models.groups import images_together
 from ..specs import describe
 from .budget import budget, refuse_too_large, shape_of
-from .identity import describe_network
 from .instruments import RouterWatch, watch_routers
-from .profile import measure_cost
 
 
 class RouterStats(Callback):
@@ -76,26 +72,27 @@ class RunSummary(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """While the network is whole. Raises ValueError: weights, gradients and moments are more than the memory."""
         if stage == "fit":
-            self.cost = measure_cost(pl_module.model, pl_module.image_size)
+            self.cost = pl_module.cost()
             self.budget = budget(trainer, pl_module)
             refuse_too_large(self.budget, trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        cost, facts = self.cost, describe_network(pl_module)
+        cost, facts = self.cost, pl_module.facts()
         steps = int(trainer.estimated_stepping_batches)
-        rows = {"network": f"{facts['architecture']}, {facts['num_classes']} classes, {facts['image_size']} pixels"}
+        network, *more = pl_module.told(cost).items()
+        rows = dict([network])
         for name in ("rule", "router"):
             if name in facts["settings"]:
                 rows[name] = describe(facts["settings"][name])
         rows["parameters"] = f"{cost.parameters:,} in all, {cost.active:,} active"
-        rows["per image"] = f"{cost.gflops:.3g} GFLOPs forward"
+        rows |= dict(more)
         rows["devices"] = shape_of(trainer)
         rows["memory"] = self.budget.line() + (", on each of them" if trainer.world_size > 1 else "")
         rows["steps"] = f"{steps:,}"
-        images = trainer.datamodule.batch_size if trainer.datamodule is not None else None
-        if images is not None and not isinstance(pl_module.model, FSDPModule):  # sharded ones have no passes to time
+        data = trainer.datamodule
+        if data is not None and not isinstance(pl_module.model, FSDPModule):  # sharded ones have no passes to time
             batches = steps * trainer.accumulate_grad_batches
-            hours = batches * seconds_per_batch(pl_module, images) / 3600
+            hours = batches * pl_module.seconds_per_batch(data) / 3600
             rows["estimate"] = f"{_duration(hours)} of forward and backward passes on {pl_module.device}"
         table = Table(show_header=False, box=None)
         for name, value in rows.items():
@@ -118,31 +115,3 @@ class RunSummary(Callback):
 
 def _duration(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes ({hours:.2g} hours)"
-
-
-def seconds_per_batch(module: Any, images: int) -> float:
-    """Forward and backward on about 32 black images, scaled to `images`; gradients and generators are put back.
-
-    With the attack of adversarial training; without data loading and the optimizer's step.
-    """
-    model, was_training = module.model, module.model.training
-    together = images_together(model.train().net, module.image_size)
-    few = min(images, max(together, 32 - 32 % together))
-    few += together * (few % 2 and images > few)  # mixing pairs them
-    pixels = torch.zeros(few, 3, module.image_size, module.image_size, dtype=torch.uint8, device=module.device)
-    devices = [module.device] if module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), module.trainer.precision_plugin.forward_context():
-        fastest = float("inf")
-        for _ in range(4):  # the first warms up; the fastest is the least disturbed
-            start = time.perf_counter()
-            if module.pairing is None:
-                logits, aux_loss = model.forward_with_aux(pixels)
-                loss = logits.float().sum() + aux_loss
-            else:
-                loss = module.training_losses((pixels, torch.zeros(few, dtype=torch.int64, device=module.device)))[0][0]
-            torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-            if devices:
-                torch.cuda.synchronize(module.device)
-            fastest = min(fastest, time.perf_counter() - start)
-    model.train(was_training)
-    return fastest * images / few

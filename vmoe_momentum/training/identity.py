@@ -7,6 +7,7 @@ config would silently give a wrong number.
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..models.saved import KEY, build_arguments, completed_settings
 from ..specs import describe
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from .module import ImageClassifier
 
 
-def describe_network(module: "ImageClassifier") -> dict[str, Any]:
-    """JSON only, so that checkpoints load with `weights_only=True`."""
+def describe_classifier(module: "ImageClassifier") -> dict[str, Any]:
+    """Its `facts`."""
     net, trainer = module.model.net, module._trainer  # None outside of a run
     data = getattr(trainer, "datamodule", None)
     config = getattr(net, "pretrained_cfg", None) or {}
@@ -35,15 +36,15 @@ def describe_network(module: "ImageClassifier") -> dict[str, Any]:
     }
 
 
-def check_checkpoint(module: "ImageClassifier", checkpoint: dict[str, Any]) -> None:
-    """Raises ValueError naming every setting that differs, or the tensors that do not fit."""
-    saved, ours = checkpoint.get(KEY), describe_network(module)
+def check_checkpoint(module: nn.Module, checkpoint: dict[str, Any], ours: dict[str, Any], override: bool) -> None:
+    """ours: the module's facts. Raises ValueError naming every setting that differs, or the tensors that do not fit."""
+    saved = checkpoint.get(KEY)
     if saved is None:
         raise ValueError("ckpt_path: not written by vmoe-momentum fit (no model settings in it)")
     saved = {**saved, "settings": completed_settings(saved.get("settings") or {})}
     differences = [*_differences("", saved, ours), *_other_order(saved.get("class_ids"), ours.get("class_ids"))]
-    sizes = [line for line in differences if line.startswith(("architecture", "num_classes", "image_size"))]
-    if sizes or (differences and not module.override_model):
+    sizes = [line for line in differences if line.startswith(_SIZES)]
+    if sizes or (differences and not override):
         way_out = "use the config it was trained with" + ("" if sizes else ", or --override-model to load it anyway")
         raise ValueError(f"ckpt_path: the checkpoint does not match this config: {'; '.join(differences)}; {way_out}")
     _check_tensors(module, checkpoint["state_dict"])
@@ -56,7 +57,7 @@ def _other_order(saved: list[str] | None, ours: list[str] | None) -> list[str]:
     return [f"class_ids: folder {name} is class {known[name]}, in the data {k}" for name, k in moved[:1]]
 
 
-def _check_tensors(module: "ImageClassifier", tensors: dict[str, torch.Tensor]) -> None:
+def _check_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     ours = module.state_dict()
     wrong = [f"{name} missing" for name in ours.keys() - tensors.keys()]
     wrong += [f"{name} unknown" for name in tensors.keys() - ours.keys()]
@@ -73,6 +74,7 @@ def _check_tensors(module: "ImageClassifier", tensors: dict[str, torch.Tensor]) 
         )
 
 
+_SIZES = ("architecture", "num_classes", "image_size", "vocab_size", "vocabulary")
 _MAY_DIFFER = ("class_ids", "class_names", "class_path", "crop_pct", "eval_image_size", "model_args", "upright")
 
 

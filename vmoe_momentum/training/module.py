@@ -3,10 +3,8 @@
 B images, K classes. Batches: uint8 images [B, 3, H, W] (or float in [0, 1]) and int64 labels [B].
 """
 
-import math
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
@@ -17,16 +15,16 @@ from torchmetrics.classification import MulticlassAccuracy
 from ..models import PixelModel
 from ..models.groups import images_together
 from ..models.loading import fit_to_data, pixels_per_patch
-from ..models.saved import KEY
 from ..ranges import COUNT, MOMENTUM, NOT_NEGATIVE, SHARE, SIDE, in_range
 from .adversarial import AdversarialSettings, compared
 from .consistency import ConsistencySettings
-from .finite import refuse_to_save
-from .identity import check_checkpoint, describe_network
+from .identity import describe_classifier
 from .losses import Loss, Losses, classification_loss
-from .meshes import by_mesh, clip_gradients, weights_of
 from .optimization import OptimizerSettings, ScheduleSettings
 from .pairs import Attacked, pairing
+from .profile import Cost, measure_cost, saved_bytes
+from .timing import seconds_per_batch
+from .trained import Trained
 
 Batch = tuple[Tensor, Tensor]
 
@@ -47,7 +45,7 @@ NONE = NOT_NEGATIVE.because("0 is none")
     "model.", num_classes=COUNT, image_size=SIDE, label_smoothing=MOMENTUM.because("0 is none"), mixup=NONE,
     cutmix=NONE, aux_loss_weight=NONE, random_erasing=SHARE.because("0 is none, 1 every image"),
 )  # fmt: skip
-class ImageClassifier(pl.LightningModule):
+class ImageClassifier(Trained):
     """Cross-entropy plus the routers' auxiliary loss; top-1 and top-5 over the whole evaluation set.
 
     Args:
@@ -123,11 +121,6 @@ class ImageClassifier(pl.LightningModule):
             self.model.compile()
             self.forward_in_training = torch.compile(forward_normalized)
             self.forward_with_gates = torch.compile(forward_with_gates)
-
-    def to(self, *args: Any, **kwargs: Any) -> "ImageClassifier":
-        """Lightning's, but for networks without memory yet: weight averaging moves its copy at once."""
-        on_meta = any(parameter.is_meta for parameter in self.parameters())
-        return self if on_meta else super().to(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -258,31 +251,30 @@ class ImageClassifier(pl.LightningModule):
         """flip: the mean over each image and its mirror image."""
         return (self(images) + self(images.flip(-1))) / 2 if flip else self(images)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise ValueError(
-                f"trainer.max_epochs={self.trainer.max_epochs}: the schedule decays to the last step, so there must be "
-                "one; set trainer.max_epochs or trainer.max_steps"
-            )
-        optimizer = self.optimizer_settings.build(self.model.net, fused=self.trainer.precision != "16-mixed")
-        scheduler = self.schedule_settings.build(optimizer, int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def facts(self) -> dict[str, Any]:
+        return describe_classifier(self)
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        weights = weights_of(optimizer)
-        if not gradient_clip_val or len(by_mesh(weights)) < 2:
-            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        clip_gradients(weights, gradient_clip_val, gradient_clip_algorithm)
+    def logged(self) -> list[str]:
+        more = [] if self.pairing is None else self.pairing.logged()
+        return [*(f"train/{name}" for name in ("main_loss", "aux_loss", *more)), "val/loss", *self.val_accuracy.keys()]
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(self.global_step)  # timm's: the rate of the step to come
+    def cost(self) -> Cost:
+        return measure_cost(self.model, self.image_size)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        refuse_to_save(self, checkpoint)
-        checkpoint[KEY] = describe_network(self)
+    def told(self, cost: Cost) -> dict[str, str]:
+        network = f"{self.facts()['architecture']}, {self.num_classes} classes, {self.image_size} pixels"
+        return {"network": network, "per image": f"{cost.gflops:.3g} GFLOPs forward"}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_checkpoint(self, checkpoint)
+    def saved_bytes(self, data: Any) -> int | None:
+        each = saved_bytes(self.model, self.image_size)
+        return None if each is None else each * (0 if data is None else data.batch_size)
+
+    def seconds_per_batch(self, data: Any) -> float:
+        return seconds_per_batch(self, data.batch_size)
+
+    def check_data(self, data: Any) -> None:
+        self.check_batch_size(data.batch_size)
+        self.check_sizes(data.sizes())
+
+    def try_batch(self, data: Any) -> None:
+        self.model.train().forward_with_aux(torch.zeros(data.batch_size, 3, self.image_size, self.image_size))

@@ -100,12 +100,12 @@ class ScheduleSettings:
     """The learning rate over optimizer steps: linear warm-up from 0, then decay to min_lr at the last step.
 
     Args:
-        decay: Shape after warm-up.
+        decay: Shape after warm-up; constant leaves the rate where it is, and min_lr aside.
         warmup_steps: Optimizer steps of warm-up, 0 to 1e9 and fewer than there are.
         min_lr: Learning rate at the last step, in [0, 1e6] and at most the peak.
     """
 
-    decay: Literal["cosine", "linear"] = "cosine"
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     min_lr: float = 1e-5
 
@@ -128,6 +128,8 @@ class ScheduleSettings:
         shared = {
             "warmup_t": self.warmup_steps, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False,
         }  # fmt: skip
+        if self.decay == "constant":
+            return CosineLRScheduler(optimizer, decay_steps, lr_min=optimizer.defaults["lr"], **shared)
         if self.decay == "linear":
             return PolyLRScheduler(optimizer, decay_steps, power=1.0, lr_min=self.min_lr, **shared)
         return CosineLRScheduler(optimizer, decay_steps, lr_min=self.min_lr, **shared)

@@ -23,6 +23,9 @@ def _grouped_mm_flops(rows: Any, weight: Any, *args: Any, out_shape: Any = None,
     return 2 * rows[0] * weight[-2] * weight[-1]
 
 
+GROUPED_MM_FLOPS = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+
+
 def measure_cost(model: PixelModel, image_size: int) -> Cost:
     """Runs a black image, or as many as are routed together, in evaluation mode.
 
@@ -39,7 +42,7 @@ def measure_cost(model: PixelModel, image_size: int) -> Cost:
     was_training = model.training
     model.eval()
     count = images_together(model.net, image_size)
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+    counter = FlopCounterMode(display=False, custom_mapping=GROUPED_MM_FLOPS)
     with torch.no_grad(), counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         _pass(model, count, image_size)
     model.train(was_training)
