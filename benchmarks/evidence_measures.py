@@ -117,7 +117,7 @@ def run(settings: Settings, model: Model, out: Path) -> Evaluation:
 
 def instruments(arm: Arm, subject: str, model: Model, data: Path, out: Path) -> Found:
     """Means over blocks, but for the largest |s|, the largest of all."""
-    images, subjects = shown(model, data), open_subjects([subject], model.view.size)
+    images, subjects = shown(model, data), open_subjects([subject], lambda saved: None)
     loads = load(subjects, images, fresh(out, "load"))
     ranks = [mean(row.value for row in loads if (row.metric, row.index) == ("load_by_norm", i)) for i in range(4)]
     moved = sensitivity(subjects, images, fresh(out, "sensitivity"), [NOISE])

@@ -67,7 +67,8 @@ def run_import(argv: list[str]) -> None:
 
 def run_analyze(argv: list[str]) -> None:
     from .analysis import commands
-    from .datasets import ImageDataModule
+    from .datasets import ImageDataModule, TextDataModule
+    from .language.looking import blocks_of, check_words, open_language_model
     from .lightning_cli import rehearse, run_lightning
     from .training import NotFinite
 
@@ -86,7 +87,10 @@ def run_analyze(argv: list[str]) -> None:
         finally:
             logging.disable(logging.NOTSET)
 
-    commands.run(argv, ImageDataModule, fit, check)
+    text = commands.Looked(
+        TextDataModule, open_language_model, check_words, blocks_of, ("spectrum", "load", "norms", "pareto")
+    )
+    commands.run(argv, [commands.pictures(ImageDataModule), text], fit, check)
 
 
 def run_robustness(argv: list[str]) -> None:

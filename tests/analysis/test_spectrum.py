@@ -230,7 +230,7 @@ def test_epochs_and_directories_side_by_side(tmp_path: Path) -> None:
     net = tiny()
     save(net, tmp_path / "net")
     epochs = [subject(net, tmp_path, "a", epoch).saved.source for epoch in (0, 1)]
-    subjects = open_subjects([f"a={path}" for path in epochs] + [f"b=local-dir:{tmp_path / 'net'}"], 16)
+    subjects = open_subjects([f"a={path}" for path in epochs] + [f"b=local-dir:{tmp_path / 'net'}"], lambda saved: None)
     rows = spectrum(subjects, images(), files(tmp_path), tokens=2)
     assert [row.epoch for row in rows[::4]] == [1, 2, None]
     assert (tmp_path / "out" / "x_epochs.png").exists()

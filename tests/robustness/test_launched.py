@@ -171,8 +171,13 @@ def test_the_array_script_is_parsed_and_starts_the_command(tmp_path: Path) -> No
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
 def test_an_autoattack_that_is_killed_goes_on_inside_its_cell(digits: Path, folder: Path) -> None:
-    """As soon as a stage of its one batch is kept; and once more at the next. Then nothing but cells is left."""
+    """As soon as a stage of its one batch is kept, which is here at once; and once more at the next. Then nothing but
+    cells is left."""
     pytest.importorskip("pyautoattack")
+    code = (
+        "import sys; from vmoe_momentum import cli; from vmoe_momentum.robustness import begun; "
+        "begun.EVERY_SECONDS = 0; cli.main(sys.argv[3:])"
+    )
     more = ("--attacks=[square,autoattack]", "--limit=4", "--queries=9")
     cells, seen = folder / "o" / "cells", set()
 
@@ -180,7 +185,7 @@ def test_an_autoattack_that_is_killed_goes_on_inside_its_cell(digits: Path, fold
         return {(path.name, path.stat().st_mtime_ns) for path in cells.glob("*.stage")} - seen
 
     for _ in range(2):
-        with Program(digits, folder / "o", *more) as program:
+        with Program(digits, folder / "o", *more, launcher=["-c", code]) as program:
             program.wait(new)
             seen |= new()
             program.process.kill()

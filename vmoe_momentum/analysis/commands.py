@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor
 
 from ..configs import read_config
+from ..models.saved import SavedNetwork, open_saved
 from ..parsers import DEVICE, Parser, new_parser, pick_device
 from ..ranges import COUNT, SEED, Range
 from .ablate import Fit, ablate, parse_axis
@@ -19,7 +20,7 @@ from .output import Files
 from .pareto import pareto
 from .sensitivity import sensitivity
 from .spectrum import spectrum
-from .subjects import open_subjects
+from .subjects import check_classifier, open_subjects
 from .trace import sample
 
 _EXAMPLES = """examples:
@@ -42,20 +43,30 @@ ON_MODELS = {
 }
 
 
-def run(argv: list[str], data_class: type[LightningDataModule], fit: Fit, check: Callable[[list[str]], None]) -> None:
+class Looked(NamedTuple):
+    """A kind of data that networks are looked at on."""
+
+    data: type[LightningDataModule]  # base of the classes that --data may be
+    opened: Callable[[str], SavedNetwork]  # a checkpoint of a network for it
+    check: Callable[[SavedNetwork, Any], None]  # raises ValueError: not one for this data
+    batches: Callable[[Any, int], list[Tensor]]  # at most so many pictures, or blocks of text
+    instruments: tuple[str, ...]
+
+
+def run(argv: list[str], looked: list[Looked], fit: Fit, check: Callable[[list[str]], None]) -> None:
     """Runs `analyze INSTRUMENT`; argv is what follows `analyze`.
 
-    data_class: what --data may be; it has image_size, num_classes and count("val"). fit, check: train, or only try, a
-    command line of `fit` (ablate needs them). Mistakes come out as exceptions.
+    looked: kinds of data. fit, check: train, or only try, a command line of `fit` (ablate needs them). Mistakes come
+    out as exceptions.
     """
     argv, options = _split(argv)
     configs, argv = _configs(argv)
-    settings = _parse(argv, configs, data_class)
+    settings = _parse(argv, configs, tuple(kind.data for kind in looked))
     command, settings = settings["command"], settings[settings["command"]]
     if options is not None and command != "ablate":
         raise ValueError(f"analyze {command}: nothing can follow --; that is for ablate")
     if command in ON_MODELS:
-        _on_models(command, settings)
+        _on_models(command, settings, looked)
     elif command == "compare":
         check_targets(settings["target"])
         compare(settings["run"] or _missing("--run", "LABEL=FOLDER"), settings["target"], _files(command, settings))
@@ -63,18 +74,17 @@ def run(argv: list[str], data_class: type[LightningDataModule], fit: Fit, check:
         _ablate(settings, options, fit, check)
 
 
-def _on_models(command: str, settings: dict[str, Any]) -> None:
+def _on_models(command: str, settings: dict[str, Any], looked: list[Looked]) -> None:
     if settings.get("noise") == []:
         raise ValueError("--noise=[]: give a standard deviation, such as 8")
     data, device = settings["data"], pick_device(settings["device"])
+    kind = next(kind for kind in looked if isinstance(data, kind.data))
+    if command not in kind.instruments:
+        raise ValueError(f"analyze {command}: not for {kind.data.__name__}; use {', '.join(kind.instruments)}")
     Console(stderr=True).print(f"on {device}", highlight=False)
-    subjects = open_subjects(settings["model"], data.image_size)
-    for subject in subjects:
-        classes = subject.saved.facts["num_classes"]
-        if subject.epoch is not None and classes != data.num_classes:
-            raise ValueError(f"--data: {data.num_classes} classes, but {subject.saved.source} was trained on {classes}")
+    subjects = open_subjects(settings["model"], lambda saved: kind.check(saved, data), kind.opened)
     files = _files(command, settings)
-    batches = _images(data, settings["images"])
+    batches = kind.batches(data, settings["images"])
     if command == "spectrum":
         sizes = {"tokens": settings["tokens"], "images": settings["coupled_images"], "count": settings["eigenvalues"]}
         spectrum(subjects, batches, files, **sizes, device=device)
@@ -104,9 +114,17 @@ def _missing(option: str, value: str) -> list[str]:
     raise ValueError(f"{option}: none given; use {option} {value}")
 
 
-def _images(data: LightningDataModule, images: int) -> list[Tensor]:
-    data.setup("test")
-    return sample(data.test_dataloader(), images, data.count("val"))
+def pictures(data_class: type[LightningDataModule]) -> Looked:
+    """Image classifiers on the validation pictures of data_class, which has image_size, num_classes, count("val")."""
+
+    def check(saved: SavedNetwork, data: Any) -> None:
+        check_classifier(saved, data.image_size, data.num_classes)
+
+    def batches(data: Any, images: int) -> list[Tensor]:
+        data.setup("test")
+        return sample(data.test_dataloader(), images, data.count("val"))
+
+    return Looked(data_class, open_saved, check, batches, tuple(ON_MODELS))
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str] | None]:
@@ -150,14 +168,14 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _parse(argv: list[str], configs: list[str], data_class: type[LightningDataModule]) -> dict[str, Any]:
+def _parse(argv: list[str], configs: list[str], data_classes: tuple[type, ...]) -> dict[str, Any]:
     parser = new_parser(
         "Look into trained networks: a CSV and a picture each.", _EXAMPLES, prog="vmoe-momentum analyze"
     )
     commands = parser.add_subcommands(dest="command")
     data = _data_of(configs)
     for name, text in ON_MODELS.items():
-        commands.add_subcommand(name, _model_parser(name, text, data, data_class), help=text)
+        commands.add_subcommand(name, _model_parser(name, text, data, data_classes), help=text)
     text = "epochs and seconds that runs took to reach an accuracy"
     commands.add_subcommand("compare", _compare_parser(text), help=text)
     text = "train over a grid of two settings and several seeds; resumable, one row a run"
@@ -166,10 +184,10 @@ def _parse(argv: list[str], configs: list[str], data_class: type[LightningDataMo
     return parser.instantiate(arguments).as_dict()
 
 
-def _model_parser(name: str, text: str, data: dict[str, Any] | None, data_class: type[LightningDataModule]) -> Parser:
+def _model_parser(name: str, text: str, data: dict[str, Any] | None, data_classes: tuple[type, ...]) -> Parser:
     parser = new_parser(_sentence(text), _EXAMPLES)
     parser.add_argument("--config", help="A config of fit, for its data section; may be given several times.")
-    parser.add_subclass_arguments(data_class, "data", required=True, help="Where the images come from.")
+    parser.add_subclass_arguments(data_classes, "data", required=True, help="Where images or text come from.")
     if data is not None:
         parser.set_defaults({"data": data})
     parser.add_argument(
@@ -177,7 +195,7 @@ def _model_parser(name: str, text: str, data: dict[str, Any] | None, data_class:
         help="[LABEL=]PATH: a checkpoint of fit, a folder of them (one an epoch), or local-dir:PATH; several times. "
         "The label is the rule's name where none is given.",
     )  # fmt: skip
-    text = "At most so many images, evenly over the validation split."
+    text = "At most so many images, or blocks of text, evenly over the validation split."
     parser.add_number("--images", int, COUNT, text, default=360)
     if name in ("spectrum", "pareto"):
         text, tokens = "At most so many tokens, sampled from the images.", {"spectrum": 128, "pareto": 2048}[name]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,12 +33,16 @@ class Subject(NamedTuple):
         return self.saved.build().to(device)
 
 
-def open_subjects(models: list[str], image_size: int) -> list[Subject]:
+def open_subjects(
+    models: list[str], check: Callable[[SavedNetwork], None], opened: Callable[[str], SavedNetwork] = open_saved
+) -> list[Subject]:
     """Everything that `models` names, checked before anything is computed; by label, then epoch.
 
+    check: raises ValueError where the network is not one for the data. opened: what reads a file.
+
     A label may be given several times, for the epochs of one run; other networks need labels of their own. Left out, it
-    is the name of the rule. Raises FileNotFoundError and ValueError: nothing there, no MoE layers, another image size
-    than the data's, weights that do not fit, a label that means two networks.
+    is the name of the rule. Raises FileNotFoundError and ValueError: nothing there, no MoE layers, weights that do not
+    fit, a label that means two networks.
     """
     if not models:
         raise ValueError("--model: none given; use --model runs/.../last.ckpt, or --model LABEL=PATH several times")
@@ -45,8 +50,8 @@ def open_subjects(models: list[str], image_size: int) -> list[Subject]:
     known: dict[tuple[str, int | None], str] = {}
     for text in models:
         label, source = split_label(text)
-        for saved in _open(source):
-            _check(saved, image_size)
+        for saved in _open(source, opened):
+            check(saved)
             subject = Subject(label or _rule(saved), saved)
             other = known.setdefault((subject.label, subject.epoch), saved.source)
             if len(subjects) and (other != saved.source or any(s.saved.source == saved.source for s in subjects)):
@@ -117,27 +122,31 @@ def labelled(texts: list[str], setting: str) -> list[tuple[str, str]]:
     return found
 
 
-def _open(source: str) -> list[SavedNetwork]:
+def _open(source: str, opened: Callable[[str], SavedNetwork]) -> list[SavedNetwork]:
     path = Path(source)
     if not path.is_dir():
-        return [open_saved(source)]
+        return [opened(source)]
     found = sorted(path.glob("*.ckpt"))
     if not found:
         raise FileNotFoundError(f"--model={source}: no .ckpt in this folder")
-    by_step = {saved.step: saved for saved in map(open_saved, map(str, found))}  # best and last repeat one
-    kinds = {json.dumps(saved.facts["settings"], sort_keys=True) for saved in map(open_saved, map(str, found))}
+    by_step = {saved.step: saved for saved in map(opened, map(str, found))}  # best and last repeat one
+    kinds = {json.dumps(saved.facts["settings"], sort_keys=True) for saved in map(opened, map(str, found))}
     if len(kinds) > 1:
         raise ValueError(f"--model={source}: checkpoints of different networks in one folder; name them one by one")
     return list(by_step.values())
 
 
-def _check(saved: SavedNetwork, image_size: int) -> None:
+def check_classifier(saved: SavedNetwork, image_size: int, num_classes: int | None = None) -> None:
+    """Raises ValueError: no MoE layers, pictures of another size or number of classes than the data's."""
     if not saved.facts["settings"].get("moe_layers"):
         raise ValueError(f"--model={saved.source}: this network has no MoE layers, so there is nothing to look at")
     if saved.facts["image_size"] != image_size:
         raise ValueError(
             f"--data.image_size={image_size}: {saved.source} takes {saved.facts['image_size']} pixels; use that"
         )
+    classes = saved.facts["num_classes"]
+    if num_classes is not None and saved.epoch is not None and classes != num_classes:
+        raise ValueError(f"--data: {num_classes} classes, but {saved.source} was trained on {classes}")
 
 
 def _rule(saved: SavedNetwork) -> str:

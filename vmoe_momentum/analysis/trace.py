@@ -91,7 +91,7 @@ def walk(model: PixelModel, batches: list[Tensor], what: str) -> Iterator[tuple[
 
     Where routers group tokens of several images, whole groups only. Raises ValueError: there is none.
     """
-    device, together = model.mean.device, images_together(model.net, batches[0].shape[-1])
+    device, together = next(model.parameters()).device, images_together(model.net, batches[0].shape[-1])
     with record(model.net) as visits:
         for images in track(whole_groups(batches, together), what):
             yield model(images.to(device)), visits

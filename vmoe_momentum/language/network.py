@@ -140,6 +140,7 @@ class SparseLanguageModel(nn.Module):
         return {
             "rule": to_spec(self.rule), "router": self.router_spec, "form": self.form, "num_heads": self.num_heads,
             "dense_between": self.dense_between, "context": self.context, "head": self.head_kind,
+            "sparse_blocks": list(self.moe_layers),
         }  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
