@@ -20,7 +20,17 @@ ALLOWED = {  # room -> rooms it may import
     "pictures": set(),
     "parsers": {"ranges"},
     "progress": set(),
-    "datasets": {"lazily", "parsers", "pictures", "progress", "ranges", "resources", "staging", "stopping"},
+    "datasets": {
+        "checksums",
+        "lazily",
+        "parsers",
+        "pictures",
+        "progress",
+        "ranges",
+        "resources",
+        "staging",
+        "stopping",
+    },
     "models": {"checksums", "momentum", "moe", "names", "parsers", "ranges", "resources", "staging"},
     "training": {
         "configs",
