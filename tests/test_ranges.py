@@ -30,6 +30,8 @@ PLACES = {  # what to build, by name; whatever else takes a number here is missi
     **registered(moe.Router),
     **registered(Callback),
     **registered(datasets.ImageDataModule),
+    "TextDataModule": datasets.TextDataModule,
+    "prepare_text": datasets.prepare_text,
     **{f.__name__: f for f in (*data_commands.PREPARE.values(), *data_commands.LOOK.values())},
     **{f.__name__: f for f in (import_commands.import_flax, import_commands.import_timm, export)},
     "ProgressiveResize": datasets.resizing.ProgressiveResize,

@@ -146,18 +146,32 @@ def verify_folder(folder: Path, setting: str = "") -> None:
     path = next((folder / name for name in LISTS if (folder / name).is_file()), None)
     if path is None:
         return remark(f"{folder}: written without checksums (by an earlier version, or another program)")
+    facts = read_list(path, setting)
+    if FILES not in facts:
+        return remark(f"{folder}: written without checksums (by an earlier version, or another program)")
+    verify_files(path, facts, setting)
+
+
+def read_list(path: Path, setting: str = "") -> dict[str, Any]:
+    """What `listed` made of a folder; its files are not looked at. Without digests: as it is.
+
+    Raises ValueError: it cannot be read, or is not as it was written.
+    """
     try:
         facts = json.loads(path.read_text())
         if not isinstance(facts, dict):
             raise ValueError("it holds no facts")
     except (OSError, ValueError) as error:
         raise ValueError(f"{setting}{path} is damaged ({error}); {_AGAIN}") from error
-    if not {FILES, ITSELF} & set(facts):
-        return remark(f"{folder}: written without checksums (by an earlier version, or another program)")
-    if facts.get(ITSELF) != _of_facts(facts):
+    if {FILES, ITSELF} & set(facts) and facts.get(ITSELF) != _of_facts(facts):
         raise ValueError(f"{setting}{path} is damaged: its content is not that of its own sha256; {_AGAIN}")
+    return facts
+
+
+def verify_files(path: Path, facts: dict[str, Any], setting: str = "") -> None:
+    """Raises ValueError: a file beside the list at `path` is missing, or is not as its `facts` say."""
     for name, digest in facts[FILES].items():
-        file = folder / name
+        file = path.parent / name
         if not file.is_file():
             raise ValueError(f"{setting}{file} is missing: {path.name} lists it; {_AGAIN}")
         if name not in PROSE and sha256(file) != digest:

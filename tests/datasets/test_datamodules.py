@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from vmoe_momentum import datasets
 from vmoe_momentum.datasets import FolderDataModule, ImageDataModule
-from vmoe_momentum.datasets.base import _rank_and_world_size
+from vmoe_momentum.datasets.resuming import rank_and_world_size
 
 
 def test_properties_are_there_at_once(backend, digits):
@@ -120,12 +120,12 @@ def test_rank_comes_from_the_strategy_where_it_has_an_opinion(monkeypatch):
     class Trainer:
         strategy = Strategy()
 
-    assert _rank_and_world_size(Trainer()) == (0, 1)  # no process group
+    assert rank_and_world_size(Trainer()) == (0, 1)  # no process group
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    assert _rank_and_world_size(Trainer()) == (1, 2)
-    assert _rank_and_world_size(None) == (3, 4)
+    assert rank_and_world_size(Trainer()) == (1, 2)
+    assert rank_and_world_size(None) == (3, 4)
 
 
 def test_no_module_loads_ffcv_or_scikit_learn_when_imported():

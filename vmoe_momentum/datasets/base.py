@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..ranges import COUNT, POSITIVE, SEED, SIDE, WORKERS, Range
@@ -17,6 +14,7 @@ from .checks import require
 from .layout import read_classes, read_manifest
 from .loader import EpochLoader
 from .resizing import ProgressiveResize
+from .resuming import ResumingDataModule, rank_and_world_size
 
 COMMON = {  # ranges of the settings that both backends have
     "image_size": SIDE, "batch_size": COUNT, "eval_batch_size": COUNT.or_(None),
@@ -26,7 +24,7 @@ COMMON = {  # ranges of the settings that both backends have
 }  # fmt: skip
 
 
-class ImageDataModule(LightningDataModule, ABC):
+class ImageDataModule(ResumingDataModule, ABC):
     """What both backends share: classes, settings, order of images, and the position a checkpoint resumes from.
 
     `num_classes`, `class_names` and `image_size` are there as soon as it is built. Arguments: see FolderDataModule.
@@ -65,8 +63,6 @@ class ImageDataModule(LightningDataModule, ABC):
         self.num_workers = usable_cores() if num_workers < 0 else num_workers
         self.seed, self.hflip = seed, hflip
         self.crop_scale, self.crop_ratio, self.eval_crop_ratio = crop_scale, crop_ratio, eval_crop_ratio
-        self._train_loader: EpochLoader | None = None
-        self._train_state: dict[str, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -108,12 +104,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled, augmented, full batches only. Raises ValueError for fewer images than one batch on each device."""
-        loader = self.build_loader("train", self._plan("train"))
-        if self._train_state is not None:
-            loader.load_state_dict(self._train_state)
-            self._train_state = None
-        self._train_loader = loader
-        return loader
+        return self.keep_position(self.build_loader("train", self._plan("train")))
 
     def val_dataloader(self) -> EpochLoader:
         """Each validation image once, in stored order, over all devices."""
@@ -126,21 +117,6 @@ class ImageDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> EpochLoader:
         """The validation split."""
         return self.val_dataloader()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The training loader's position. Lightning saves the loader's own state too, but does not restore it when
-        the loader was built early, for `trainer.estimated_stepping_batches` (Lightning issue 20550)."""
-        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps a saved position for the next training loader; testing a checkpoint has no use for it.
-
-        And for the one that is there: with sharded weights checkpoints are read once loaders are made.
-        """
-        if self.trainer is None or self.trainer.state.fn == "fit":
-            self._train_state = state_dict.get("train")
-            if self._train_loader is not None and self._train_state is not None:
-                self._train_loader.load_state_dict(self._train_state)
 
     @abstractmethod
     def check_split(self, split: str) -> None:
@@ -162,7 +138,7 @@ class ImageDataModule(LightningDataModule, ABC):
         training = split == "train"
         # Lightning turns shuffling off for overfit_batches in torch's DataLoader only.
         shuffled = self.trainer is None or self.trainer.overfit_batches == 0
-        rank, world_size = _rank_and_world_size(self.trainer)
+        rank, world_size = rank_and_world_size(self.trainer)
         return BatchPlan(
             self.count(split),
             self.batch_size if training else self.eval_batch_size,
@@ -173,13 +149,3 @@ class ImageDataModule(LightningDataModule, ABC):
             reshuffle=shuffled,
             repeats=self.repeated_augmentation if training else 1,
         )
-
-
-def _rank_and_world_size(trainer: Any) -> tuple[int, int]:
-    """This process's place among those that must see different images (tensor-parallel ranks share theirs)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, getattr(trainer, "world_size", 1)  # more than 1 only where a run on several is rehearsed on one
-    share = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None)
-    if share is not None:
-        return share["rank"], share["num_replicas"]
-    return dist.get_rank(), dist.get_world_size()

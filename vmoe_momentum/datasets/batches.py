@@ -28,6 +28,8 @@ class BatchPlan:
         ValueError: The split is too small for the batch size and number of processes.
     """
 
+    things = "images"  # of which a batch has batch_size
+
     def __init__(
         self,
         count: int,

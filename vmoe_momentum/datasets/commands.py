@@ -18,6 +18,8 @@ from .imagenet import prepare_imagenet
 from .info import info, sample
 from .photos import prepare_photos
 from .prepare import prepare_digits, prepare_folder
+from .text_files import holds_text, text_info, verify_text
+from .text_prepare import prepare_text
 from .verify import verify
 
 _EXAMPLES = """examples:
@@ -27,6 +29,7 @@ _EXAMPLES = """examples:
   vmoe-momentum data prepare folder --source pictures --out data/pictures --images hardlink
   vmoe-momentum data prepare imagenet --source /data/ILSVRC2012 --out data/imagenet
   vmoe-momentum data prepare imagenet-c --source data/imagenet/val --out data/imagenet-c
+  vmoe-momentum data prepare text --source /path/to/wikitext-103 --out data/wikitext-103
   vmoe-momentum data verify data/digits
   vmoe-momentum data info data/digits
   vmoe-momentum data sample data/photos --out sheet.png --augment"""
@@ -44,19 +47,24 @@ _FLAGS = {
 
 
 class Other(NamedTuple):
-    """Something that `data prepare` makes, and nobody trains on: another room's."""
+    """Something that `data prepare` makes, and is no dataset of pictures to train on."""
 
-    prepare: Callable[..., str]  # gives what to print
+    prepare: Callable[..., object]  # gives what to print
     holds: Callable[[Path], bool]  # whether a folder is one
     verify: Callable[[str, int | None, int], str]  # root, sample and num_workers as `verify` has them
+    info: Callable[[str], object] | None = None  # gives what to print of a root
+    what: str = "pictures to test on, not a dataset to train on"
+
+
+TEXT = Other(prepare_text, holds_text, verify_text, text_info, "a prepared text, not pictures")
 
 
 def run(argv: list[str], others: dict[str, Other] | None = None) -> None:
     """Runs `data prepare DATASET` or `data verify|info|sample ROOT`; argv is what follows `data`.
 
-    others: by name. Mistakes come out as ValueError, FileNotFoundError or the parser's ArgumentError.
+    others: of other rooms, by name. Mistakes come out as ValueError, FileNotFoundError or the parser's ArgumentError.
     """
-    others = others or {}
+    others = {"text": TEXT, **(others or {})}
     arguments = _parser(others).parse_args(argv)
     if arguments.command != "prepare":
         root = arguments[arguments.command].root
@@ -90,12 +98,12 @@ def run(argv: list[str], others: dict[str, Other] | None = None) -> None:
 
 
 def _look_at_other(arguments: Namespace, other: Other) -> None:
-    """Raises ValueError: it is not to be trained on, so there is nothing to describe."""
+    """Raises ValueError: there is nothing to describe, or no pictures to draw."""
+    if arguments.command == "info" and other.info is not None:
+        Console().print(other.info(arguments.info.root))
+        return
     if arguments.command != "verify":
-        raise ValueError(
-            f"root={arguments[arguments.command].root}: pictures to test on, not a dataset to train on; `data verify` "
-            "checks them, and the README.md in it says what they are"
-        )
+        raise ValueError(f"root={arguments[arguments.command].root}: {other.what}; `data verify` checks it")
     wanted = arguments.verify
     check_all("--", {"sample": wanted.sample, "num_workers": wanted.num_workers}, verify.ranges)
     workers = usable_cores() if wanted.num_workers < 0 else wanted.num_workers
@@ -103,10 +111,10 @@ def _look_at_other(arguments: Namespace, other: Other) -> None:
 
 
 def _parser(others: dict[str, Other]) -> ArgumentParser:
-    parser = new_parser("Prepare image data and check it.", _EXAMPLES, prog="vmoe-momentum data")
+    parser = new_parser("Prepare pictures or text and check them.", _EXAMPLES, prog="vmoe-momentum data")
     commands = parser.add_subcommands(dest="command")
-    prepare = new_parser("Turn pictures into a prepared dataset.", _EXAMPLES)
-    commands.add_subcommand("prepare", prepare, help="turn pictures into a prepared dataset")
+    prepare = new_parser("Turn pictures or text into a prepared dataset.", _EXAMPLES)
+    commands.add_subcommand("prepare", prepare, help="turn pictures or text into a prepared dataset")
     helps = {
         "verify": "check a prepared dataset against its manifest",
         "info": "counts, sizes and storage of a prepared dataset",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..pictures import class_folders, find_pictures, mention, told
+from .text_files import holds_text
 
 SPLITS = ("train", "val")
 FORMAT = 2  # of the manifest; 1 vouched for betons, names and sizes alone
@@ -52,6 +53,8 @@ def read_classes(root: Path, setting: str = "data.root") -> list[ClassEntry]:
     if not root.is_dir():
         raise FileNotFoundError(f"{setting}={root}: no such folder; {PREPARE_HINT}")
     path = root / "classes.json"
+    if not path.is_file() and holds_text(root):
+        raise ValueError(f"{setting}={root}: a prepared text, not pictures; load it with TextDataModule")
     if not path.is_file():
         raise FileNotFoundError(f"{setting}={root}: it holds no classes.json; {PREPARE_HINT}")
     try:

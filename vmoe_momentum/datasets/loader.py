@@ -21,7 +21,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class EpochLoader(ABC):
-    """Yields `(images uint8 [B, 3, H, W] channels_last, labels int64 [B])`, batches safe to keep.
+    """Yields batches that are safe to keep: `(images uint8 [B, 3, H, W] channels_last, labels int64 [B])`, or text's.
 
     A backend implements `open`. Each `iter()` runs the epoch last given to `set_epoch` (0 at first).
     """
@@ -69,8 +69,8 @@ class EpochLoader(ABC):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues at a saved position: the rest of that epoch's order, without decoding what came before.
 
-        On another number of devices, too, where a step has as many images, which are the same ones then; else with the
-        next epoch, and a line says so. The first batch raises ValueError when the order is another one.
+        On another number of devices, too, where a step has as many images (or streams of text), which are the same ones
+        then; else with the next epoch, and a line says so. The first batch raises ValueError for another order.
         """
         self._resume = state
 
@@ -80,7 +80,7 @@ class EpochLoader(ABC):
         if state is None or state["epoch"] != epoch or state["batch"] in (0, state["batches"]):
             return 0
         ours, moved = self.plan.identity(), state.get("devices", self.plan.world_size) != self.plan.world_size
-        images = [told["data.batch_size"] * told["devices"] for told in (ours, {**ours, **state})]
+        sizes = [told["data.batch_size"] * told["devices"] for told in (ours, {**ours, **state})]
         for setting, value in ours.items():
             if moved and setting in ("devices", "data.batch_size"):
                 continue
@@ -89,11 +89,11 @@ class EpochLoader(ABC):
                     f"{setting}={value}: the checkpoint was saved inside an epoch with {setting}={state[setting]};"
                     f" resume with that value, or from a checkpoint saved at the end of an epoch"
                 )
-        if images[0] == images[1]:
+        if sizes[0] == sizes[1]:
             return state["batch"]
         if self.plan.rank == 0:
-            there = f"epoch {epoch}, in steps of {images[1]} images on {state['devices']} devices"
-            here = f"{images[0]} on {ours['devices']}"
+            there = f"epoch {epoch}, in steps of {sizes[1]} {self.plan.things} on {state['devices']} devices"
+            here = f"{sizes[0]} on {ours['devices']}"
             told = f"the checkpoint lies inside {there}; here they are {here}: training goes on with the next epoch"
             print(told, file=sys.stderr)
         return len(self)

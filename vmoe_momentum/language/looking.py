@@ -73,7 +73,7 @@ def check_words(saved: SavedNetwork, data: Any) -> None:
 
 def blocks_of(data: Any, count: int) -> list[Tensor]:
     """The validation text in blocks of data.block_size words, at most `count` of them, evenly over the text."""
-    words = torch.as_tensor(data.words("valid"), dtype=torch.int64)
+    words = torch.from_numpy(data.words("valid").astype("int64"))
     number = len(words) // data.block_size
     if not number:
         raise ValueError(f"data.block_size={data.block_size}: the validation text has {len(words)} words; use fewer")
