@@ -133,7 +133,8 @@ class TextLoader(EpochLoader):
         """Reads what is asked for; nothing is read ahead."""
         for block in batches:
             places = self.plan.places(block, epoch)
-            words = np.where(places == 0, self.eos, np.where(places > 0, self.ids[places - 1], 0))
+            before = np.where(places > 0, self.ids[np.maximum(places - 1, 0)], 0)
+            words = np.where(places == 0, self.eos, before)
             clean = None if self.clean is None else _at(self.clean, places)
             yield TextBatch(torch.from_numpy(words.astype(np.int64)), _at(self.ids, places), block == 0, clean)
 
