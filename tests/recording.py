@@ -19,8 +19,12 @@ class Recording(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def _write(self, trainer: Trainer, kind: str, batch: Any) -> None:
-        images, labels = batch
-        line = [kind, trainer.current_epoch, labels.tolist(), images.long().sum((1, 2, 3)).tolist()]
+        if hasattr(batch, "words"):
+            seen = [batch.words.tolist(), batch.begins]
+        else:
+            images, labels = batch
+            seen = [labels.tolist(), images.long().sum((1, 2, 3)).tolist()]
+        line = [kind, trainer.current_epoch, *seen]
         with (self.folder / f"rank{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 

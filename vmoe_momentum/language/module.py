@@ -178,18 +178,20 @@ class LanguageModule(Trained):
 
     def on_test_epoch_end(self) -> None:
         self._log_perplexity("test", "test")
-        tokens, total, clean = (torch.stack(column).cpu() for column in zip(*self._of_all_ranks(), strict=True))
+        tokens, total, clean = self._of_all_ranks()
         self._log_interval("test/perplexity", resampled(total, tokens))
         if self.losses["clean"].update_count:
             self._log_perplexity("clean", "test", "_of_clean_targets")
             self._log_interval("test/perplexity_of_clean_targets", resampled(clean, tokens))
 
-    def _of_all_ranks(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return self._found
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, [tuple(each.cpu() for each in row) for row in self._found])
-        return [row for part in parts for row in part]
+    def _of_all_ranks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, losses and those of the clean targets of each batch, with the streams of all ranks, [batches]."""
+        found = torch.stack([torch.stack([each.double().cpu() for each in row]) for row in self._found])
+        if dist.is_available() and dist.is_initialized():
+            parts: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, found)  # as many batches on every rank
+            found = torch.stack(parts).sum(dim=0)
+        return tuple(found.unbind(dim=1))
 
     def _log_perplexity(self, metric: str, stage: str, more: str = "") -> None:
         loss = self.losses[metric].compute()  # over all ranks

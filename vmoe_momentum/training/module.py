@@ -93,6 +93,8 @@ class ImageClassifier(Trained):
     ) -> None:
         super().__init__()
         schedule.check_peak(optimizer.lr)
+        if hasattr(net, "vocab_size"):
+            raise ValueError(f"model.net: a {type(net).__name__} sees no pictures; use vmoe_momentum.create_model")
         fit_to_data(net, num_classes, image_size)
         self.model = PixelModel(net)
         self.num_classes, self.image_size, self.class_names = num_classes, image_size, class_names
