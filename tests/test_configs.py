@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parent.parent / "configs"
 OVERLAYS = sorted((FOLDER / "rules").glob("*.yaml"))
 CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if "data" in yaml.safe_load(path.read_text()))
 
+TEXT = sorted((FOLDER / "language").glob("*.yaml"))  # tests/language/test_recipes.py
+
 
 # up to half a minute each, and networks that other recipes have, too
 LARGE = (
@@ -33,7 +35,11 @@ LARGE = (
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=pytest.mark.long) if path.stem in LARGE else path for path in CONFIGS],
+    [
+        pytest.param(path, marks=pytest.mark.long) if path.stem in LARGE else path
+        for path in CONFIGS
+        if path not in TEXT
+    ],
     ids=lambda p: p.stem,
 )
 def test_config_takes_a_step(path: Path, digits: Path, pictures: Path, tmp_path, monkeypatch) -> None:

@@ -301,7 +301,7 @@ def test_a_checkpoint_of_other_words_is_refused(trained: Path, tmp_path: Path, c
         ({"model.net.init_args.name": "smoe_lm_minute"}, "name=smoe_lm_minute; did you mean"),
         ({"model.mixup": 0.2}, "mixup"),
         ({"model.aux_loss_weight": -1}, "model.aux_loss_weight=-1"),
-        ({"trainer.strategy.class_path": "vmoe_momentum.training.FSDP2Strategy"}, "FSDP2Strategy: for image classifiers"),
+        ({"trainer.strategy.class_path": "vmoe_momentum.training.FSDP2Strategy"}, "=FSDP2Strategy: for image"),
         ({"trainer.callbacks+ ": "vmoe_momentum.training.RobustnessCheck"}, "RobustnessCheck: attacks pictures"),
     ],
 )

@@ -24,7 +24,7 @@ SIZES: dict[str, dict[str, Any]] = {
 def create_language_model(
     name: str = "smoe_lm_medium",
     vocab_size: int | None = None,
-    rule: MomentumRule | dict[str, Any] | str = "Residual",
+    rule: MomentumRule | dict[str, Any] | str | None = None,
     router: Router | dict[str, Any] | str | None = None,
     form: Form = "paper",
     head: Head = "softmax",
@@ -43,7 +43,7 @@ def create_language_model(
     Args:
         name: smoe_lm_tiny (the demo's), smoe_lm_small, smoe_lm_medium, smoe_lm_large, glam_lm_medium.
         vocab_size: Words, 1 to 1e9; null for what the data has (and one until then).
-        rule: Momentum across the sparse blocks.
+        rule: Momentum across the sparse blocks; null for Residual.
         router: Null for the paper's: the largest 2 logits, a softmax over these, no noise, capacity or loss.
         form: paper, one residual connection and one norm a sparse layer; or released, two of each.
         head: softmax over all words, or adaptive, with rare words in narrower tails.
@@ -66,7 +66,8 @@ def create_language_model(
         "context": context, "dropout": dropout, "dense_between": dense_between,
     }  # fmt: skip
     settings = SIZES[name] | {key: value for key, value in changed.items() if value is not None}
-    given = {"rule": rule, "router": ROUTER if router is None else router, "form": form, "head": head}
+    given = {"rule": "Residual" if rule is None else rule, "router": ROUTER if router is None else router}
+    given |= {"form": form, "head": head}
     if vocab_size is None:  # as many as an adaptive head needs; the cutoffs are for the words to come
         net = SparseLanguageModel(16, **given, **settings)
         net.cutoffs = cutoffs
