@@ -34,6 +34,8 @@ ALLOWED = {  # room -> rooms it may import
     },
     "models": {"checksums", "momentum", "moe", "names", "parsers", "ranges", "resources", "specs", "staging"},
     "language": {
+        "checksums",
+        "datasets",
         "lazily",
         "models",
         "moe",

@@ -113,7 +113,15 @@ def run_consolidate(argv: list[str]) -> None:
 def run_export(argv: list[str]) -> None:
     from .export import commands
 
-    commands.run_export(argv)
+    def text(given: Any) -> dict[str, Any] | None:
+        from .language.exporting import export_language_model, is_language_model
+
+        if not is_language_model(given.ckpt_path, given.trust_pickle):
+            return None
+        commands.refuse_others(given)
+        return export_language_model(given.ckpt_path, given.to, given.out, given.data, given.limit, given.overwrite)
+
+    commands.run_export(argv, text)
 
 
 def run_classify(argv: list[str]) -> None:

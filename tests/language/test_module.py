@@ -1,6 +1,7 @@
 """Language models on the command line: perplexity by hand, resuming, ranks, swapped words, what is refused."""
 
 import csv
+import json
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ from recording import read
 from text_helpers import make_text
 
 from vmoe_momentum import cli
+from vmoe_momentum.checksums import verify_folder
 from vmoe_momentum.datasets import TextDataModule
 from vmoe_momentum.language import LanguageModule, create_language_model
 from vmoe_momentum.language.intervals import resampled
@@ -349,3 +351,73 @@ def test_the_checkpoint_says_how_to_build_it(trained: Path) -> None:
     facts = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)[KEY]
     assert facts["settings"]["rule"]["class_path"] == "HeavyBall" and facts["model_args"]["context"] == 10
     yaml.safe_dump(facts)  # plain data
+
+
+# ---- export
+
+
+@pytest.fixture(scope="module")
+def exported(text: Path, trained: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    for kind in ("pt2", "state-dict"):
+        cli.run(["export", f"--ckpt_path={trained / 'checkpoints' / 'last.ckpt'}", f"--to={kind}", "--limit=20",
+                 f"--out={folder / kind}", f"--data={text}"])  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["pt2", "state-dict"])
+def test_an_export_says_what_it_is(exported: Path, kind: str, text: Path) -> None:
+    told = json.loads((exported / kind / "metadata.json").read_text())
+    found = told["round_trip"]
+    assert found["max_difference"] < 1e-4 and found["perplexity_before"] == pytest.approx(found["perplexity_after"])
+    assert told["cache"] == {"tensors": 3, "shape": ["streams", 10, 16]} and told["network"]["settings"]["rule"]
+    words = (exported / kind / "vocabulary.txt").read_text().split("\n")[:-1]
+    assert words == TextDataModule(str(text)).vocabulary
+    verify_folder(exported / kind)
+
+
+def test_others_run_the_program_without_this_package(exported: Path, trained: Path, tmp_path: Path) -> None:
+    """Any number of streams and of words, going on from the cache."""
+    code = (
+        "import json, sys, torch\n"
+        "program = torch.export.load(sys.argv[1] + '/model.pt2').module()\n"
+        "told = json.load(open(sys.argv[1] + '/metadata.json'))['cache']\n"
+        "words, found = torch.load(sys.argv[2]), []\n"
+        "cache = tuple(torch.zeros(len(words), *told['shape'][1:]) for _ in range(told['tensors']))\n"
+        "for part in words.split([3, 9, 2], dim=1):\n"
+        "    log_prob, cache = program(part, cache)\n"
+        "    found.append(log_prob)\n"
+        "torch.save(torch.cat(found, dim=1), sys.argv[3])\n"
+        "assert not [name for name in sys.modules if name.startswith('vmoe_momentum')]\n"
+    )
+    words = torch.randint(0, 20, (3, 14))
+    torch.save(words, tmp_path / "words")
+    argv = [sys.executable, "-c", code, str(exported / "pt2"), str(tmp_path / "words"), str(tmp_path / "found")]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = open_language_model(str(trained / "checkpoints" / "last.ckpt")).build()(words)
+    torch.testing.assert_close(torch.load(tmp_path / "found"), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--to=onnx"], "--to=onnx: language models take pt2 or state-dict"),
+        (["--to=hf"], "--to=hf: language models take"),
+        (["--to=pt2", "--input=uint8"], "--input=uint8: for image classifiers"),
+        (["--to=pt2", "--device=cpu"], "--device=cpu: for image classifiers"),
+        (["--to=state-dict", "--data=nowhere"], "nowhere"),
+    ],
+)
+def test_an_export_that_means_nothing_is_one_line(words, message, text, trained, tmp_path, capsys) -> None:
+    last = trained / "checkpoints" / "last.ckpt"
+    line = fails(["export", f"--ckpt_path={last}", f"--out={tmp_path / 'o'}", f"--data={text}", *words], capsys)
+    assert message in line and not (tmp_path / "o").exists()
+
+
+def test_classify_says_that_it_is_text(exported: Path, digits: Path, capsys) -> None:
+    picture = sorted((digits / "val" / "3").iterdir())[0]
+    assert "a language model, and this is for pictures" in fails(
+        ["classify", str(exported / "pt2"), str(picture)], capsys
+    )

@@ -1,7 +1,8 @@
 """The command lines `vmoe-momentum export ...` and `vmoe-momentum classify ...`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -38,9 +39,12 @@ def export_parser() -> Parser:
     words.add_argument("--to", type=Literal["hf", "pt2", "onnx", "state-dict"], required=True, help="The format.")
     words.add_argument("--out", type=str, required=True, help="New folder.")
     words.add_argument(
-        "--data", type=str, required=True, help="Labelled pictures to compare on: ROOT/val/CLASS/* or ROOT/CLASS/*."
+        "--data",
+        type=str,
+        required=True,
+        help="What to compare on: labelled pictures, ROOT/val/CLASS/* or ROOT/CLASS/*; or the prepared text.",
     )
-    words.add_number("--limit", int, COUNT, "At most so many of them, spread over the set.", default=1000)
+    words.add_number("--limit", int, COUNT, "At most so many of them, or blocks of text.", default=1000)
     words.add_argument(
         "--input", type=Literal["float32", "uint8"], default="float32", help="Pixels in [0, 1], or 0 to 255."
     )
@@ -63,7 +67,8 @@ def export_parser() -> Parser:
     return words
 
 
-def run_export(argv: list[str]) -> None:
+def run_export(argv: list[str], others: Callable[[Any], dict[str, Any] | None]) -> None:
+    """others: exports what is no image classifier, given the options, and gives its metadata; None: it is one."""
     given = export_parser().parse_args(argv)
     if given.push is not None and given.to != "hf":
         raise ValueError(f"--push={given.push}: the hub takes --to hf, not {given.to}")
@@ -72,6 +77,8 @@ def run_export(argv: list[str]) -> None:
         raise ValueError(
             f"--to={given.to}: keeps the network itself; --input, --output, --precision are for pt2 and onnx"
         )
+    if (told := others(given)) is not None:
+        return _show_text(told, given.out)
     from .exporting import export  # here, as below: mistakes above are told before torch is imported
 
     device = pick_device(given.device)
@@ -98,6 +105,27 @@ def run_export(argv: list[str]) -> None:
     console.print(f"[bold]{given.to}[/bold]  {given.out}", soft_wrap=True, highlight=False)
     if given.push is not None:
         console.print(push(Path(given.out), given.push), soft_wrap=True, highlight=False)
+
+
+def refuse_others(given: Any) -> None:
+    """Raises ValueError: an option that means nothing for language models, which are compared on the CPU."""
+    for name in ("input", "output", "precision", "pick", "weights", "scores", "push", "device"):
+        value, default = getattr(given, name), export_parser().get_default(name)
+        if value != default:
+            raise ValueError(f"--{name}={value}: for image classifiers; leave it out for language models")
+
+
+def _show_text(metadata: dict[str, Any], out: str) -> None:
+    found, table = metadata["round_trip"], Table(box=None, show_header=False)
+    told = {
+        "checkpoint": f"{metadata['source']['file']}, epoch {metadata['source']['epoch']}",
+        "compared on": f"{found['words']:,} words: largest difference {found['max_difference']:.2g}",
+        "perplexity": f"{found['perplexity_before']:.2f} before, {found['perplexity_after']:.2f} after",
+    }
+    for name, value in told.items():
+        table.add_row(name, Text(value))
+    Console().print(table)
+    Console().print(f"[bold]{metadata['format']}[/bold]  {out}", soft_wrap=True, highlight=False)
 
 
 def classify_parser() -> Parser:

@@ -56,9 +56,13 @@ def open_served(folder: str, trust_program: bool = False, device: str = "cpu") -
     try:
         metadata = json.loads((place / MARK).read_text())
         form = FORMATS[metadata["format"]]
-        wanted_view(metadata)
+        text = metadata.get("kind") == "language"
+        if not text:
+            wanted_view(metadata)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no {MARK} of vmoe-momentum export in it ({error}); export it again") from error
+    if text:
+        raise ValueError(f"{folder}: a language model, and this is for pictures; its {MARK} says how to run it")
     if form.is_program and not trust_program:
         raise ValueError(
             f"{folder}: a {metadata['format']} file is a program, and opening it runs what its author put into it; add "
