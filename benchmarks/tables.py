@@ -231,7 +231,35 @@ def adversarial_cost() -> str:
     return "\n".join([*lines, "", f"Measured on {rows[0]['device']}, torch {rows[0]['torch']}."])
 
 
+def language() -> str:
+    """Perplexities of language models: mean and sample standard deviation over seeds."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in read("language"):
+        groups[row["model"], row["depth"]].append(row)
+    columns = {"clean": "clean", "swapped": "2.5 % swapped", "swapped_inputs_only": "swapped inputs, clean targets"}
+    lines = [f"| model | sparse blocks | seeds | {' | '.join(columns.values())} |", "|---" * 6 + "|"]
+    for (model, depth), rows in sorted(groups.items(), key=lambda item: (int(item[0][1] or 0), item[0][0])):
+        cells = []
+        for column in columns:
+            values = [float(row[column]) for row in rows if row[column]]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
+        lines.append(f"| {model} | {depth} | {len(rows) if depth else ''} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def language_step() -> str:
+    """One step at full vocabulary."""
+    rows = read("language_step")
+    lines = ["| logits | seconds | peak memory | above weights, gradients and moments |", "|---|---|---|---|"]
+    for row in rows:
+        more = float(row["peak_GB"]) - float(row["before_GB"])
+        lines.append(f"| {row['logits']} | {row['seconds']} | {row['peak_GB']} GB | {more:.2f} GB |")
+    return "\n".join([*lines, "", f"Measured on {rows[0]['device']}, torch {rows[0]['torch']}."])
+
+
 TABLES = {
+    "language": language, "language_step": language_step,
     "dataloading": dataloading, "digits": digits, "export": export, "rules": rules, "speed": speed, "zoo": zoo,
     "layers": partial(layers, "moe_layer"),
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
@@ -243,6 +271,7 @@ TABLES = {
 PAGES = tuple(
     ROOT / page for page in (
         "README.md", "benchmarks/README.md", "configs/scale/README.md", "vmoe_momentum/training/README.md",
+        "vmoe_momentum/language/README.md",
     )
 )  # fmt: skip
 

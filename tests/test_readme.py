@@ -53,7 +53,8 @@ def test_a_strangers_five_lines_run_as_printed(tmp_path: Path, monkeypatch, caps
 
 GUIDE = ROOT / "vmoe_momentum" / "analysis" / "README.md"
 TRAINING = ROOT / "vmoe_momentum" / "training" / "README.md"
-LINKS = [(page.parent, path) for page in (ROOT / "README.md", GUIDE, TRAINING) for path in find_links(page)]
+LANGUAGE = ROOT / "vmoe_momentum" / "language" / "README.md"
+LINKS = [(page.parent, path) for page in (ROOT / "README.md", GUIDE, TRAINING, LANGUAGE) for path in find_links(page)]
 
 
 @pytest.mark.parametrize(("folder", "path"), LINKS, ids=[path for _, path in LINKS])
