@@ -3,7 +3,7 @@
     python benchmarks/language.py --step true
 
 Each way in a process of its own, as a process's peak never falls: logits a part at a time, as the package does, with
-recomputed blocks, and all [tokens, V] logits in memory at once. 8 streams of 512 words, with the context of 1,024.
+recomputed blocks, and all [tokens, V] logits in memory at once. 4 streams of 512 words, with the context of 1,024.
 """
 
 import resource
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from timing import write_rows
 
-STREAMS, BLOCK, WORDS = 8, 512, 267_735
+STREAMS, BLOCK, WORDS = 4, 512, 267_735
 WAYS = ("in parts", "in parts, blocks recomputed", "all logits at once")
 
 

@@ -204,6 +204,18 @@ def test_compare_by_hand(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out" / "compare.csv")[3]["epochs"] == ""
 
 
+def test_compare_takes_perplexities_of_language_models(tmp_path: Path) -> None:
+    folder = write_log(tmp_path / "a", [120.0, 60.0, 61.0], [2.0, 1.0, 1.0])
+    text = (folder / "metrics.csv").read_text()
+    with pytest.raises(ValueError, match="no val/perplexity in its metrics.csv; a target above 1 is a perplexity"):
+        compare([f"a={folder}"], [60.0], files(tmp_path, "x"))
+    (folder / "metrics.csv").write_text(text.replace("val/top1", "val/perplexity"))
+    rows = compare([f"a={folder}"], [100.0, 60.0, 30.0], files(tmp_path, "compare"))
+    assert [(row.epochs, row.seconds, row.best, row.final) for row in rows] == [
+        (2, 3.0, 60.0, 61.0), (2, 3.0, 60.0, 61.0), (None, None, 60.0, 61.0),
+    ]  # fmt: skip
+
+
 def test_runs_without_labels_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_log(tmp_path / name / "digits" / "version_0", [0.5], [1.0])

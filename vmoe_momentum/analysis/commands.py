@@ -176,7 +176,7 @@ def _parse(argv: list[str], configs: list[str], data_classes: tuple[type, ...]) 
     data = _data_of(configs)
     for name, text in ON_MODELS.items():
         commands.add_subcommand(name, _model_parser(name, text, data, data_classes), help=text)
-    text = "epochs and seconds that runs took to reach an accuracy"
+    text = "epochs and seconds that runs took to reach an accuracy, or a perplexity"
     commands.add_subcommand("compare", _compare_parser(text), help=text)
     text = "train over a grid of two settings and several seeds; resumable, one row a run"
     commands.add_subcommand("ablate", _ablate_parser(text), help=text)
@@ -222,7 +222,9 @@ def _compare_parser(text: str) -> Parser:
         "--run", action="append", type=str, default=None,
         help="[LABEL=]FOLDER with the metrics.csv of a fit; several times, one label again for further seeds.",
     )  # fmt: skip
-    parser.add_number("--target", list[float], TARGET, "Accuracies to reach, as shares.", default=[0.95])
+    parser.add_number(
+        "--target", list[float], TARGET, "Accuracies to reach, as shares; or perplexities, above 1.", default=[0.95]
+    )
     return _with_output(parser)
 
 

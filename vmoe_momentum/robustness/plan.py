@@ -153,9 +153,12 @@ def all_attacks(settings: Settings) -> tuple[str, ...]:
 
 
 def _budget(settings: Settings, eps: float, attack: str | None = None) -> Budget:
-    """With the options that the attack takes."""
-    plain = Budget(eps, settings.norm, settings.steps, settings.queries, settings.seed)
-    return plain if attack is None else plain._replace(**_options(attack, settings))
+    """With what the attack follows and nothing else, so that a kept cell goes on being it; None: noise."""
+    plain, known = Budget(eps, settings.norm, seed=settings.seed), ATTACKS.get(attack or "")
+    if known is None:  # noise, or no attack, as check_budget will say
+        return plain
+    spent = {} if known.spends is None else {known.spends: getattr(settings, known.spends)}
+    return plain._replace(**spent, **_options(attack, settings))
 
 
 def _options(attack: str, settings: Settings) -> dict[str, int]:
@@ -308,7 +311,7 @@ def _adversarial(clean: Pictures, settings: Settings, models: Sequence[str]) -> 
             cells += [cell._replace(source=model) for model in models] if name in settings.transfer else [cell]
     if any(ATTACKS[name].spends == "steps" for name in all_attacks(settings)):
         check = tuple(subset(len(clean.paths), 100, settings.seed))
-        budget = _budget(settings, LARGE_EPS)._replace(norm="Linf", eot=settings.eot)
+        budget = Budget(LARGE_EPS, steps=settings.steps, seed=settings.seed, eot=settings.eot)
         severity = _severity(LARGE_EPS, "Linf")
         cells.append(Cell(clean, "attack", "sanity-pgd", severity, attack="pgd-margin", budget=budget, order=check))
     return cells
