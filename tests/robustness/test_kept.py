@@ -49,3 +49,18 @@ def test_other_options_leave_kept_cells_alone(attack: str, option: str, tmp_path
     assert (before["noise"] != after["noise"]) == (option == "seed")
     if "sanity" in before:
         assert (before["sanity"] != after["sanity"]) == (option in ("steps", "seed", "eot"))
+
+
+def test_settings_of_a_file_are_decided_by_its_bytes(tmp_path: Path) -> None:
+    """A version that has one setting more finds the cells that an earlier one kept; without a file they decide."""
+    paint(tmp_path / "0" / "1.png", 0)
+    network, store = planted(num_classes=10), Store(tmp_path / "cells")
+    (cell, *_) = make_plan(Settings(data=str(tmp_path), regenerate=False, attacks=(), eps=()), [network])
+
+    def name(**told) -> str:
+        return store.path(cell, network._replace(provenance=told), 8, "cpu").name
+
+    assert (
+        name(sha256="a", settings={"mu": 1}) == name(sha256="a", settings={"mu": 1, "new": False}) != name(sha256="b")
+    )
+    assert name(settings={"mu": 1}) != name(settings={"mu": 2})

@@ -214,6 +214,11 @@ def join(parts: list[Outcome]) -> Outcome:
     return Outcome(*arrays, routing, zero, five)
 
 
+def _decisive(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Of a file, whose sha256 decides its settings, without these: a new setting's default changes nothing."""
+    return {key: value for key, value in provenance.items() if key != "settings" or "sha256" not in provenance}
+
+
 class Store:
     """Outcomes under OUT/cells, one file a model and cell, found again by everything that decided them."""
 
@@ -228,12 +233,12 @@ class Store:
             stat = path.stat()
             files.update(os.fsencode(f"{path}/{stat.st_size}/{stat.st_mtime_ns}/{cell.pictures.labels[number]}"))
         facts: dict[str, Any] = {
-            "model": model.provenance, "view": model.view, "kind": cell.kind, "condition": cell.condition,
+            "model": _decisive(model.provenance), "view": model.view, "kind": cell.kind, "condition": cell.condition,
             "severity": cell.severity, "change": cell.change, "attack": cell.attack, "budget": cell.budget,
             "router_aware": cell.router_aware, "files": files.hexdigest(), "classes": cell.pictures.classes,
             "batch_size": batch_size if cell.kind == "attack" or model.coupled else None,
             "device": torch.device(device).type, "versions": versions(), "outcome": Outcome._fields,
-            "source": None if source is None else (source.provenance, source.view),
+            "source": None if source is None else (_decisive(source.provenance), source.view),
         }  # fmt: skip
         facts |= {key: value for key in ("merged", "border") if (value := getattr(cell.pictures, key))}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:20]
