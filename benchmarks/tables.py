@@ -223,6 +223,19 @@ def adversarial() -> str:
     return "\n".join(lines)
 
 
+def adversarial_suite() -> str:
+    """Each attack on the same pictures: mean over seeds."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read("adversarial_suite"):
+        if row["metric"] == "robust_top1" and row["condition"] != "sanity-pgd":  # of a huge eps
+            found[row["condition"]][row["model"].partition("#")[0]].append(100 * float(row["value"]))
+    models = list(next(iter(found.values())))
+    lines = [f"| attack | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+    for attack, values in found.items():
+        lines.append(f"| {attack} | {' | '.join(f'{statistics.mean(values[m]):.1f}' for m in models)} |")
+    return "\n".join(lines)
+
+
 def adversarial_cost() -> str:
     """A step beside a clean one."""
     rows = read("adversarial_cost")
@@ -265,7 +278,7 @@ TABLES = {
     "layers_gpu": partial(layers, "gpu/moe_layer"), "layers_gpu_large": partial(layers, "gpu/moe_layer_large"),
     "steps": partial(steps, "train_step"), "steps_gpu": partial(steps, "gpu/train_step"),
     "traffic_8": partial(traffic, 8), "traffic_64": partial(traffic, 64), "traffic_measured": traffic_measured,
-    "adversarial": adversarial, "adversarial_cost": adversarial_cost,
+    "adversarial": adversarial, "adversarial_cost": adversarial_cost, "adversarial_suite": adversarial_suite,
     "corruptions": corruptions, "before_after": before_after, "busy": busy,
 }  # fmt: skip
 PAGES = tuple(

@@ -89,3 +89,31 @@ def test_the_guides_gaps_are_those_of_the_committed_rows() -> None:
         assert len(gaps[model, "router"]) == 4
         assert all(own > blind for own, blind in zip(gaps[model, "router"], gaps[model, "shuffled"], strict=True))
     assert f"{span['HeavyBall', 'equal']} and {span['Residual', 'equal']}. That is one seed" in told
+
+
+def test_the_worst_case_is_never_weaker_than_autoattack_on_the_committed_networks() -> None:
+    with (ROOT / "benchmarks" / "results" / "adversarial_suite.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "robust_top1"]
+    standing = {(row["model"], row["condition"]): float(row["value"]) for row in rows}
+    models = {model for model, _ in standing}
+    assert len(models) == 12
+    assert all(standing[model, "worst-case"] <= standing[model, "autoattack"] for model in models)
+    assert "On none of the twelve networks does the worst case" in TRAINING.read_text()
+    assert all(standing[model, "worst-case"] == standing[model, "autoattack"] for model in models)
+
+
+def test_adversarial_training_gains_what_the_guide_claims() -> None:
+    with (ROOT / "benchmarks" / "results" / "adversarial.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "robust_top1"]
+    for rule in ("Residual", "HeavyBall"):
+        for attack in ("pgd-20", "autoattack"):
+            standing = {
+                way: [
+                    float(r["value"])
+                    for r in rows
+                    if r["model"].startswith(f"{rule} {way}#") and r["condition"] == attack
+                ]
+                for way in ("clean", "PGD")
+            }
+            assert len(standing["clean"]) == len(standing["PGD"]) == 3
+            assert min(standing["PGD"]) - max(standing["clean"]) > 0.15
