@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from registered import registered
 
 import vmoe_momentum
-from vmoe_momentum import datasets, moe, momentum, robustness, training
+from vmoe_momentum import datasets, language, moe, momentum, robustness, training
 from vmoe_momentum.analysis.commands import ON_MODELS, _ablate_parser, _compare_parser, _model_parser
 from vmoe_momentum.datasets import commands as data_commands
 from vmoe_momentum.export.commands import classify_parser, export_parser
@@ -32,6 +32,9 @@ PLACES = {  # what to build, by name; whatever else takes a number here is missi
     **registered(datasets.ImageDataModule),
     "TextDataModule": datasets.TextDataModule,
     "prepare_text": datasets.prepare_text,
+    "LanguageModule": language.LanguageModule,
+    "SparseLanguageModel": language.SparseLanguageModel,
+    "create_language_model": language.create_language_model,
     **{f.__name__: f for f in (*data_commands.PREPARE.values(), *data_commands.LOOK.values())},
     **{f.__name__: f for f in (import_commands.import_flax, import_commands.import_timm, export)},
     "ProgressiveResize": datasets.resizing.ProgressiveResize,

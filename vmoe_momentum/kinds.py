@@ -1,10 +1,9 @@
 """What `fit` trains: pictures are classified, or text is read. The data module of a config says which."""
 
-import functools
 from typing import Any, NamedTuple
 
 from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
-from .configs import as_configs, merge
+from .configs import as_configs
 from .language import LanguageModule
 from .language.predicting import TextPredictionWriter
 from .training import ImageClassifier, PredictionWriter
@@ -25,10 +24,15 @@ TEXT = Kind(LanguageModule, datasets.TextDataModule, ("vocab_size", "vocabulary"
 
 
 def kind_of(argv: list[str]) -> Kind:
-    """By the class of the data that options and configs name, last; pictures where they name none.
+    """By the class of the data that configs and options name; pictures where they name none.
 
-    Raises ValueError: a config that cannot be read.
+    Raises ValueError: a config that cannot be read, or data of both kinds.
     """
-    data = functools.reduce(merge, as_configs(argv), {}).get("data")
-    name = data if isinstance(data, str) else data.get("class_path") if isinstance(data, dict) else None
-    return TEXT if str(name).rpartition(".")[2] == datasets.TextDataModule.__name__ else IMAGES
+    sections = [config.get("data") for config in as_configs(argv)]
+    found = [data.get("class_path") if isinstance(data, dict) else data for data in sections]
+    names = [name.rpartition(".")[2] for name in found if isinstance(name, str)]
+    text = datasets.TextDataModule.__name__
+    if text in names and set(names) != {text}:
+        other = next(name for name in names if name != text)
+        raise ValueError(f"data={names[-1]}: one config has {text}, another {other}; use configs of one kind of data")
+    return TEXT if text in names else IMAGES

@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from .configs import BEFORE, SPEC, merge, short
-from .names import did_you_mean, subclasses
+from .names import classes_of, did_you_mean
 from .parsers import WholeFirst
 
 TOP = (  # of a config of fit, validate, test and predict
@@ -179,7 +179,7 @@ def _spec(value: Any, base: type, where: str) -> Iterator[str]:
         return
     target = _find(name, base)
     if target is None:
-        yield f"{place}={name}: no such {base.__name__}{did_you_mean(name.rpartition('.')[2], subclasses(base))}"
+        yield f"{place}={name}: no such {base.__name__}{did_you_mean(name.rpartition('.')[2], classes_of(base))}"
         return
     given = spec.get("init_args")
     if given is not None and not isinstance(given, dict):
@@ -202,7 +202,7 @@ def _spec(value: Any, base: type, where: str) -> Iterator[str]:
 def _find(name: str, base: type) -> Callable[..., Any] | None:
     """The class, or the function that gives one; None where there is none that fits."""
     if "." not in name:
-        return subclasses(base).get(name)
+        return classes_of(base).get(name)
     parser = _Parser(exit_on_error=False)
     parser.add_argument("--x", type=type[base] | Callable)  # imports it, and nothing else
     try:

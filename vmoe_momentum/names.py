@@ -18,6 +18,12 @@ def subclasses(base: type[T]) -> dict[str, type[T]]:
     return found
 
 
+def classes_of(base: type[T]) -> dict[str, type[T]]:
+    """`base` itself, where it can be made, and its subclasses, by bare name."""
+    own = {} if inspect.isabstract(base) else {base.__name__: base}
+    return own | subclasses(base)
+
+
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """`; did you mean X?` when something close is valid, then the whole list."""
     valid = sorted(set(valid))

@@ -22,6 +22,7 @@ from text_helpers import make_text
 from vmoe_momentum import cli
 from vmoe_momentum.checksums import verify_folder
 from vmoe_momentum.datasets import TextDataModule
+from vmoe_momentum.datasets.text import TextBatch
 from vmoe_momentum.language import LanguageModule, create_language_model
 from vmoe_momentum.language.intervals import resampled
 from vmoe_momentum.language.looking import open_language_model
@@ -231,6 +232,19 @@ def test_compiled_and_recomputed_are_the_same() -> None:
         torch.testing.assert_close(others, gradients, atol=1e-4, rtol=1e-4)
 
 
+def test_the_routers_loss_counts_by_its_weight() -> None:
+    routed = {"class_path": "TopKRouter", "init_args": {"capacity_factor": "dropless", "importance_loss_weight": 1.0}}
+    net = create_language_model("smoe_lm_tiny", 30, width=16, context=6, num_heads=2, router=routed).train()
+    words, losses = torch.randint(0, 30, (3, 7)), []
+    for weight in (0.0, 1.0, 3.0):
+        made = LanguageModule(net, 30, aux_loss_weight=weight)
+        made.log = made.log_dict = lambda *_, **__: None
+        made._log_speed = lambda tokens: None
+        torch.manual_seed(0)
+        losses.append(float(made.training_step(TextBatch(words, words, True), 0).detach()))
+    assert losses[1] > losses[0] and losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=1e-3)
+
+
 def test_the_head_in_parts_is_the_head_at_once(monkeypatch) -> None:
     from vmoe_momentum.language import heads
 
@@ -324,6 +338,16 @@ def test_pictures_are_not_read_as_text_nor_text_seen_as_pictures(digits: Path, t
     checkpoint = write_checkpoint(tiny(), tmp_path / "image.ckpt")
     torch.save({**torch.load(checkpoint), "pytorch-lightning_version": "2.6.6"}, checkpoint)
     assert "architecture: checkpoint" in fails(arguments("test", text, tmp_path, ckpt_path=checkpoint), capsys)
+
+
+def test_configs_of_both_kinds_are_one_line(text: Path, digits: Path, capsys) -> None:
+    digits_yaml, demo = (TESTS.parent / "configs" / name for name in ("digits.yaml", "language/demo.yaml"))
+    for words in (
+        [f"--config={digits_yaml}", "--data=TextDataModule"],
+        [f"--config={demo}", "--data=FolderDataModule"],
+    ):
+        line = fails(["fit", *words, f"--data.root={text}"], capsys)
+        assert "use configs of one kind of data" in line and "TextDataModule" in line
 
 
 def test_other_commands_say_that_it_is_a_language_model(

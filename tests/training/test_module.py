@@ -82,14 +82,14 @@ def test_mixing_leaves_the_batch_alone_and_changes_the_loss(settings: dict) -> N
     assert not torch.equal(*losses)
 
 
-@pytest.mark.parametrize("decay", ["cosine", "linear"])
+@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
 def test_the_schedule_is_its_closed_form(decay: str) -> None:
     """Rate of the step to come, after each of 20 steps: 5 of warm-up from 0, then down to min_lr at step 20."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
     scheduler = ScheduleSettings(decay, warmup_steps=5, min_lr=0.1).build(optimizer, total_steps=20)
     for step in range(21):
         done = (step - 5) / 15
-        shape = (1 + math.cos(math.pi * done)) / 2 if decay == "cosine" else 1 - done
+        shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[decay]
         expected = 0.4 * step / 5 if step < 5 else 0.1 + 0.3 * shape
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12), step
         scheduler.step_update(step + 1)
