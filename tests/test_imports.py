@@ -100,7 +100,6 @@ ALLOWED = {  # room -> rooms it may import
         "configs",
         "endings",
         "kinds",
-        "language",
         "mistakes",
         "models",
         "moe",

@@ -1,11 +1,10 @@
 """What `fit` trains: pictures are classified, or text is read. The data module of a config says which."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import datasets, models, moe, momentum  # noqa: F401  (their classes resolve by bare name)
 from .configs import as_configs
-from .language import LanguageModule
-from .language.predicting import TextPredictionWriter
 from .training import ImageClassifier, PredictionWriter
 from .training.trained import Trained
 
@@ -17,10 +16,20 @@ class Kind(NamedTuple):
     data: type[Any]  # base of its data modules
     linked: tuple[str, ...]  # attributes of the data that are arguments of the module
     writer: type[Any]  # of what `predict` finds
+    check: Callable[[Any], None] = lambda trainer: None  # raises ValueError: a trainer's part that is not for it
 
 
 IMAGES = Kind(ImageClassifier, datasets.ImageDataModule, ("num_classes", "image_size", "class_names"), PredictionWriter)
-TEXT = Kind(LanguageModule, datasets.TextDataModule, ("vocab_size", "vocabulary"), TextPredictionWriter)
+
+
+def text() -> Kind:
+    """Imported where it is wanted: pictures need none of it."""
+    from .language import LanguageModule
+    from .language.accepted import check_trainer
+    from .language.predicting import TextPredictionWriter
+
+    linked = ("vocab_size", "vocabulary")
+    return Kind(LanguageModule, datasets.TextDataModule, linked, TextPredictionWriter, check_trainer)
 
 
 def kind_of(argv: list[str]) -> Kind:
@@ -31,8 +40,8 @@ def kind_of(argv: list[str]) -> Kind:
     sections = [config.get("data") for config in as_configs(argv)]
     found = [data.get("class_path") if isinstance(data, dict) else data for data in sections]
     names = [name.rpartition(".")[2] for name in found if isinstance(name, str)]
-    text = datasets.TextDataModule.__name__
-    if text in names and set(names) != {text}:
-        other = next(name for name in names if name != text)
-        raise ValueError(f"data={names[-1]}: one config has {text}, another {other}; use configs of one kind of data")
-    return TEXT if text in names else IMAGES
+    own = datasets.TextDataModule.__name__
+    if own in names and set(names) != {own}:
+        other = next(name for name in names if name != own)
+        raise ValueError(f"data={names[-1]}: one config has {own}, another {other}; use configs of one kind of data")
+    return text() if own in names else IMAGES

@@ -18,7 +18,6 @@ from . import models
 from .configs import as_configs
 from .endings import Told, ending
 from .kinds import Kind, kind_of
-from .language import LanguageModule
 from .mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
 from .models.sharded import is_checkpoint
@@ -38,7 +37,6 @@ from .training import (
     OptimizerSettings,
     PartialEpoch,
     ResumedSettings,
-    RobustnessCheck,
     RouterGuard,
     RouterStats,
     RunSummary,
@@ -163,8 +161,7 @@ class VMoECLI(LightningCLI):
         check_apart(self._get(self.config_init, "trainer.callbacks"))
         trainer = super().instantiate_trainer(**kwargs)
         refuse_unsharded(trainer.strategy)
-        if self.kind.module is LanguageModule:
-            check_language(trainer)
+        self.kind.check(trainer)
         spread = getattr(trainer.strategy, "expert_parallel", 1)
         check_experts(self.model.model.net, trainer.num_devices * trainer.num_nodes, spread)
         folders = [("logger.save_dir", logger.save_dir) for logger in trainer.loggers]
@@ -219,16 +216,6 @@ class VMoECLI(LightningCLI):
 
     def _ending(self, error: BaseException) -> tuple[str, int]:
         return ending(self._in_words(error), sections(self.kind))
-
-
-def check_language(trainer: Trainer) -> None:
-    """Raises ValueError: what is for image classifiers only."""
-    if isinstance(trainer.strategy, FSDP2Strategy):
-        raise ValueError("trainer.strategy=FSDP2Strategy: for image classifiers; train language models with ddp")
-    if any(isinstance(callback, RobustnessCheck) for callback in trainer.callbacks):
-        raise ValueError(
-            "trainer.callbacks=RobustnessCheck: attacks pictures; leave it out, and test with --data.word_swap"
-        )
 
 
 def _share_folder(loggers: list[Any]) -> None:

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
 from torch import Tensor
 
 
@@ -17,6 +16,8 @@ def resampled(losses: Tensor, tokens: Tensor, level: float = 0.95, seed: int = 0
 
     Blocks are those of one batch, all streams at one place: neighbours of one text are left together. NaN below two.
     """
+    from scipy.stats import bootstrap  # here: it takes a third of a second to import
+
     kept = tokens > 0
     losses, tokens = (each[kept].double().numpy() for each in (losses, tokens))
     if len(tokens) < 2:
