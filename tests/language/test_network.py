@@ -1,6 +1,7 @@
 """The language networks against loops over positions, layers and tokens; the cache, causality, what must not leak."""
 
 import inspect
+from pathlib import Path
 
 import naive_lm
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vmoe_momentum import SAM, Adam, Complex, HeavyBall, Nesterov, Residual, Robust, TopKRouter
 from vmoe_momentum.language import SIZES, SparseBlock, SparseLanguageModel, create_language_model
+from vmoe_momentum.language.exporting import open_program, write_program
 from vmoe_momentum.language.network import ROUTER
 from vmoe_momentum.moe import Router
 from vmoe_momentum.momentum import MomentumRule
@@ -148,12 +150,33 @@ def test_recomputed_gradients_are_the_same(rule: MomentumRule) -> None:
         assert plain is not None and torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize("rule", ["Residual", "HeavyBall", "Robust"])
+# other rules are the same arithmetic: part of `make test-all`
+EVERY = [
+    rule if rule in ("Adam", "HeavyBall") else pytest.param(rule, marks=pytest.mark.long)
+    for rule in sorted(registered(MomentumRule))
+]
+
+
+@pytest.mark.parametrize("rule", EVERY)
 def test_compiled_whole_as_eager(rule: str) -> None:
     net, words = small(rule, dense_between=True), text()
     compiled = torch.compile(net.read, fullgraph=True, backend="aot_eager")
     cache = net.read(words, net.empty_cache(2)).cache
-    torch.testing.assert_close(compiled(words, cache), net.read(words, cache), atol=1e-12, rtol=0)
+    torch.testing.assert_close(compiled(words, cache), net.read(words, cache), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["paper", pytest.param("released", marks=pytest.mark.long)])
+@pytest.mark.parametrize("rule", EVERY)
+def test_exported_as_eager(rule: str, form: str, tmp_path: Path) -> None:
+    """For any number of streams and words, going on from the cache."""
+    net = small(rule, dense_between=True, form=form)
+    write_program(net, tmp_path, {})
+    program, cache = open_program(tmp_path), net.empty_cache(3)
+    for words in text(3, 11).split([2, 6, 3], dim=1):
+        expected = net.read(words, cache)
+        found, cache = program(words, cache)
+        torch.testing.assert_close(found, net.head.log_prob(expected.hidden), atol=1e-9, rtol=0)
+        torch.testing.assert_close(cache, expected.cache, atol=1e-9, rtol=0)
 
 
 def test_dropout_is_on_attention_and_hidden_layers_only() -> None:

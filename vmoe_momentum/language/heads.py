@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Head = Literal["softmax", "adaptive"]
-ROWS = 256  # tokens whose logits are in memory at once
+LOGITS = 2**26  # of so many at most are in memory at once, 268 MB in float32
 NO_WORD = -100  # a target that does not count
 
 
@@ -18,12 +18,13 @@ class SoftmaxHead(nn.Linear):
     def losses(self, hidden: Tensor, words: Tensor) -> Tensor:
         """hidden: [T, D]; words: int64 [T] -> [] sum of -log p; words of NO_WORD do not count."""
         hidden, words = hidden.flatten(0, -2), words.flatten()
-        if hidden.shape[0] <= ROWS:
+        rows = max(1, LOGITS // self.out_features)
+        if hidden.shape[0] <= rows:
             return self._losses(hidden, words)
         parts = [
             # logits once more for the gradient, rather than kept
             checkpoint(self._losses, *part, use_reentrant=False) if torch.is_grad_enabled() else self._losses(*part)
-            for part in zip(hidden.split(ROWS), words.split(ROWS), strict=True)
+            for part in zip(hidden.split(rows), words.split(rows), strict=True)
         ]
         return torch.stack(parts).sum()
 
