@@ -30,6 +30,7 @@ from vmoe_momentum import cli
 from vmoe_momentum.datasets import TextDataModule
 from vmoe_momentum.robustness.claims import Claims
 from vmoe_momentum.staging import draft_of
+from vmoe_momentum.stopping import Stopped, stoppable
 
 CONFIG = ROOT / "configs" / "language" / "demo.yaml"
 CELLS = [*((rule, 3) for rule in ("Residual", "HeavyBall", "Adam", "Robust")),
@@ -166,6 +167,10 @@ def add(path: Path, row: Row, claims: Claims) -> None:
 
 if __name__ == "__main__":
     try:
-        jsonargparse.auto_cli(main)
+        with stoppable():
+            jsonargparse.auto_cli(main)
+    except Stopped:
+        print("stopped; the same command goes on with what is left", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"language: {error}") from None

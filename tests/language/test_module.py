@@ -220,7 +220,7 @@ def module(**settings) -> LanguageModule:
 
 def losses_of(made: LanguageModule) -> tuple[torch.Tensor, list[torch.Tensor]]:
     words = torch.randint(0, 30, (3, 7), generator=torch.Generator().manual_seed(1))
-    loss, _, _ = made.model(words, words, made.model.net.empty_cache(3))
+    (loss,), _, _ = made.model(words, (words,), made.model.net.empty_cache(3))
     return loss, list(torch.autograd.grad(loss, list(made.model.parameters())))
 
 

@@ -35,10 +35,10 @@ class TextModel(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, words: Tensor, targets: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Cache]:
-        """Words and targets [B, N] -> sum of -log p of the targets, auxiliary loss, cache."""
+    def forward(self, words: Tensor, targets: tuple[Tensor, ...], cache: Cache) -> tuple[list[Tensor], Tensor, Cache]:
+        """Words and each of the targets [B, N] -> sums of -log p of these targets, auxiliary loss, cache."""
         found = self.net.read(words, cache)
-        return self.net.head.losses(found.hidden, targets), found.aux_loss, found.cache
+        return [self.net.head.losses(found.hidden, each) for each in targets], found.aux_loss, found.cache
 
 
 @in_range("model.", vocab_size=COUNT, aux_loss_weight=NOT_NEGATIVE.because("0 is none"))
@@ -95,17 +95,17 @@ class LanguageModule(Trained):
         """Words [B, N] -> log-probabilities [B, N, V] of the word behind each."""
         return self.model.net(words)
 
-    def _read(self, stage: str, batch: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of -log p and the auxiliary loss; goes on where the stage's last batch ended."""
+    def _read(self, stage: str, batch: Any, *targets: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Sums of -log p and the auxiliary loss; goes on where the stage's last batch ended."""
         past = self._past.get(stage)
         if batch.begins or past is None or past[0].shape[0] != len(batch.words):
             past = self.model.net.empty_cache(len(batch.words))
-        loss, aux_loss, past = self.model(batch.words, targets, tuple(each.to(self.device) for each in past))
+        losses, aux_loss, past = self.model(batch.words, targets, tuple(each.to(self.device) for each in past))
         self._past[stage] = past
-        return loss, aux_loss
+        return losses, aux_loss
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        total, aux_loss = self._read("train", batch, batch.targets)
+        (total,), aux_loss = self._read("train", batch, batch.targets)
         main_loss = total / batch.targets.numel()
         loss = main_loss + self.aux_loss_weight * aux_loss
         size = batch.targets.numel()
@@ -138,8 +138,7 @@ class LanguageModule(Trained):
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        tokens, total, clean = self._evaluate(batch, "test")
-        self._found.append((tokens, total, total if clean is None else clean))
+        self._found.append(self._evaluate(batch, "test"))
 
     def predict_step(self, batch: Any, batch_idx: int) -> tuple[Tensor, ...]:
         """Targets [B, N], their -log p, the likeliest words and theirs."""
@@ -156,22 +155,15 @@ class LanguageModule(Trained):
             rows.append((targets, -own, least.indices, -least.values))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
-    def _evaluate(self, batch: Any, stage: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        past = self._past.get(stage)
-        total = self._read(stage, batch, batch.targets)[0].double()
+    def _evaluate(self, batch: Any, stage: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, and sums of -log p of the targets and of those before words were swapped."""
+        clean = [] if batch.clean_targets is None else [batch.clean_targets]
+        totals = [total.double() for total in self._read(stage, batch, batch.targets, *clean)[0]]
         tokens = (batch.targets != NO_WORD).sum()
         if tokens:
-            self.losses[stage].update(total / tokens, tokens)
-        if batch.clean_targets is None:
-            return tokens, total, None
-        read, self._past[stage] = self._past[stage], past if past is not None else ()
-        if past is None:
-            del self._past[stage]
-        clean = self._read(stage, batch, batch.clean_targets)[0].double()
-        self._past[stage] = read
-        if tokens:
-            self.losses["clean"].update(clean / tokens, tokens)
-        return tokens, total, clean
+            for name, total in zip((stage, "clean"), totals, strict=False):
+                self.losses[name].update(total / tokens, tokens)
+        return tokens, totals[0], totals[-1]
 
     def on_validation_epoch_end(self) -> None:
         self._log_perplexity("val", "val")
@@ -254,7 +246,7 @@ class LanguageModule(Trained):
             fastest = math.inf
             for _ in range(3):
                 start = time.perf_counter()
-                loss, aux_loss, _ = self.model(words, words, net.empty_cache(few))
+                (loss,), aux_loss, _ = self.model(words, (words,), net.empty_cache(few))
                 torch.autograd.grad(loss + aux_loss, list(net.parameters()), allow_unused=True)
                 if devices:
                     torch.cuda.synchronize(self.device)
@@ -266,7 +258,7 @@ class LanguageModule(Trained):
 
     def try_batch(self, data: Any) -> None:
         words = torch.zeros(data.batch_size, data.block_size, dtype=torch.int64)
-        self.model.train()(words, words, self.model.net.empty_cache(len(words)))
+        self.model.train()(words, (words,), self.model.net.empty_cache(len(words)))
 
 
 def vocabulary_hash(vocabulary: list[str] | None) -> str | None:
