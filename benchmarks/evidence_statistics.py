@@ -1,6 +1,7 @@
 """Paired differences over seeds: t and bootstrap intervals, Holm, and the smallest difference that could be shown."""
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ def resampled(values: tuple[float, ...], level: float) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+@cache  # of two numbers, and slow
 def smallest_effect(seeds: int, level: float) -> float:
     """In standard deviations of the paired difference, what the t test shows with power 80 %.
 

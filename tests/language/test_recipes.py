@@ -41,7 +41,11 @@ def steps(config: Path, text: Path, *more: str) -> dict:
     return torch.load(next(Path.cwd().rglob("*best*.ckpt")), weights_only=True)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=pytest.mark.long) if path.stem == "smoe_large" else path for path in CONFIGS],
+    ids=lambda path: path.stem,
+)
 def test_recipe_takes_steps(config: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     facts = steps(config, text)[KEY]
