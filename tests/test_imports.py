@@ -168,3 +168,9 @@ def test_maths_reads_no_environment() -> None:
     for room in ("momentum", "moe", "models"):
         for path in (PACKAGE / room).glob("*.py"):
             assert "environ" not in path.read_text(), path
+
+
+def test_no_two_files_of_the_tests_have_one_name() -> None:
+    """pytest puts all their folders on the path: the second would be the first."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

@@ -17,7 +17,7 @@ from analysis_helpers import tiny, write_checkpoint
 from cli_helpers import fails
 from ranks import run_on_ranks
 from recording import read
-from text_helpers import make_text
+from small_text import make_text
 
 from vmoe_momentum import cli
 from vmoe_momentum.checksums import verify_folder

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from text_helpers import make_text
+from small_text import make_text
 
 from vmoe_momentum import cli
 from vmoe_momentum.models.saved import KEY
