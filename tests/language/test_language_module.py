@@ -179,6 +179,16 @@ def test_training_goes_on_where_the_streams_were_whatever_is_validated_between(t
     assert all(torch.equal(found[0]["state_dict"][n], tensor) for n, tensor in found[1]["state_dict"].items())
 
 
+def test_it_trains_in_bfloat16_and_with_gathered_batches(text: Path, trained: Path, tmp_path: Path) -> None:
+    """Near the same run in float32; under accumulation the streams go on batch by batch."""
+    plain = scores(trained, "fit")
+    cli.run(arguments("fit", text, tmp_path, **{"trainer.precision": "bf16-mixed"}))
+    rounded = scores(tmp_path, "fit")
+    assert rounded["val/perplexity"] == pytest.approx(plain["val/perplexity"], rel=0.03)
+    cli.run(arguments("fit", text, tmp_path / "more", **{"trainer.accumulate_grad_batches": 2}))
+    assert math.isfinite(scores(tmp_path / "more", "fit")["val/perplexity"])
+
+
 def test_swapped_words_and_what_they_hide(text: Path, trained: Path, tmp_path: Path) -> None:
     """Attacked inputs and targets as the papers have it; the targets before the attack apart; by hand."""
     token = {"data.word_swap": 0.2, "data.word_swap_token": "cat", "data.eval_batch_size": 1}

@@ -1,6 +1,7 @@
 """The language networks against loops over positions, layers and tokens; the cache, causality, what must not leak."""
 
 import inspect
+import re
 from pathlib import Path
 
 import naive_lm
@@ -219,6 +220,16 @@ def test_sizes_by_hand(name: str, parameters: int) -> None:
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert len(net.moe_layers) == {"smoe_lm_small": 3, "smoe_lm_large": 12}.get(name, 6)
     assert len(net.blocks) == len(net.moe_layers) * (2 if name.startswith("glam") else 1)
+
+
+def test_the_guide_says_these_sizes() -> None:
+    guide = (Path(__file__).parents[2] / "vmoe_momentum" / "language" / "README.md").read_text()
+    told = dict(re.findall(r"^\| `(\w+)`.* \| ([\d.]+) M \|$", guide, flags=re.MULTILINE))
+    assert told.keys() == SIZES.keys()
+    for name, millions in told.items():
+        with torch.device("meta"):
+            net = create_language_model(name, vocab_size=WORDS)
+        assert f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}" == millions, name
 
 
 def test_the_released_form_has_a_second_norm_and_nothing_else() -> None:
