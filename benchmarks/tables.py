@@ -258,6 +258,10 @@ def language() -> str:
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
         lines.append(f"| {model} | {depth} | {len(rows) if depth else ''} | {' | '.join(cells)} |")
+    runs = sum(len(rows) for (_, depth), rows in groups.items() if depth)
+    wanted = 27  # nine cells of three seeds
+    if runs < wanted:
+        lines += ["", f"{runs} of {wanted} runs are there: too few to say which rule reads better."]
     return "\n".join(lines)
 
 
