@@ -21,8 +21,7 @@ from vmoe_momentum.momentum import MomentumRule
 from vmoe_momentum.robustness import BENCHMARK, SEVERITIES, Model, Settings, corrupt, make_plan
 from vmoe_momentum.robustness.evaluate import Evaluation, evaluate
 from vmoe_momentum.robustness.labels import list_folders
-from vmoe_momentum.robustness.pictures import batches
-from vmoe_momentum.robustness.plan import subset
+from vmoe_momentum.robustness.pictures import batches, subset
 from vmoe_momentum.robustness.summary import make_rows
 from vmoe_momentum.specs import from_spec
 from vmoe_momentum.staging import staged

@@ -22,7 +22,7 @@ from vmoe_momentum.models import commands as import_commands
 from vmoe_momentum.models.vit import MomentumVisionTransformer
 from vmoe_momentum.ranges import Range, check, in_range
 from vmoe_momentum.robustness.commands import parser as robustness_parser
-from vmoe_momentum.robustness.plan import RANGES, Settings, check_settings
+from vmoe_momentum.robustness.settings import RANGES, Settings, check_settings
 
 STRANGE = (math.nan, math.inf, -math.inf, -1, 0, 1e30, -1e30, 1.5, True, 10**30)
 PLACES = {  # what to build, by name; whatever else takes a number here is missing from this list

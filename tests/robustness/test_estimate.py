@@ -7,9 +7,11 @@ import torch
 from planted import paint, planted
 
 from vmoe_momentum.robustness import estimate
+from vmoe_momentum.robustness.attack_cells import query_count
 from vmoe_momentum.robustness.estimate import Pace, tell
 from vmoe_momentum.robustness.evaluate import evaluate
-from vmoe_momentum.robustness.plan import Settings, make_plan, query_count
+from vmoe_momentum.robustness.plan import make_plan
+from vmoe_momentum.robustness.settings import Settings
 
 pytest.importorskip("torchattacks")
 PACES = {"planted": Pace(0.01, 0.02)}

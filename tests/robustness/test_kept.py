@@ -8,7 +8,8 @@ from planted import paint, planted
 
 from vmoe_momentum.robustness.attacks import ATTACKS
 from vmoe_momentum.robustness.cells import Store
-from vmoe_momentum.robustness.plan import Settings, make_plan
+from vmoe_momentum.robustness.plan import make_plan
+from vmoe_momentum.robustness.settings import Settings
 
 OTHER = {"steps": 7, "queries": 300, "random_start": True, "restarts": 2, "eot": 3, "query_images": 1, "seed": 5}
 

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation
     from .labels import list_pictures
     from .models import Model, View
-    from .plan import Settings, check_settings, describe_pictures, make_plan, parse_eps
+    from .plan import describe_pictures, make_plan
     from .report import write_report
     from .rows import Row, write_rows
+    from .settings import Settings, check_settings, parse_eps
 
 __all__ = [
     "ATTACKS",
@@ -47,8 +48,9 @@ __getattr__, __dir__ = lazily(
         "evaluate": ("Evaluation",),
         "labels": ("list_pictures",),
         "models": ("Model", "View"),
-        "plan": ("Settings", "check_settings", "describe_pictures", "make_plan", "parse_eps"),
+        "plan": ("describe_pictures", "make_plan"),
         "report": ("write_report",),
         "rows": ("Row", "write_rows"),
+        "settings": ("Settings", "check_settings", "parse_eps"),
     },
 )

@@ -21,7 +21,7 @@ from .sets import SETS, named_corruptions
 
 if TYPE_CHECKING:
     from .models import Model
-    from .plan import Settings
+    from .settings import Settings
 
 _EXAMPLES = """examples:
   vmoe-momentum robustness --data data/digits --model Residual=a.ckpt --model HeavyBall=b.ckpt --out runs/robustness
@@ -67,8 +67,9 @@ def _run(
     from .effects import check_effects, named_in  # here: mistyped options are told before torch is imported
     from .evaluate import evaluate, loader_workers
     from .models import turned
-    from .plan import check_settings, describe_pictures, make_plan
+    from .plan import describe_pictures, make_plan
     from .report import is_report, stamp, write_report
+    from .settings import check_settings
     from .terminal import show
     from .versions import versions
 
@@ -196,7 +197,7 @@ def without_processes(argv: list[str]) -> list[str]:
 
 def _settings(given: dict[str, Any]) -> "Settings":
     """[none] means no corruption, as [] does; corruptions are made where no published ones are given."""
-    from .plan import DEFAULT_EPS, Settings, parse_eps
+    from .settings import DEFAULT_EPS, Settings, parse_eps
 
     made_here = given["imagenet_c"] is None if given["regenerate"] is None else given["regenerate"]
     corruptions = [] if given["corruptions"] == ["none"] else given["corruptions"]

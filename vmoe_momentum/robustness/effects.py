@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from .attacks import ATTACKS, PLAIN
-from .plan import Settings, all_attacks
 from .sets import SETS
+from .settings import Settings, all_attacks
 
 
 class Needs(NamedTuple):

@@ -1,5 +1,6 @@
 """Pictures from disk: decoded once a cell, corrupted, and cut for every model's view. uint8 [B, 3, H, W]."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -148,3 +149,8 @@ def fit(picture: Image.Image, view: View) -> Image.Image:
 
 def as_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def subset(count: int, wanted: int, seed: int) -> list[int]:
+    """`wanted` of `count` numbers, ascending, the same ones for the same seed."""
+    return sorted(random.Random(seed).sample(range(count), min(wanted, count)))
