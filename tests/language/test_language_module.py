@@ -26,6 +26,7 @@ from vmoe_momentum.datasets.text import TextBatch
 from vmoe_momentum.language import LanguageModule, create_language_model
 from vmoe_momentum.language.intervals import resampled
 from vmoe_momentum.language.looking import open_language_model
+from vmoe_momentum.language.module import PAST, joined, share_of
 from vmoe_momentum.models.saved import KEY
 
 TESTS = Path(__file__).parent.parent
@@ -166,8 +167,37 @@ def test_killed_inside_an_epoch_and_resumed_is_never_stopped(text: Path, tmp_pat
     )
     for name, tensor in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], tensor), f"{name}, killed before batch {kill_at}"
-    for mine, other in zip(ours["vmoe_momentum_past"][0], theirs["vmoe_momentum_past"][0], strict=True):
+    for mine, other in zip(ours[PAST], theirs[PAST], strict=True):
         assert torch.equal(mine, other) and float(other.abs().max()) > 0
+
+
+def test_another_number_of_devices_goes_on_with_the_same_streams(text: Path, tmp_path: Path) -> None:
+    """Two ranks stop inside an epoch; one goes on, with as many streams a step, as one that never stopped."""
+    alone = {"model.net.init_args.dropout": 0.0, "trainer.max_epochs": 1, "model.schedule.decay": "constant"}
+    cli.run(arguments("fit", text, tmp_path / "whole", **alone))
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    spread = {"data.batch_size": STREAMS // 2, "data.eval_batch_size": STREAMS, "trainer.devices": 2}
+    cut = {**alone, **spread, "trainer.strategy": "ddp", "trainer.max_steps": 21}
+    run_on_ranks(2, tmp_path, [("cut", arguments("fit", text, tmp_path / "cut", **cut))])
+    assert torch.load(last, weights_only=True)["global_step"] == 21
+    cli.run(arguments("fit", text, tmp_path / "rest", **alone, ckpt_path=last))
+    ours, theirs = (
+        torch.load(tmp_path / n / "checkpoints" / "last.ckpt", weights_only=True) for n in ("rest", "whole")
+    )
+    assert ours["global_step"] == theirs["global_step"] > 21
+    for mine, other in zip(ours[PAST], theirs[PAST], strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-3, rtol=0)
+    for name, tensor in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], tensor, atol=1e-3, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2), (3, 1)])
+def test_streams_are_dealt_anew(before: int, after: int) -> None:
+    whole = tuple(torch.randn(12, 3, 2) for _ in range(2))
+    again = joined([share_of(whole, rank, before) for rank in range(before)])
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    for rank in range(after):
+        assert torch.equal(share_of(again, rank, after)[0], whole[0][rank::after])
 
 
 def test_training_goes_on_where_the_streams_were_whatever_is_validated_between(text: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class LanguageModule(Trained):
     def _read(self, stage: str, batch: Any, *targets: Tensor) -> tuple[list[Tensor], Tensor]:
         """Sums of -log p and the auxiliary loss; goes on where the stage's last batch ended."""
         past = self._past.get(stage)
-        if batch.begins or past is None or past[0].shape[0] != len(batch.words):
+        if batch.begins or past is None:
             past = self.model.net.empty_cache(len(batch.words))
         losses, aux_loss, past = self.model(batch.words, targets, tuple(each.to(self.device) for each in past))
         self._past[stage] = past
@@ -197,20 +197,18 @@ class LanguageModule(Trained):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         mine = tuple(each.cpu() for each in self._past.get("train", ()))
+        parts: list[Any] = [mine]
         if dist.is_available() and dist.is_initialized():
-            parts: list[Any] = [None] * dist.get_world_size()
+            parts = [None] * dist.get_world_size()
             dist.all_gather_object(parts, mine)
-        else:
-            parts = [mine]
-        checkpoint[PAST] = parts
+        checkpoint[PAST] = joined(parts)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """On another number of devices, too: streams go on where they were, whoever reads them."""
         super().on_load_checkpoint(checkpoint)
-        parts = checkpoint.get(PAST, [])
-        if self._trainer is not None and self.trainer.state.fn == "fit" and self.global_rank < len(parts):
-            self._past["train"] = tuple(parts[self.global_rank])
-            if not self._past["train"]:
-                del self._past["train"]
+        past = checkpoint.get(PAST)
+        if past and self._trainer is not None and self.trainer.state.fn == "fit":
+            self._past["train"] = share_of(past, self.global_rank, self.trainer.world_size)
 
     def facts(self) -> dict[str, Any]:
         net = self.model.net
@@ -259,6 +257,16 @@ class LanguageModule(Trained):
     def try_batch(self, data: Any) -> None:
         words = torch.zeros(data.batch_size, data.block_size, dtype=torch.int64)
         self.model.train()(words, (words,), self.model.net.empty_cache(len(words)))
+
+
+def joined(parts: list[Cache]) -> Cache:
+    """Caches of ranks to which streams were dealt in turn -> of all streams, in their order."""
+    return tuple(torch.stack(each, dim=1).flatten(0, 1) for each in zip(*parts, strict=True))
+
+
+def share_of(cache: Cache, rank: int, ranks: int) -> Cache:
+    """The streams that one rank of so many reads."""
+    return tuple(each[rank::ranks].clone() for each in cache)
 
 
 def vocabulary_hash(vocabulary: list[str] | None) -> str | None:

@@ -1,7 +1,7 @@
 """What every module shares that `fit` trains, and what callbacks and checkpoints ask of it."""
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +15,7 @@ from .optimization import OptimizerSettings, ScheduleSettings
 from .profile import Cost
 
 
-class Trained(pl.LightningModule):
+class Trained(pl.LightningModule, ABC):
     """Optimizer, schedule, clipping, and checkpoints that say what network they are of."""
 
     model: nn.Module  # what is called, with the network as `net`
