@@ -6,6 +6,7 @@
     python benchmarks/evidence.py --list                         # what is left, and for how long
     python benchmarks/evidence.py --arm heavy_ball_07 --seed 0   # one run once more, held against its committed row
     python benchmarks/evidence.py --pictures                     # pictures and page from the rows alone
+    python benchmarks/evidence.py --parts '[small]' --processes 4   # on a GPU
 
 PROTOCOL
 
@@ -28,6 +29,11 @@ Arms (evidence_arms.py has their settings).
   1.5, 2, 2.5, 3 and 4.
   Depth, three seeds, 300 steps of 64 pictures: residual and heavy_ball_07, without and with the norm, of 8, 16, 32
   and 56 blocks.
+  Small, five seeds, on a GPU: small_residual, small_residual_norm, small_heavy_ball_07 and small_heavy_ball_09_norm,
+  the authors' network V-MoE-S/32, every 2, 8 experts, in its own shapes (49 patches, width 512), on the same pictures:
+  configs/fashion_small.yaml, 3 epochs, bfloat16 autocast; measured as the main arms, in float32 (eigenvalues of 8
+  tokens a block). This part was added on 2026-11-27, before any run of it, once seed 0 of the others was there; its
+  recipe was written down untried.
 
 Pairs. Runs of one seed share initial weights (all that both networks have) and the order and flips of pictures.
 Runs are made seed by seed, all arms of seed 0 first, so that every interruption leaves a balanced table.
@@ -50,15 +56,20 @@ Questions, each a paired difference over seeds, arm minus control.
   12 heavy_ball_07_norm - residual_norm in clean top-1, at 56 blocks minus at 8
   13 heavy_ball_07 - residual, the largest gamma borne
   14 heavy_ball_09 - residual, the largest gamma borne
+  On the small part, in clean top-1 and over the corruptions:
+  15 small_heavy_ball_07 - small_residual                as 1
+  16 small_heavy_ball_09_norm - small_residual_norm      as 3
+  17 small_residual_norm - small_residual                as 4
   A rule bears a gamma of the grid if there, and at all gammas from 1 up to it, its run stays finite and loses no more
   than 5 points of top-1 against its own run with gamma 1 and the same seed. At most 4, the end of the grid. A spread
   over seeds below what rounding to the grid makes (0.5 / sqrt 6) counts as that: three equal values are no certainty.
 
-Test. The paired t test (df = seeds - 1), two-sided; Holm at 5 % over the ten questions of each of the two measures, and
-over the four on the mechanism: three families. Each question has the t interval at its own step in Holm's order, which
-leaves out 0 exactly where that step's test does; a question counts as shown only if all steps before it are, too.
-Beside it stands the percentile bootstrap over seeds at the same level (10,000 draws, seed 0), which is known to be too
-narrow for five seeds: where the two disagree about 0 the page says so, and the t test holds.
+Test. The paired t test (df = seeds - 1), two-sided; Holm at 5 % over the ten questions of each of the two measures,
+over the four on the mechanism, and over the three of each of the two measures on the small part: five families. Each
+question has the t interval at its own step in Holm's order, which leaves out 0 exactly where that step's test does; a
+question counts as shown only if all steps before it are, too. Beside it stands the percentile bootstrap over seeds at
+the same level (10,000 draws, seed 0), which is known to be too narrow for five seeds: where the two disagree about 0
+the page says so, and the t test holds.
   gain         Holm rejects 0, and the mean difference is at least 0.5 points (clean), 1 point (corrupted), 0.5 points
                (depth) or 0.5 (gamma)
   loss         the same downwards
@@ -81,6 +92,8 @@ No run is excluded or repeated for what it gave.
 Stopping. When every cell is there, or the time is up; verdicts are given only for questions all of whose seeds are
 there, and the page names the cells that are missing. Nobody chooses an arm, a measure or a threshold after this.
 
+A GPU's sums come in another order each time: there a run made once more gives other digits.
+
 Time, estimated from CPU seconds of one thread on two busy cores: 600 for a main run (some 75 of them for measures),
 48 for margin, 62 for depth, there times blocks over 8: 234 runs, 21 hours of one core, about ten of two.
 """
@@ -92,7 +105,8 @@ import sys
 from pathlib import Path
 
 import jsonargparse
-from evidence_arms import Cell, cells, guess
+import torch
+from evidence_arms import ON_GPU, PARTS, Cell, cells, guess
 from evidence_measures import forget, make_corrupted
 from evidence_rows import AGAIN, CODE, REPEATED, ROOT, Row, add_row, provenance, read_rows
 from evidence_runs import name_of, run_cell
@@ -118,11 +132,12 @@ def main(
     results: str = str(RESULTS),
     out: str = "runs/evidence",
     fit: list[str] | None = None,
+    commit: str | None = None,
 ) -> None:
     """Run what the rows lack, then draw pictures and page from them.
 
     Args:
-        parts: Some of main, margin, depth; default all.
+        parts: Some of main, margin, depth and small; default all but the last, which wants a GPU.
         arm: This one only. With a seed whose row is there: run it once more and hold it against the row.
         seed: This one only.
         processes: That share the runs, one thread each. Others may be started by hand at any time. 0: a helper, which
@@ -133,6 +148,7 @@ def main(
         results: Folder of rows.csv, pictures and page.
         out: Folder for logs and checkpoints of runs, about 6 MB each.
         fit: More options of fit for all runs: for trying things, not with the committed rows.
+        commit: Of the code, for the rows; where this is a copy without git's history.
     """
     folder, wanted = Path(results), cells(parts, arm, seed)
     rows = read_rows(folder / "rows.csv")
@@ -146,9 +162,11 @@ def main(
         raise ValueError(f"--fit={fit}: other runs than the protocol's have no place among its rows; give --results")
     if not Path(data).is_dir():
         raise FileNotFoundError(f"--data={data}: no such folder; vmoe-momentum data prepare idx --out {data}")
+    if any(cell.arm.part in ON_GPU for cell in left) and not torch.cuda.is_available() and not fit:
+        raise ValueError("--parts=[small]: torch finds no GPU here; leave it out")
     if not left and arm is not None and seed is not None:
         return repeat(wanted[0], rows, folder, Path(data), Path(out), fit or [])
-    made = provenance()
+    made = provenance(commit)
     if folder.resolve() == RESULTS and made["revision"].endswith("+"):
         raise ValueError(f"{', '.join(CODE)}: changed since the last commit; commit first, as rows name their code")
     helpers = [subprocess.Popen([sys.executable, *sys.argv, "--processes=0"]) for _ in range(processes - 1)]
@@ -193,7 +211,7 @@ def run_left(left: list[Cell], path: Path, data: Path, out: Path, made: Row, ext
                     continue
                 row = run_cell(cell, data, corrupted, out, made, extra)
                 claims.wait_for("rows", seconds=600)
-                add_row(path, row, cells())
+                add_row(path, row, cells([*PARTS]))
                 claims.give_back("rows")
                 forget(out / name_of(cell) / "measures")
                 meter.advance(cell.arm.part, cost)
@@ -216,7 +234,7 @@ def repeat(cell: Cell, rows: list[Row], results: Path, data: Path, out: Path, ex
         if old[name] or row[name]:
             table.add_row(name, old[name], row[name] + ("" if old[name] == row[name] else "   differs"))
     Console().print(table)
-    add_row(results / "repeats.csv", row, cells(), AGAIN)
+    add_row(results / "repeats.csv", row, cells([*PARTS]), AGAIN)
     other = [name for name in REPEATED if old[name] != row[name]]
     if other:
         raise ValueError(f"{', '.join(other)}: other than in the row; machine, torch and revision above may say why")

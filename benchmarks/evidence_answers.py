@@ -13,6 +13,7 @@ from evidence_questions import (
     MAIN,
     MARGIN,
     PRIMARY,
+    SMALL,
     Measure,
     Question,
 )
@@ -89,11 +90,12 @@ def margins(table: Table, question: Question) -> dict[int, float]:
 
 
 def answers(rows: list[Row]) -> list[Answer]:
-    """Of every question, family by family: clean, corrupted, the mechanism."""
+    """Of every question, family by family: clean, corrupted, both at the shapes of S/32, the mechanism."""
     table, found = table_of(rows), []
-    for measure in PRIMARY:
-        asked = [(q, measure, paired(table, q.arm, q.control, measure), ARMS[q.arm].seeds) for q in MAIN]
-        found += _family(asked)
+    for questions in (MAIN, SMALL):
+        for measure in PRIMARY:
+            asked = [(q, measure, paired(table, q.arm, q.control, measure), ARMS[q.arm].seeds) for q in questions]
+            found += _family(asked)
     asked = [(q, GAIN_OF_DEPTH, grown(table, q), 3) for q in DEPTH] + [(q, BORNE, margins(table, q), 3) for q in MARGIN]
     return found + _family(asked)
 

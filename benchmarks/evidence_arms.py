@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 NET = "--model.net.init_args"
 GAMMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 DEPTHS = (8, 16, 32, 56)
+PARTS = ("main", "margin", "depth", "small")
+ON_GPU = ("small",)  # run only where they are asked for
 SHORT = {"margin": 200, "depth": 300}  # steps of 64 pictures; the learning rate decays to the last one
 # seconds of a run of one thread, measures included, where no row says more; depth times its blocks over 8
-GUESS = {"main": 600.0, "margin": 48.0, "depth": 62.0}
+GUESS = {"main": 600.0, "margin": 48.0, "depth": 62.0, "small": 90.0}
 
 
 class Arm(NamedTuple):
@@ -20,7 +22,7 @@ class Arm(NamedTuple):
     """
 
     name: str
-    part: str  # main, margin, depth
+    part: str  # of PARTS
     seeds: int
     options: tuple[str, ...]
     rule: dict[str, Any] | None
@@ -107,22 +109,34 @@ def depth_arms() -> list[Arm]:
     ]  # fmt: skip
 
 
-ARMS = {arm.name: arm for arm in (*main_arms(), *margin_arms(), *depth_arms())}
+def small_arms() -> list[Arm]:
+    """Four of the main arms in the shapes of V-MoE-S/32."""
+    own, main = "--config=configs/fashion_small.yaml", {arm.name: arm for arm in main_arms()}
+    return [
+        main[name]._replace(name=f"small_{name}", part="small", options=(own, *main[name].options))
+        for name in ("residual", "residual_norm", "heavy_ball_07", "heavy_ball_09_norm")
+    ]
+
+
+ARMS = {arm.name: arm for arm in (*main_arms(), *margin_arms(), *depth_arms(), *small_arms())}
 
 
 def cells(parts: list[str] | None = None, arm: str | None = None, seed: int | None = None) -> list[Cell]:
     """In the order they are run: all arms of seed 0 (main, margin, depth), then all of seed 1, ...
 
+    parts: None leaves out what wants a GPU, unless the arm is such a one.
     Raises ValueError: no such part, arm, or seed of it.
     """
-    unknown = sorted(set(parts or ()) - {each.part for each in ARMS.values()})
+    unknown = sorted(set(parts or ()) - set(PARTS))
     if unknown:
-        raise ValueError(f"--parts={unknown}: use some of main, margin, depth")
+        raise ValueError(f"--parts={unknown}: use some of {', '.join(PARTS)}")
     if arm is not None and arm not in ARMS:
         raise ValueError(f"--arm={arm}: no such arm; --list shows them")
+    if parts is None:
+        parts = [part for part in PARTS if arm is not None or part not in ON_GPU]
     found = [
         Cell(each, number) for number in range(5) for each in ARMS.values()
-        if number < each.seeds and (parts is None or each.part in parts) and arm in (None, each.name)
+        if number < each.seeds and each.part in parts and arm in (None, each.name)
         and seed in (None, number)
     ]  # fmt: skip
     if not found:

@@ -7,7 +7,7 @@ from statistics import mean
 
 import numpy as np
 import torch
-from evidence_arms import GAMMAS, Arm
+from evidence_arms import GAMMAS, ON_GPU, Arm
 from evidence_rows import INSIDE, RANKS
 from PIL import Image
 from torch import Tensor
@@ -29,10 +29,11 @@ from vmoe_momentum.staging import staged
 # Of the 10,000 held-out pictures, the same ones for every run; clean accuracy, NLL and ECE are of all of them.
 PICTURES = {"corrupted": 300, "attacked": 150, "square": 60, "instruments": 256}
 EPS, STEPS, QUERIES, NOISE = (2, 8), 20, 100, 16.0  # eps and the noise's standard deviation: of 255
-TOKENS = 64  # whose eigenvalues are found, a block
+TOKENS, TOKENS_ON_GPU = 64, 8  # whose eigenvalues are found, a block; at width 512 each takes a second
 BINS = 15  # of the expected calibration error
 TARGETS = {"epochs_to_85": 0.85, "epochs_to_88": 0.88, "epochs_to_90": 0.90}
 BATCH = 150
+WHOLE = ("main", *ON_GPU)  # parts whose answers and attacks are measured, too
 Found = dict[str, float | int | None]
 
 
@@ -61,15 +62,16 @@ def held_out(data: Path, count: int) -> list[Path]:
     return [paths[number] for number in subset(len(paths), count, 0)]
 
 
-def measure(arm: Arm, folder: Path, data: Path, corrupted: Path) -> Found:
+def measure(arm: Arm, folder: Path, data: Path, corrupted: Path, device: str) -> Found:
     """Of the run in `folder`. Raises ValueError: answers that are not finite (it is in the message)."""
     checkpoint, out = folder / "fit" / "checkpoints" / "last.ckpt", folder / "measures"
     found = training(arm, folder / "fit", out)
     model = open_models([f"{arm.name}={checkpoint}"])[0]
-    if arm.part == "main":
-        found |= clean(model, data, out) | corruptions(model, corrupted, out) | attacks(model, data, out)
+    if arm.part in WHOLE:
+        found |= clean(model, data, out, device) | corruptions(model, corrupted, out, device)
+        found |= attacks(model, data, out, device)
     if arm.rule is not None:
-        found |= instruments(arm, f"{arm.name}={checkpoint}", model, data, out)
+        found |= instruments(arm, f"{arm.name}={checkpoint}", model, data, out, device)
     return found
 
 
@@ -78,14 +80,14 @@ def training(arm: Arm, log: Path, out: Path) -> Found:
     columns = read_log(str(log))
     found: Found = {"top1": columns["val/top1"][-1], "nll": columns["val/loss"][-1]}
     found["train_loss"] = columns["train/loss_epoch"][-1]
-    if arm.part == "main":
+    if arm.part in WHOLE:
         rows = compare([f"{arm.name}={log}"], list(TARGETS.values()), fresh(out, "compare"))
         found |= {name: row.epochs for name, row in zip(TARGETS, rows, strict=True)}
     return found
 
 
-def clean(model: Model, data: Path, out: Path) -> Found:
-    evaluation = run(Settings(data=str(data), corruptions=(), attacks=(), regenerate=False), model, out)
+def clean(model: Model, data: Path, out: Path, device: str) -> Found:
+    evaluation = run(Settings(data=str(data), corruptions=(), attacks=(), regenerate=False), model, out, device)
     outcome = evaluation.outcomes[model.name, 0]
     confidence, correct = torch.from_numpy(outcome.confidence), torch.from_numpy(outcome.correct).int()
     rows = {row.metric: row.value for row in make_rows(evaluation)}
@@ -93,36 +95,38 @@ def clean(model: Model, data: Path, out: Path) -> Found:
     return {"ece": ece, "rms_calibration_error": rows["rms_calibration_error"]}
 
 
-def corruptions(model: Model, corrupted: Path, out: Path) -> Found:
-    rows = make_rows(run(Settings(sets={"imagenet_c": str(corrupted)}, attacks=(), regenerate=False), model, out))
+def corruptions(model: Model, corrupted: Path, out: Path, device: str) -> Found:
+    settings = Settings(sets={"imagenet_c": str(corrupted)}, attacks=(), regenerate=False)
+    rows = make_rows(run(settings, model, out, device))
     (value,) = [row.value for row in rows if (row.condition, row.metric) == ("15 corruptions", "top1")]
     return {"corrupted_top1": value}
 
 
-def attacks(model: Model, data: Path, out: Path) -> Found:
+def attacks(model: Model, data: Path, out: Path, device: str) -> Found:
     settings = Settings(
         data=str(data), corruptions=(), regenerate=False, attacks=("pgd", "square"), eps=tuple(e / 255 for e in EPS),
         steps=STEPS, queries=QUERIES, query_images=PICTURES["square"], limit=PICTURES["attacked"],
     )  # fmt: skip
-    rows = make_rows(run(settings, model, out))
+    rows = make_rows(run(settings, model, out, device))
     robust = {(row.condition, row.severity_or_eps): row.value for row in rows if row.metric == "robust_top1"}
     names = {"pgd": f"pgd-{STEPS}", "square": f"square-{QUERIES}q"}
     return {f"{short}_{eps}": robust[name, str(eps)] for short, name in names.items() for eps in EPS}
 
 
-def run(settings: Settings, model: Model, out: Path) -> Evaluation:
-    return evaluate(make_plan(settings, [model]), [model], out, batch_size=BATCH)
+def run(settings: Settings, model: Model, out: Path, device: str) -> Evaluation:
+    return evaluate(make_plan(settings, [model]), [model], out, batch_size=BATCH, device=device)
 
 
-def instruments(arm: Arm, subject: str, model: Model, data: Path, out: Path) -> Found:
+def instruments(arm: Arm, subject: str, model: Model, data: Path, out: Path, device: str) -> Found:
     """Means over blocks, but for the largest |s|, the largest of all."""
     images, subjects = shown(model, data), open_subjects([subject], lambda saved: None)
-    loads = load(subjects, images, fresh(out, "load"))
+    loads = load(subjects, images, fresh(out, "load"), device)
     ranks = [mean(row.value for row in loads if (row.metric, row.index) == ("load_by_norm", i)) for i in range(4)]
-    moved = sensitivity(subjects, images, fresh(out, "sensitivity"), [NOISE])
-    sizes = norms(subjects, images, fresh(out, "norms"))
+    moved = sensitivity(subjects, images, fresh(out, "sensitivity"), [NOISE], device)
+    sizes = norms(subjects, images, fresh(out, "norms"), device=device)
     streams = [row.mean for row in sizes if row.metric == "token_norm"]
-    blocks = spectrum(subjects, images, fresh(out, "spectrum"), tokens=TOKENS)
+    tokens = TOKENS_ON_GPU if arm.part in ON_GPU else TOKENS
+    blocks = spectrum(subjects, images, fresh(out, "spectrum"), tokens=tokens, device=device)
     own = [row.share_rule for row in blocks if row.share_rule is not None]  # none where the step is not linear
     found: Found = {
         "load_cv": mean(row.value for row in loads if row.metric == "cv"),

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 
 from evidence_answers import Answer, answers, shown_apart, table_of, value
-from evidence_arms import ARMS, cells
+from evidence_arms import ARMS, ON_GPU, PARTS, cells
 from evidence_pictures import draw
 from evidence_questions import MAIN, SECONDARY
 from evidence_rows import REPEATED, ROOT, Row
@@ -35,7 +35,7 @@ def write_page(rows: list[Row], again: list[Row], folder: Path) -> None:
 
 def fill(text: str, rows: list[Row], again: list[Row]) -> str:
     """`text` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
-    made = {name: make(rows) for name, make in PARTS.items()} | {"repeats": repeats(rows, again)}
+    made = {name: make(rows) for name, make in SECTIONS.items()} | {"repeats": repeats(rows, again)}
     for name, told in made.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda match, told=told: f"{match[1]}{told}\n{match[2]}", text, flags=re.DOTALL)
@@ -46,7 +46,7 @@ def status(rows: list[Row]) -> str:
     """How many runs are there, and which are not."""
     if not rows:
         return NOTHING
-    done, every = set(table_of(rows)), cells()
+    done, every = set(table_of(rows)), cells(list(PARTS))
     missing: dict[str, list[int]] = {}
     for cell in every:
         if (cell.arm.name, cell.seed) not in done:
@@ -67,8 +67,8 @@ def conclusion(rows: list[Row]) -> str:
         return NOTHING
     found = answers(rows)
     topics = (
-        ("Momentum as the paper writes it", (1,)),
-        ("The norm of the authors' code, and momentum behind it", (4, 2, 3)),
+        ("Momentum as the paper writes it", (1, 15)),
+        ("The norm of the authors' code, and momentum behind it", (4, 2, 3, 17, 16)),
         ("Adam and the robust rule", (5, 6, 7)),
         ("Momentum or a larger step, and momentum in dense blocks", (8, 9, 10)),
         ("Depth and the stability margin", (11, 12, 13, 14)),
@@ -123,14 +123,14 @@ def questions(rows: list[Row]) -> str:
 
 
 def arms(rows: list[Row]) -> str:
-    """Mean and sample standard deviation over seeds of the main arms."""
+    """Mean and sample standard deviation over seeds of the main arms, and of those on a GPU."""
     if not rows:
         return NOTHING
     head = ["arm", "seeds", "not finite", *(title for _, title, _ in ARM_COLUMNS)]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm in ARMS.values():
         own = [row for row in rows if row["arm"] == arm.name]
-        if arm.part == "main" and own:
+        if arm.part in ("main", *ON_GPU) and own:
             numbers = [spread([scale * value(row, column) for row in own]) for column, _, scale in ARM_COLUMNS]
             lost = sum(bool(row["diverged"]) for row in own)
             lines.append(f"| {' | '.join([arm.name, f'{len(own)} of {arm.seeds}', str(lost), *numbers])} |")
@@ -200,7 +200,7 @@ def pictures(rows: list[Row]) -> str:
     return "\n\n".join(f"![{name}]({name}.png)\n\n{text}" for name, part, text in CAPTIONS if part in parts)
 
 
-PARTS = {
+SECTIONS = {
     "status": status, "conclusion": conclusion, "questions": questions, "arms": arms, "secondary": secondary,
     "pictures": pictures,
 }  # fmt: skip

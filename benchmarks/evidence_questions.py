@@ -52,6 +52,12 @@ MARGIN = (
     Question(13, "Does mu 0.7 bear a larger gamma?", "heavy_ball_07", "residual"),
     Question(14, "Does mu 0.9 bear a larger gamma?", "heavy_ball_09", "residual"),
 )
+# On a GPU: the shapes of V-MoE-S/32. Each of the two primary measures is a family of three there.
+SMALL = (
+    Question(15, "As 1, at the shapes of V-MoE-S/32", "small_heavy_ball_07", "small_residual"),
+    Question(16, "As 3, at the shapes of V-MoE-S/32", "small_heavy_ball_09_norm", "small_residual_norm"),
+    Question(17, "As 4, at the shapes of V-MoE-S/32", "small_residual_norm", "small_residual"),
+)
 GAIN_OF_DEPTH = Measure("top1", "gain at 56 blocks minus gain at 8", "points", 100.0, 0.5, 0.01)
 BORNE = Measure("top1", "largest gamma borne", "gamma", 1.0, 0.5, 0.5)
 

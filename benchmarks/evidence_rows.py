@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from evidence_arms import DEPTHS, GAMMAS, Arm, Cell
+from evidence_arms import GAMMAS, Arm, Cell
 
 import vmoe_momentum
 from vmoe_momentum.staging import draft_of
@@ -27,7 +27,6 @@ MEASURED = (
 MADE = ("seconds", "cpu_seconds", "threads", "machine", "torch", "revision")
 COLUMNS = ("part", "arm", "seed", "rule", "post_norm", "gamma", "depth", "diverged", *MEASURED, *MADE)
 REPEATED = ("diverged", *MEASURED)  # what a second run of the same cell must give again
-assert max(DEPTHS) < 100
 
 CELL = ("arm", "seed")  # what tells rows apart
 AGAIN = (*CELL, "machine", "torch", "revision")  # what tells repeated runs apart
@@ -92,8 +91,11 @@ def value_of(row: Row, name: str) -> float:
     return float(row[name]) if row[name] else math.nan
 
 
-def provenance() -> dict[str, str]:
-    """What is the same for all runs of a process. Raises ValueError: the package is another checkout's."""
+def provenance(commit: str | None = None) -> dict[str, str]:
+    """What is the same for all runs of a process. commit: of the code, asked of git where it is None.
+
+    Raises ValueError: the package is another checkout's.
+    """
     imported = Path(vmoe_momentum.__file__).resolve().parents[1]
     if imported != ROOT.resolve():
         raise ValueError(
@@ -101,7 +103,7 @@ def provenance() -> dict[str, str]:
         )
     return {
         "threads": str(torch.get_num_threads()), "machine": f"{processor()}, {platform.machine()}",
-        "torch": torch.__version__, "revision": revision(),
+        "torch": torch.__version__, "revision": commit or revision(),
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
-from evidence_arms import Cell
+from evidence_arms import ON_GPU, Cell
 from evidence_measures import measure
 from evidence_rows import ROOT, Row, make_row
 
@@ -20,6 +20,9 @@ def run_cell(cell: Cell, data: Path, corrupted: Path, out: Path, made: Row, extr
     """Trained from the start, unless an earlier attempt got through training; what it prints is in its folder."""
     folder = out / name_of(cell)
     torch.set_num_threads(THREADS)
+    device = "cuda" if cell.arm.part in ON_GPU and torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        made = made | {"machine": f"{torch.cuda.get_device_name()}, {made['machine']}"}
     start, cpu, diverged, found = time.perf_counter(), time.process_time(), "", {}
     if not (folder / "trained").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -29,7 +32,7 @@ def run_cell(cell: Cell, data: Path, corrupted: Path, out: Path, made: Row, extr
             if not (folder / "trained").exists():
                 cli.run(["fit", *options(cell, data, out), *extra])
                 (folder / "trained").touch()
-            found = measure(cell.arm, folder, data, corrupted)
+            found = measure(cell.arm, folder, data, corrupted, device)
         except NotFinite as error:
             diverged = "training"
             print(error)

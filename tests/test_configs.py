@@ -24,6 +24,7 @@ TEXT = sorted((FOLDER / "language").glob("*.yaml"))  # tests/language/test_recip
 
 # up to half a minute each, and networks that other recipes have, too
 LARGE = (
+    "fashion_small",
     "adversarial_vmoe_small_patch32",
     "vmoe_base_patch16",
     "finetune_384",

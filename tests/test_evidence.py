@@ -34,11 +34,22 @@ def test_seeds_come_one_after_the_other_and_main_arms_have_five() -> None:
     assert all(arm.seeds in (3, 5) for arm in arms.ARMS.values())
 
 
+def test_what_wants_a_gpu_is_run_where_it_is_asked_for() -> None:
+    assert len(arms.cells([*arms.PARTS])) == 234 + 4 * 5
+    assert {cell.arm.part for cell in arms.cells(["small"])} == {
+        cell.arm.part for cell in arms.cells(arm="small_residual")
+    }
+    for cell in arms.cells(["small"]):
+        twin = arms.ARMS[cell.arm.name.removeprefix("small_")]
+        assert (cell.arm.rule, cell.arm.post_norm, cell.arm.options[1:]) == (twin.rule, twin.post_norm, twin.options)
+
+
 def test_the_header_has_every_arm_question_and_threshold() -> None:
-    for question in (*questions.MAIN, *questions.DEPTH, *questions.MARGIN):
+    for question in (*questions.MAIN, *questions.DEPTH, *questions.MARGIN, *questions.SMALL):
         assert re.search(rf" {question.number} {question.arm} - {question.control}\b", PROTOCOL), question
     for arm in arms.main_arms():
         assert re.search(rf"\b{arm.name.removesuffix('_norm')}\b", PROTOCOL), arm.name
+    assert all(re.search(rf"\b{arm.name}\b", PROTOCOL) for arm in arms.small_arms())
     clean, corrupted = (measure.counts for measure in questions.PRIMARY)
     told = (clean, corrupted, questions.GAIN_OF_DEPTH.counts, questions.BORNE.counts)
     assert "{} points (clean), {:g} point (corrupted), {} points (depth) or {} (gamma)".format(*told) in PROTOCOL
@@ -208,11 +219,13 @@ def test_rows_find_their_place_and_broken_files_are_told(tmp_path: Path) -> None
         ({"arm": "heavy_ball_7"}, "--arm=heavy_ball_7: no such arm"),
         ({"parts": ["main", "minor"]}, "--parts=.*minor"),
         ({"arm": "nesterov", "seed": 4}, "--seed=4: the protocol has seeds 0 to 2 there"),
+        ({"arm": "small_residual", "data": "."}, r"--parts=\[small\]: torch finds no GPU here"),
         ({"data": "nowhere"}, "--data=nowhere: no such folder"),
         ({"fit": ["--trainer.max_epochs=1"]}, "--fit=.*give --results"),
     ],
 )
-def test_what_cannot_be_run_is_told(settings: dict, message: str) -> None:
+def test_what_cannot_be_run_is_told(settings: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evidence.main(**settings)
 

@@ -62,6 +62,10 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
         "V-MoE-S/32, every 2, of 8 experts: the network of MomentumSMoE's vision code. Its norms: post_norm.",
         _vmoe(S, 32, "every2", 8),
     ),
+    "vmoe_small_every2_experts8_patch4_28": (
+        "The same on 49 patches of 28-pixel images, such as Fashion-MNIST: S/32's shapes without its pixels. Ours.",
+        _vmoe(S, 4, "every2", 8, img_size=28),
+    ),
     "vmoe_small_patch16_224": ("S/32's network on patches of 16; ours, not in the paper.", _vmoe(S, 16, "last2", 8)),
     "vmoe_base_last2_patch32_224": ("V-MoE-B/32, last 2.", _vmoe(B, 32, "last2", 32)),
     "vmoe_base_every2_patch32_224": ("V-MoE-B/32, every 2.", _vmoe(B, 32, "every2", 32)),
