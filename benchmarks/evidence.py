@@ -31,7 +31,7 @@ Arms (evidence_arms.py has their settings).
   and 56 blocks.
   Small, five seeds, on a GPU: small_residual, small_residual_norm, small_heavy_ball_07 and small_heavy_ball_09_norm,
   the authors' network V-MoE-S/32, every 2, 8 experts, in its own shapes (49 patches, width 512), on the same pictures:
-  configs/fashion_small.yaml, 3 epochs, bfloat16 autocast; measured as the main arms, in float32 (eigenvalues of 8
+  configs/fashion_small.yaml, 3 epochs, bfloat16 autocast; measured as the main arms, in float32 (eigenvalues of 2
   tokens a block). This part was added on 2026-11-27, before any run of it, once seed 0 of the others was there; its
   recipe was written down untried.
 

@@ -29,7 +29,7 @@ from vmoe_momentum.staging import staged
 # Of the 10,000 held-out pictures, the same ones for every run; clean accuracy, NLL and ECE are of all of them.
 PICTURES = {"corrupted": 300, "attacked": 150, "square": 60, "instruments": 256}
 EPS, STEPS, QUERIES, NOISE = (2, 8), 20, 100, 16.0  # eps and the noise's standard deviation: of 255
-TOKENS, TOKENS_ON_GPU = 64, 8  # whose eigenvalues are found, a block; at width 512 each takes a second
+TOKENS, TOKENS_ON_GPU = 64, 2  # whose eigenvalues are found, a block; at width 512 each takes a second
 BINS = 15  # of the expected calibration error
 TARGETS = {"epochs_to_85": 0.85, "epochs_to_88": 0.88, "epochs_to_90": 0.90}
 BATCH = 150
