@@ -10,7 +10,6 @@ from vmoe_momentum.analysis import Files
 from vmoe_momentum.analysis.subjects import Subject
 from vmoe_momentum.models.saved import KEY, open_saved
 from vmoe_momentum.training import ImageClassifier
-from vmoe_momentum.training.identity import describe_classifier
 
 SIZE, CLASSES = 16, 10
 
@@ -30,7 +29,7 @@ def tiny(**settings) -> nn.Module:
 def write_checkpoint(net: nn.Module, path: Path, epoch: int = 0) -> Path:
     module = ImageClassifier(net, num_classes=CLASSES, image_size=SIZE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"epoch": epoch, "global_step": 10 * (epoch + 1), KEY: describe_classifier(module)}
+    facts = {"epoch": epoch, "global_step": 10 * (epoch + 1), KEY: module.facts()}
     torch.save({"state_dict": module.state_dict(), **facts}, path)
     return path
 

@@ -174,3 +174,50 @@ def test_no_two_files_of_the_tests_have_one_name() -> None:
     """pytest puts all their folders on the path: the second would be the first."""
     names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
     assert sorted(names) == sorted(set(names))
+
+
+def imported(path: Path) -> set[Path]:
+    """Files of ours that a file imports when it is read, or for a type checker alone; not inside functions."""
+    own = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    found, todo = set(), list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If | ast.Try):
+            todo += [*node.body, *node.orelse]
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("vmoe_momentum")):
+            base = PACKAGE.parent.joinpath(
+                *own[: len(own) - node.level] if node.level else (), *(node.module or "").split(".")
+            )
+            for place in [base, *(base / alias.name for alias in node.names)]:
+                found |= {file for file in (place.with_suffix(".py"),) if file.exists()}
+    return found - {path}
+
+
+def waiting(files: list[Path]) -> list[Path]:
+    """What is left once files are taken away whose imports are: those of circles, and those that import them."""
+    graph = {path: imported(path) for path in files}
+    while leaves := [path for path, deps in graph.items() if not deps & graph.keys()]:
+        for path in leaves:
+            del graph[path]
+    return sorted(graph)
+
+
+def test_no_file_waits_for_itself() -> None:
+    """No circle of imports, also none that only a type checker would walk."""
+    assert not waiting(FILES)
+    assert sum(len(imported(path)) for path in FILES) > 500
+
+
+def test_a_circle_is_seen(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path / "vmoe_momentum")
+    texts = {
+        "a": "from .b import B",
+        "b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vmoe_momentum.room.a import A",
+        "c": "from . import d",
+        "d": "def f():\n    from .c import C",
+    }
+    (tmp_path / "vmoe_momentum" / "room").mkdir(parents=True)
+    files = {name: tmp_path / "vmoe_momentum" / "room" / f"{name}.py" for name in texts}
+    for name, text in texts.items():
+        files[name].write_text(text + "\n")
+    assert waiting(list(files.values())) == [files["a"], files["b"]]

@@ -216,7 +216,7 @@ FILLS = [fill for fill in get_args(Fill) if fill != "packed"]
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.05, 1.6, "dropless"])
 def test_every_fill_is_one_function(factor: float | str, priority: bool, fill: Fill, monkeypatch) -> None:
     """Outputs, gradients and what the plan tells."""
-    monkeypatch.setattr("vmoe_momentum.moe.plan.wasteful", lambda *_: False)
+    monkeypatch.setattr("vmoe_momentum.moe.dispatch.wasteful", lambda *_: False)
     router = TopKRouter(2, capacity_factor=factor, capacity_multiple_of=1, batch_priority=priority, noise_std=0.0)
     check_fill(make(router).train(), fill, packed=factor == "dropless" and fill == "slots")
 
@@ -224,7 +224,7 @@ def test_every_fill_is_one_function(factor: float | str, priority: bool, fill: F
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("router", [GShardRouter(capacity_factor=0.5), GShardRouter("dropless"), M6TRouter(2, 0.5)])
 def test_every_fill_with_other_routers(router: Router, fill: Fill, monkeypatch) -> None:
-    monkeypatch.setattr("vmoe_momentum.moe.plan.wasteful", lambda *_: False)
+    monkeypatch.setattr("vmoe_momentum.moe.dispatch.wasteful", lambda *_: False)
     check_fill(make(router).train(), fill, packed=router.capacity_factor == "dropless" and fill == "slots")
 
 
@@ -256,16 +256,16 @@ def check_fill(layer: SparseMlp, fill: Fill, packed: bool, x: Tensor | None = No
 )
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_every_path_is_one_function(path: str, fill: Fill, top_k: int, monkeypatch) -> None:
-    from vmoe_momentum.moe import experts, plan, token_choice
+    from vmoe_momentum.moe import dispatch, experts, token_choice
 
     monkeypatch.setattr(token_choice, "fill", lambda *_: fill)
-    monkeypatch.setattr(plan, "wasteful", lambda *_: False)
+    monkeypatch.setattr(dispatch, "wasteful", lambda *_: False)
 
     layer = make(TopKRouter(top_k, capacity_factor=0.5, noise_std=0.0)).train()
     x = torch.randn(B, N, D, dtype=torch.float64, requires_grad=True)
     results = []
     for answer in (False, True):
-        monkeypatch.setattr(plan if path.startswith("sum") else experts, path, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(dispatch if path.startswith("sum") else experts, path, lambda *_, answer=answer: answer)
         outputs, auxiliary, _ = layer(x)
         results.append((outputs, *torch.autograd.grad(outputs.sin().sum() + auxiliary, [x, *layer.parameters()])))
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=0)

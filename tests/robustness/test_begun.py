@@ -13,7 +13,7 @@ from test_attacks import Net, data
 from test_processes import files
 from workers import CELLS, begin, compute, end
 
-from vmoe_momentum.robustness import cells
+from vmoe_momentum.robustness import answering, cells
 from vmoe_momentum.robustness.attacks import Budget, Classifier, frozen, project, run_attack
 from vmoe_momentum.robustness.begun import Begun, Stages, clear, joined, spans, stop_of
 from vmoe_momentum.robustness.cells import Outcome, Store
@@ -127,7 +127,7 @@ def dies(root: Path, out: Path, writes: int, moment: str) -> None:
 
     OUT/batches gets a line for each batch that it answers.
     """
-    answer, draft, count = cells._answer, cells.draft_of, [0]
+    answer, draft, count = answering._answer, cells.draft_of, [0]
 
     def noted(cell, model, batch, *rest):
         with (out / "batches").open("a") as log:
@@ -139,7 +139,7 @@ def dies(root: Path, out: Path, writes: int, moment: str) -> None:
         count[0] += 1
         return _Draft(draft(path), moment if count[0] == writes else "")
 
-    cells._answer, cells.draft_of = noted, counted
+    answering._answer, cells.draft_of = noted, counted
     compute(root, out)
 
 

@@ -20,7 +20,7 @@ from vmoe_momentum.models.saved import KEY
 from vmoe_momentum.robustness import Settings, labels, make_plan
 from vmoe_momentum.robustness.sets import SETS, recognise
 from vmoe_momentum.training import ImageClassifier
-from vmoe_momentum.training.identity import check_checkpoint, describe_classifier
+from vmoe_momentum.training.identity import check_checkpoint
 
 PLAIN = Settings(attacks=(), regenerate=False)
 WNIDS = ("n02979186", "n01440764", "n02102040")  # cassette player, tench, English springer
@@ -145,7 +145,7 @@ def imagenette(tmp_path_factory) -> Path:
         create_model("vmoe_tiny_patch4_16"), num_classes=3, image_size=SIZE, class_names=data.class_names
     )
     module._trainer = SimpleNamespace(datamodule=data)
-    content = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 1, KEY: describe_classifier(module)}
+    content = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 1, KEY: module.facts()}
     torch.save(content, here / "a.ckpt")
     del content[KEY]["class_ids"]
     torch.save(content, here / "old.ckpt")

@@ -16,8 +16,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from vmoe_momentum.robustness import BENCHMARK, EXTRA, SEVERITIES, Settings, labels, make_plan, write_report
+from vmoe_momentum.robustness.answering import _noisy, _without_gradient, routing_change
 from vmoe_momentum.robustness.attacks import ATTACKS, Budget, attack
-from vmoe_momentum.robustness.cells import Cell, Outcome, Store, _noisy, _without_gradient, routing_change
+from vmoe_momentum.robustness.cells import Cell, Outcome, Store
 from vmoe_momentum.robustness.compare import compare
 from vmoe_momentum.robustness.corruptions import corrupt
 from vmoe_momentum.robustness.doubts import warnings_of

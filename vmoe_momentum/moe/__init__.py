@@ -6,12 +6,12 @@ width of an expert, R rows handed to the experts.
 """
 
 from .consistency import router_consistency
+from .dispatch import TopKPlan, buffer_index, capacity
 from .expert_choice import ExpertChoicePlan, ExpertChoiceRouter
 from .experts import Experts
 from .gshard import GShardRouter
 from .layer import SparseMlp
 from .m6t import M6TRouter
-from .plan import TopKPlan, buffer_index, capacity
 from .routing import Plan, Router, RouterLosses
 from .soft import SoftPlan, SoftRouter
 from .token_choice import TopKRouter

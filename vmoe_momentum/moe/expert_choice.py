@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, in_range
-from .plan import capacity
+from .dispatch import capacity
 from .routing import GROUP, NOISE, LinearGate, RouterLosses
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ranges import COUNT, in_range
+from .dispatch import TopKPlan
 from .paths import Fill
-from .plan import TopKPlan
 from .routing import WEIGHT, RouterLosses
 from .token_choice import SHARED, Factor, Rounding, TokenChoice
 

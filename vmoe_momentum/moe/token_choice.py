@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, in_range
 from . import losses
+from .dispatch import TopKPlan, capacity
 from .paths import Fill, fill
-from .plan import TopKPlan, capacity
 from .routing import GROUP, NOISE, WEIGHT, LinearGate, RouterLosses
 
 Factor = float | Literal["dropless"]

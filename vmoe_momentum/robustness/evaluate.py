@@ -10,9 +10,10 @@ import torch
 from ..pictures import UnreadablePicture, picture_size
 from ..progress import Meter, Work
 from ..resources import usable_cores
+from .answering import Memory, run_cell
 from .attacks import ATTACKS
 from .begun import Begun
-from .cells import Cell, Memory, Store, run_cell
+from .cells import Cell, Store
 from .claims import Claims
 from .corruptions.base import SMALL
 from .estimate import estimate_line

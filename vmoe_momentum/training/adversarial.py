@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..ranges import COUNT, COUNT_OR_NONE, POSITIVE, Range, in_range
 from ..robustness import Budget, parse_eps
+from ..robustness.answering import routing_change
 from ..robustness.asked import Norm
 from ..robustness.attacks import direction, evaluated, project, step_size
-from ..robustness.cells import routing_change
 from .instruments import watch_choices
 
 Start = Literal["ball", "near", "picture"]

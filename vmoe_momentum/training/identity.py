@@ -4,7 +4,7 @@ State dicts of different momentum rules are identical: without this, testing a H
 config would silently give a wrong number.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,27 +12,14 @@ from torch import nn
 from ..models.saved import KEY, build_arguments, completed_settings
 from ..specs import describe
 
-if TYPE_CHECKING:
-    from .module import ImageClassifier
 
-
-def describe_classifier(module: "ImageClassifier") -> dict[str, Any]:
-    """Its `facts`."""
-    net, trainer = module.model.net, module._trainer  # None outside of a run
-    data = getattr(trainer, "datamodule", None)
+def describe_network(net: nn.Module) -> dict[str, Any]:
+    """What it is, and how it is built again where that is known."""
     config = getattr(net, "pretrained_cfg", None) or {}
     return {
         "architecture": config.get("architecture") or type(net).__name__,
         "model_args": build_arguments(net),
         "settings": net.function_settings() if hasattr(net, "function_settings") else {},
-        "num_classes": module.num_classes,
-        "image_size": module.image_size,
-        **module.model.constants,
-        "class_names": module.class_names,
-        "class_ids": getattr(data, "class_ids", None),  # names of their folders
-        "crop_pct": getattr(data, "eval_crop_ratio", None),  # how evaluation cuts pictures, and their size
-        "eval_image_size": getattr(data, "eval_image_size", None),
-        "upright": getattr(data, "upright", False),
     }
 
 

@@ -18,7 +18,7 @@ from ..models.loading import fit_to_data, pixels_per_patch
 from ..ranges import COUNT, MOMENTUM, NOT_NEGATIVE, SHARE, SIDE, in_range
 from .adversarial import AdversarialSettings, compared
 from .consistency import ConsistencySettings
-from .identity import describe_classifier
+from .identity import describe_network
 from .losses import Loss, Losses, classification_loss
 from .optimization import OptimizerSettings, ScheduleSettings
 from .pairs import Attacked, pairing
@@ -254,7 +254,18 @@ class ImageClassifier(Trained):
         return (self(images) + self(images.flip(-1))) / 2 if flip else self(images)
 
     def facts(self) -> dict[str, Any]:
-        return describe_classifier(self)
+        data = getattr(self._trainer, "datamodule", None)  # no trainer outside of a run
+        return {
+            **describe_network(self.model.net),
+            "num_classes": self.num_classes,
+            "image_size": self.image_size,
+            **self.model.constants,
+            "class_names": self.class_names,
+            "class_ids": getattr(data, "class_ids", None),  # names of their folders
+            "crop_pct": getattr(data, "eval_crop_ratio", None),  # how evaluation cuts pictures, and their size
+            "eval_image_size": getattr(data, "eval_image_size", None),
+            "upright": getattr(data, "upright", False),
+        }
 
     def logged(self) -> list[str]:
         more = [] if self.pairing is None else self.pairing.logged()
