@@ -54,7 +54,11 @@ def test_a_strangers_five_lines_run_as_printed(tmp_path: Path, monkeypatch, caps
 GUIDE = ROOT / "vmoe_momentum" / "analysis" / "README.md"
 TRAINING = ROOT / "vmoe_momentum" / "training" / "README.md"
 LANGUAGE = ROOT / "vmoe_momentum" / "language" / "README.md"
-LINKS = [(page.parent, path) for page in (ROOT / "README.md", GUIDE, TRAINING, LANGUAGE) for path in find_links(page)]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(path for folder in ("vmoe_momentum", "benchmarks", "data") for path in (ROOT / folder).rglob("*.md")),
+]
+LINKS = [(page.parent, path) for page in PAGES for path in find_links(page)]
 
 
 @pytest.mark.parametrize(("folder", "path"), LINKS, ids=[path for _, path in LINKS])

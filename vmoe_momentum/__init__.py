@@ -36,6 +36,8 @@ __all__ = [
     "read_flax",
 ]
 
+__version__ = "0.1.0"  # the only place: setup.cfg reads it here, tests hold CITATION.cff and CHANGELOG.md to it
+
 _ROOMS = ("models", "moe", "momentum")
 
 

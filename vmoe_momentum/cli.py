@@ -38,6 +38,7 @@ commands:
 
 options:
   --debug    show the traceback of an error
+  --version  say which version this is
 
 `vmoe-momentum COMMAND --help` lists a command's settings; `... fit --config FILE --print_config` shows the whole
 configuration; any setting can follow on the command line, e.g. --model.net.init_args.rule HeavyBall.
@@ -140,6 +141,11 @@ def run(argv: list[str]) -> None:
     """One command; errors are raised."""
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
+        return
+    if argv == ["--version"]:
+        from . import __version__
+
+        print(f"vmoe-momentum {__version__}")
         return
     command, *rest = argv
     if command in COMMANDS:
