@@ -14,11 +14,12 @@ setup:  ## create or update .venv (fast when nothing changed)
 demo: setup  ## train Residual and HeavyBall side by side on real digit images, compare scores and robustness
 	.venv/bin/python benchmarks/demo.py
 
-# All three checks run and any of them fails the target; pytest comes last so that the output ends with its summary.
-test: setup  ## ruff check, ruff format --check, pytest
+# All four checks run and any of them fails the target; pytest comes last so that the output ends with its summary.
+test: setup  ## ruff check, ruff format --check, mypy, pytest
 	@status=0; \
 	.venv/bin/python -m ruff check . || status=1; \
 	.venv/bin/python -m ruff format --check . || status=1; \
+	.venv/bin/python -m mypy || status=1; \
 	.venv/bin/python -m pytest || status=1; \
 	exit $$status
 
@@ -36,7 +37,7 @@ lint: setup  ## fix what ruff can fix, and format
 	.venv/bin/python -m ruff format .
 
 clean:  ## remove caches and build leftovers (keeps .venv, data/ and runs/)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## also remove .venv

@@ -111,6 +111,7 @@ ALLOWED = {  # room -> rooms it may import
         "training",
     },
     "cli": {
+        "__version__",
         "analysis",
         "classifiers",
         "datasets",

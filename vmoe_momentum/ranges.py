@@ -63,10 +63,11 @@ class Range:
             return all(item in self for item in value)
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        if not math.isfinite(value):
+        number: Any = value  # numbers.Real, which type checkers compare with nothing
+        if not math.isfinite(number):
             return False
-        above = value > self.low if self.above else value >= self.low
-        return above and (value < self.high if self.below else value <= self.high)
+        above = number > self.low if self.above else number >= self.low
+        return bool(above and (number < self.high if self.below else number <= self.high))
 
 
 LARGEST = 1e6  # of weights, rates and steps: far above any use, far below where float32 overflows
@@ -99,8 +100,9 @@ def check_all(prefix: str, values: Mapping[str, object], allowed: Mapping[str, R
 def in_range(prefix: str, **allowed: Range) -> Callable[[Target], Target]:
     """Decorates a class or a function: its arguments of these names are checked first. prefix: of their names."""
 
-    def decorate(target: Target) -> Target:
-        function = target.__init__ if isinstance(target, type) else target
+    def decorate(target: Any) -> Any:  # a class or a function, and given back as it came
+        is_class = isinstance(target, type)
+        function = target.__init__ if is_class else target
         signature = inspect.signature(function)
         if strange := allowed.keys() - signature.parameters.keys():
             raise TypeError(f"{target.__qualname__} has no argument {', '.join(sorted(strange))}")
@@ -110,8 +112,8 @@ def in_range(prefix: str, **allowed: Range) -> Callable[[Target], Target]:
             check_all(prefix, signature.bind(*args, **kwargs).arguments, allowed)
             return function(*args, **kwargs)
 
-        checked.ranges = allowed
-        if not isinstance(target, type):
+        vars(checked)["ranges"] = allowed
+        if not is_class:
             return checked
         target.__init__ = checked
         return target

@@ -27,7 +27,8 @@ class _AfterTimm:
                 sys.meta_path.remove(self)
             import_module(MODELS)
 
-        spec.loader.exec_module = execute_then_register  # of this one loader; to look for timm alone does nothing
+        # of this one loader; to look for timm alone does nothing
+        spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
         return spec
 
 

@@ -46,7 +46,7 @@ def from_spec(spec: "T | dict[str, Any] | str", base: type[T], setting: str) -> 
 
 def completed(spec: dict[str, Any], base: type) -> dict[str, Any]:
     """A spec with the defaults of what was no setting yet when it was written; an unknown class's as it is."""
-    cls = subclasses(base).get(spec.get("class_path", ""))
+    cls: Any = subclasses(base).get(spec.get("class_path", ""))
     known = inspect.signature(cls.__init__).parameters.values() if cls else ()
     defaults = {setting.name: setting.default for setting in known if setting.default is not inspect.Parameter.empty}
     return {**spec, "init_args": {**defaults, **(spec.get("init_args") or {})}} if cls else spec

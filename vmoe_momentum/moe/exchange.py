@@ -7,11 +7,14 @@ Legend of axes: this folder's __init__.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh  # not there where torch was built without distributed
 
 Compute = Callable[[Tensor, Tensor | None], Tensor]  # rows [R, D] and their ends, as Plan.dispatch gives them -> [R, D]
 
@@ -25,14 +28,16 @@ def exchanged(
     even: all ranks have so many rows for every expert (ends is None), and each knows that of the others; else ranks
     tell each other their numbers first, for which the host waits.
     """
-    trip = EvenTrip.of(num_experts, group) if even else CountedTrip.of(rows, ends, num_experts, group)
+    trip: Trip = EvenTrip.of(num_experts, group) if even else CountedTrip.of(rows, ends, num_experts, group)
     return trip.back(compute(trip.there(rows), trip.ends))
 
 
 class Trip(Protocol):
     """One exchange: the way there and back, and where each own expert's rows end there."""
 
-    ends: Tensor | None  # [E/P]
+    @property
+    def ends(self) -> Tensor | None:
+        """[E/P]"""
 
     def there(self, rows: Tensor) -> Tensor:
         """[R, D] by expert -> the rows of all ranks for the own experts, by expert."""
@@ -104,9 +109,10 @@ def _all_to_all(rows: Tensor, received: list[int] | None, sent: list[int] | None
 
 def local_part(weight: Tensor, gradient_factor: float = 1.0) -> Tensor:
     """Of a sharded weight what this rank holds, with its gradient, times a factor; a plain one is whole."""
-    if not hasattr(weight, "to_local"):
+    to_local = getattr(weight, "to_local", None)
+    if to_local is None:
         return weight
-    local = weight.to_local()
+    local: Tensor = to_local()
     return local if gradient_factor == 1 else _ScaledGradient.apply(local, gradient_factor)
 
 
@@ -121,7 +127,7 @@ class _ScaledGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-def spread(experts: nn.Module, mesh: "dist.DeviceMesh", gradient_factor: float = 1.0) -> None:
+def spread(experts: nn.Module, mesh: "DeviceMesh", gradient_factor: float = 1.0) -> None:
     """In place: each rank of a mesh of one axis keeps its own E / P of the stacked experts.
 
     gradient_factor: on what a backward pass adds to their gradients, which the rows of all P ranks add to: 1 / P where
@@ -131,7 +137,7 @@ def spread(experts: nn.Module, mesh: "dist.DeviceMesh", gradient_factor: float =
 
     for layer in experts.modules():
         for name, weight in list(layer.named_parameters(recurse=False)):
-            layer.gradient_factor = gradient_factor
+            layer.gradient_factor = gradient_factor  # type: ignore[assignment]  # a StackedLinear's
             check_divides(weight.shape[0], mesh.size())
             shard = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(layer, name, nn.Parameter(shard, requires_grad=weight.requires_grad))

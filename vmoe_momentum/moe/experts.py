@@ -4,6 +4,7 @@ Stacked, every rank touches every expert: no unused-parameter error under DDP, n
 layout however the experts are spread.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class StackedLinear(nn.Module):
         weight = weight.transpose(1, 2)
         if rows.dim() == 3:
             return torch.baddbmm(bias.unsqueeze(1), rows, weight)
+        assert groups is not None  # of rows that lie flat
         outputs = grouped_mm(rows, weight, groups)
         if groups.member is None:
             return outputs.add_(F.embedding(groups.expert, bias))
@@ -90,7 +92,7 @@ def grouped_mm(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         by_device = grouped_on_device(rows.dtype, rows.device)
         return (F.grouped_mm if by_device else _grouped_mm_by_host)(rows, weight, offs=groups.ends)
     own = [(groups.expert == e).unsqueeze(1).to(rows.dtype) for e in range(weight.shape[0])]
-    return sum((rows * mine) @ weight[e] for e, mine in enumerate(own))
+    return reduce(torch.add, ((rows * mine) @ weight[e] for e, mine in enumerate(own)))
 
 
 class Experts(nn.Module):

@@ -33,7 +33,9 @@ class RouterLosses(NamedTuple):
 class Plan(Protocol):
     """Where tokens go and how they come back."""
 
-    gates: Tensor  # [G, S, E] the share each expert has in a token
+    @property
+    def gates(self) -> Tensor:
+        """[G, S, E] the share each expert has in a token."""
 
     def dispatch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: [T, D] -> rows [R, D] expert by expert, and their ends [E] int32: expert e has rows[ends[e-1]:ends[e]].

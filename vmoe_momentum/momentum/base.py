@@ -27,7 +27,7 @@ Scalars = Mapping[str, float | Tensor]
 class Update(Protocol):
     """The block's update at x, with `shift` added behind its norm; [B, N, D] all three."""
 
-    def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, shift: Tensor | None = None, /) -> Tensor: ...
 
 
 class MomentumRule(ABC):
@@ -37,8 +37,11 @@ class MomentumRule(ABC):
     (`blocks.i.momentum.*`); `unit_interval` those of them that stay strictly inside (0, 1), through a sigmoid.
     """
 
-    learned: tuple[str, ...] = ()
     unit_interval: tuple[str, ...] = ("mu",)
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return ()
 
     @abstractmethod
     def coefficients(self) -> dict[str, float]:

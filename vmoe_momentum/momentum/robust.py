@@ -52,18 +52,18 @@ class Robust(LooksAhead):
         alpha: float | None = None,
         look_ahead: LookAhead = "before_norm",
     ) -> None:
+        if all(value is None for value in (L, m, r, gamma, mu, alpha)):
+            L, m, r = 1.0, 0.25, 0.6  # noqa: N806
         curvature, direct = {"L": L, "m": m, "r": r}, {"gamma": gamma, "mu": mu, "alpha": alpha}
-        if all(value is None for value in (*curvature.values(), *direct.values())):
-            curvature = {"L": 1.0, "m": 0.25, "r": 0.6}
         given = [names for names in (curvature, direct) if any(value is not None for value in names.values())]
         if len(given) != 1 or any(value is None for value in given[0].values()):
-            given = [f"{name}={'null' if value is None else value}" for names in given for name, value in names.items()]
-            raise ValueError(f"Robust: {', '.join(given)}; give L, m and r, or gamma, mu and alpha")
-        self.L, self.m, self.r = curvature["L"], curvature["m"], curvature["r"]
+            told = [f"{name}={'null' if value is None else value}" for names in given for name, value in names.items()]
+            raise ValueError(f"Robust: {', '.join(told)}; give L, m and r, or gamma, mu and alpha")
+        self.L, self.m, self.r = L, m, r
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
         self._keep_look_ahead(look_ahead)
-        if given[0] is curvature:
-            self._check_rate(**curvature)
+        if L is not None and m is not None and r is not None:
+            self._check_rate(L, m, r)
 
     @staticmethod
     def _check_rate(L: float, m: float, r: float) -> None:  # noqa: N803
@@ -77,8 +77,9 @@ class Robust(LooksAhead):
             )
 
     def coefficients(self) -> dict[str, float]:
-        if self.L is None:
+        if self.gamma is not None and self.mu is not None and self.alpha is not None:
             return {"gamma": self.gamma, "mu": self.mu, "alpha": self.alpha}
+        assert self.L is not None and self.m is not None and self.r is not None
         k, r = self.L / self.m, self.r
         ahead = (1.0 - r) ** 2 * (1.0 + r)
         return {"gamma": k * ahead / self.L, "mu": k * r**3 / (k - 1.0), "alpha": r**3 / ((k - 1.0) * ahead)}
@@ -90,5 +91,5 @@ class Robust(LooksAhead):
         p = coefficients["mu"] * buffers[0] + self.ahead(x, u, buffers, t, coefficients)
         return x + coefficients["gamma"] * p, (p,)
 
-    def distance(self, t: int, coefficients: Scalars) -> float:
+    def distance(self, t: int, coefficients: Scalars) -> float | Tensor:
         return coefficients["alpha"] * coefficients["gamma"]
