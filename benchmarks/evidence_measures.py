@@ -17,6 +17,7 @@ from vmoe_momentum.analysis import Files, load, norms, open_subjects, sensitivit
 from vmoe_momentum.analysis.compare import compare
 from vmoe_momentum.analysis.logs import read_log
 from vmoe_momentum.classifiers import open_models
+from vmoe_momentum.files.staging import staged
 from vmoe_momentum.momentum import MomentumRule
 from vmoe_momentum.robustness import BENCHMARK, SEVERITIES, Model, Settings, corrupt, make_plan
 from vmoe_momentum.robustness.evaluate import Evaluation, evaluate
@@ -24,7 +25,6 @@ from vmoe_momentum.robustness.labels import list_folders
 from vmoe_momentum.robustness.pictures import batches, subset
 from vmoe_momentum.robustness.summary import make_rows
 from vmoe_momentum.specs import from_spec
-from vmoe_momentum.staging import staged
 
 # Of the 10,000 held-out pictures, the same ones for every run; clean accuracy, NLL and ECE are of all of them.
 PICTURES = {"corrupted": 300, "attacked": 150, "square": 60, "instruments": 256}

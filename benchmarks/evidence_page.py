@@ -11,7 +11,7 @@ from evidence_questions import MAIN, SECONDARY
 from evidence_rows import REPEATED, ROOT, Row
 from evidence_statistics import Difference
 
-from vmoe_momentum.staging import write_together
+from vmoe_momentum.files.staging import write_together
 
 PAGE = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
 ARM_COLUMNS = (

@@ -11,7 +11,7 @@ import torch
 from evidence_arms import GAMMAS, Arm, Cell
 
 import vmoe_momentum
-from vmoe_momentum.staging import draft_of
+from vmoe_momentum.files.staging import draft_of
 
 ROOT = Path(__file__).parent.parent
 CODE = ("benchmarks", "configs", "vmoe_momentum", "constraints.txt", "setup.cfg")

@@ -31,8 +31,8 @@ from rich.console import Console
 
 from vmoe_momentum import cli
 from vmoe_momentum.datasets import TextDataModule
+from vmoe_momentum.files.staging import draft_of
 from vmoe_momentum.robustness.claims import Claims
-from vmoe_momentum.staging import draft_of
 from vmoe_momentum.stopping import Stopped, stoppable
 
 CONFIG = ROOT / "configs" / "language" / "demo.yaml"

@@ -12,7 +12,7 @@ from cli_helpers import fails
 from flips import flipped, turned
 
 from vmoe_momentum import UpcycledViT, create_model
-from vmoe_momentum.checksums import SEALED, listed, sealed, verify_archive, verify_folder
+from vmoe_momentum.files.checksums import SEALED, listed, sealed, verify_archive, verify_folder
 from vmoe_momentum.models.directory import save
 from vmoe_momentum.models.saved import KEY, open_saved, read_checkpoint
 from vmoe_momentum.training import AtomicCheckpointIO

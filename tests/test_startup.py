@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from vmoe_momentum import cli, lightning_cli, mistakes
+from vmoe_momentum import cli, lightning_cli
+from vmoe_momentum.messages import mistakes
 from vmoe_momentum.robustness.asked import ATTACK_NAMES
 from vmoe_momentum.robustness.attacks import ATTACKS
 

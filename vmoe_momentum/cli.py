@@ -14,7 +14,7 @@ import traceback
 import warnings
 from typing import Any, NoReturn
 
-from .endings import Told, ending
+from .messages.endings import Told, ending
 from .names import did_you_mean
 from .stopping import Stopped, stoppable
 
@@ -212,7 +212,7 @@ def use_large_pages() -> None:
 def _refuse_mistyped(options: list[str]) -> None:
     """Raises ValueError: a key at the top that looks like another one, told before Lightning is imported."""
     from .configs import as_configs
-    from .mistakes import find_mistyped
+    from .messages.mistakes import find_mistyped
 
     if mistake := find_mistyped(as_configs(options)):
         raise ValueError(mistake)

@@ -16,15 +16,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from . import models
 from .configs import as_configs
-from .endings import Told, ending
+from .files.staging import check_writable
 from .kinds import Kind, kind_of
-from .mistakes import find_mistake, find_unnoticed
+from .messages.endings import Told, ending
+from .messages.mistakes import find_mistake, find_unnoticed
 from .models.saved import read_checkpoint
 from .models.sharded import is_checkpoint
 from .parsers import WholeFirst
 from .ranges import COUNT, COUNT_OR_NONE, NOT_NEGATIVE, SEED, Range, check_all
 from .resources import Exhausted, explain
-from .staging import check_writable
 from .training import (
     AtomicCheckpointIO,
     Attempts,

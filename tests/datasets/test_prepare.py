@@ -15,10 +15,10 @@ import pytest
 from dataset_helpers import HAS_FFCV, draw_pictures, module, requires_ffcv
 from PIL import Image
 
-from vmoe_momentum import staging
 from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule, prepare_digits, prepare_folder
 from vmoe_momentum.datasets.commands import run
 from vmoe_momentum.datasets.verify import verify
+from vmoe_momentum.files import staging
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 from flips import flipped
 
-from vmoe_momentum.checksums import PROSE
 from vmoe_momentum.export import FORMATS, open_served
+from vmoe_momentum.files.checksums import PROSE
 
 pytest.importorskip("onnxruntime")
 FLIPS = [1, pytest.param(50, marks=pytest.mark.long)]

@@ -20,9 +20,9 @@ from recording import read
 from small_text import make_text
 
 from vmoe_momentum import cli
-from vmoe_momentum.checksums import verify_folder
 from vmoe_momentum.datasets import TextDataModule
 from vmoe_momentum.datasets.text import TextBatch
+from vmoe_momentum.files.checksums import verify_folder
 from vmoe_momentum.language import LanguageModule, create_language_model
 from vmoe_momentum.language.intervals import resampled
 from vmoe_momentum.language.looking import open_language_model

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vmoe_momentum.checksums import verify_folder
+from vmoe_momentum.files.checksums import verify_folder
 from vmoe_momentum.models.sharded import is_sharded, read_into, read_rest, read_sharded, write_sharded
 from vmoe_momentum.training.later import Later
 from vmoe_momentum.training.resuming import AtomicCheckpointIO

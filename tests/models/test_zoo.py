@@ -353,6 +353,7 @@ SIZES = {
     "vmoe_small_patch32_224": (*SMALL, 32, (5, 7), 8),
     "vmoe_small_every2_patch32_224": (*SMALL, 32, range(1, 8, 2), 32),
     "vmoe_small_every2_experts8_patch32_224": (*SMALL, 32, range(1, 8, 2), 8),
+    "vmoe_small_every2_experts8_patch4_28": (*SMALL, 4, range(1, 8, 2), 8),
     "vmoe_small_patch16_224": (*SMALL, 16, (5, 7), 8),
     "vmoe_base_last2_patch32_224": (*BASE, 32, (9, 11), 32),
     "vmoe_base_every2_patch32_224": (*BASE, 32, range(1, 12, 2), 32),

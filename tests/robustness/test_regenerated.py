@@ -263,7 +263,7 @@ def test_other_settings_and_other_peoples_folders_are_not_mixed(tmp_path: Path, 
 
 
 def test_two_at_once_are_refused(tmp_path: Path, capsys) -> None:
-    from vmoe_momentum.staging import resumed
+    from vmoe_momentum.files.staging import resumed
 
     small(tmp_path)
     with resumed(tmp_path / "c", False, "regenerated.json") as work:

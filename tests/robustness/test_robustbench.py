@@ -15,11 +15,10 @@ from planted import Planted, paint
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from vmoe_momentum import robustbench_zoo
-from vmoe_momentum.classifiers import open_models
+from vmoe_momentum.classifiers import open_models, robustbench_zoo
+from vmoe_momentum.classifiers.robustbench_zoo import VIEWS, open_zoo_model
 from vmoe_momentum.models.saved import KEY
 from vmoe_momentum.robustbench import PixelClassifier, open_model
-from vmoe_momentum.robustbench_zoo import VIEWS, open_zoo_model
 from vmoe_momentum.robustness import labels
 from vmoe_momentum.robustness.models import View
 from vmoe_momentum.robustness.pictures import Pictures, batches

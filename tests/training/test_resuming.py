@@ -15,7 +15,7 @@ from cli_helpers import fails
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from vmoe_momentum import lightning_cli
-from vmoe_momentum.staging import draft_of
+from vmoe_momentum.files.staging import draft_of
 from vmoe_momentum.training import AtomicCheckpointIO, SeededSteps
 
 TESTS = Path(__file__).parent.parent

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files.staging import refuse_existing, staged
 from ..ranges import THREADS, in_range
 from ..resources import usable_cores
-from ..staging import refuse_existing, staged
 from .encoding import Encoding
 from .idx_files import Pictures, find_idx, read_split
 from .layout import SPLITS, ClassEntry, require_two, write_classes

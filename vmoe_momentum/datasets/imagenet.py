@@ -16,11 +16,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from ..files.staging import refuse_existing, staged
 from ..pictures import class_folders, find_pictures, is_picture, mention
 from ..progress import track
 from ..ranges import SEED, THREADS, in_range
 from ..resources import usable_cores
-from ..staging import refuse_existing, staged
 from .encoding import parse_encoding
 from .layout import SPLITS, ClassEntry, write_classes
 from .manifest import digest, seal

@@ -16,7 +16,7 @@ import numpy as np
 import rich.progress
 from rich.console import Console
 
-from ..staging import draft_of
+from ..files.staging import draft_of
 from .beton import Beton, check_beton
 from .beton_writer import write_beton
 from .encoding import Encoding

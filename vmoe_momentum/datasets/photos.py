@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files.staging import refuse_existing, staged
 from ..progress import track
 from ..ranges import SEED, THREADS, Range, in_range
 from ..resources import usable_cores
-from ..staging import refuse_existing, staged
 from .encoding import parse_encoding
 from .layout import SPLITS, ClassEntry, write_classes
 from .manifest import seal

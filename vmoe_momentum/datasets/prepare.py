@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..files.staging import refuse_existing, remove_abandoned, staged
 from ..pictures import class_folders, find_pictures, require_utf8
 from ..progress import track
 from ..ranges import SEED, THREADS, Range, in_range
 from ..resources import usable_cores
-from ..staging import refuse_existing, remove_abandoned, staged
 from .encoding import Encoding, parse_encoding
 from .ffcv_support import ffcv_available
 from .layout import (

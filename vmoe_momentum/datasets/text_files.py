@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
-from ..checksums import FILES, listed, read_list, verify_files
+from ..files.checksums import FILES, listed, read_list, verify_files
 
 TEXT = "text.json"  # what a finished text has
 VOCABULARY = "vocabulary.txt"

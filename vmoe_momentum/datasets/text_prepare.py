@@ -7,9 +7,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from ..files.staging import refuse_existing, remove_abandoned, staged
 from ..progress import Meter, Work
 from ..ranges import COUNT, in_range
-from ..staging import refuse_existing, remove_abandoned, staged
 from .prepare import refuse_overlap, require_names
 from .text_files import EOS, ID, TEXT, TEXT_SPLITS, UNK, VOCABULARY, TextFacts, holds_text, read_facts, write_facts
 from .text_sources import Source, bible, find_texts, words_of

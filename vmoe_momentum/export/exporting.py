@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..analysis.logs import read_log
-from ..checksums import listed, sha256
 from ..classifiers import view_of
+from ..files.checksums import listed, sha256
+from ..files.staging import refuse_existing, staged
 from ..progress import track
 from ..ranges import COUNT, in_range
 from ..robustness import View, list_pictures
 from ..robustness.pictures import Pictures, batches
 from ..robustness.versions import versions
-from ..staging import refuse_existing, staged
 from .base import Metadata, Request
 from .formats import FORMATS
 from .round_trip import check, round_trip

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checksums import verify_folder
+from ..files.checksums import verify_folder
 from ..models import PixelModel
 from ..pictures import read_picture
 from ..robustness.pictures import as_tensor, show

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import Dim
 
-from ..checksums import listed, sha256
 from ..datasets import TextDataModule
+from ..files.checksums import listed, sha256
+from ..files.staging import refuse_existing, staged
 from ..models.saved import KEY, read_checkpoint
-from ..staging import refuse_existing, staged
 from .looking import Reader, blocks_of, check_words, open_language_model, rebuild
 from .network import SparseLanguageModel
 

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 
+from ..files.staging import draft_of
 from ..resources import room_for
-from ..staging import draft_of
 from .heads import NO_WORD
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import timm
 from torch import nn
 
-from ..checksums import seal_folder
+from ..files.checksums import seal_folder
+from ..files.staging import refuse_existing, staged
 from ..specs import to_spec
-from ..staging import refuse_existing, staged
 from .vit import MomentumVisionTransformer
 
 MARK = "config.json"

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from timm.models import is_model, model_entrypoint
 from torch import nn
 
-from ..checksums import verify_folder
+from ..files.checksums import verify_folder
 from ..moe import Router
 from ..momentum import MomentumRule
 from ..names import did_you_mean

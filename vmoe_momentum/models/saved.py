@@ -10,7 +10,7 @@ import torch
 from timm.models import get_model_args, is_model
 from torch import nn
 
-from ..checksums import verify_archive, verify_folder
+from ..files.checksums import verify_archive, verify_folder
 from ..moe import Router
 from ..momentum import MomentumRule
 from ..specs import completed

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
-from ..checksums import LISTS, seal_folder, sha256
+from ..files.checksums import LISTS, seal_folder, sha256
+from ..files.staging import remove_abandoned, staged
 from ..resources import room_for
-from ..staging import remove_abandoned, staged
 
 REST, NOTE = "rest.pt", "vmoe_momentum_shard"  # the key of a note, whose value is the tensor's name in the files
 Group = dist.ProcessGroup | None

@@ -12,7 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from ..checksums import verify_folder
+from ..files.checksums import verify_folder
 from ..moe import GShardRouter, Router, TopKRouter
 from ..momentum import MomentumRule, Residual
 from ..names import did_you_mean

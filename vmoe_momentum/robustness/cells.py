@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..staging import draft_of
+from ..files.staging import draft_of
 from .attacks import Budget
 from .models import Model
 from .pictures import Change, Pictures

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from ..checksums import sha256
+from ..files.checksums import sha256
+from ..files.staging import check_writable
 from ..parsers import DEVICE, Parser, new_parser, pick_device
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS, Range
-from ..staging import check_writable
 from .asked import ATTACK_NAMES, RANGES, TRANSFER_NAMES
 from .processes import Helpers, Place, choose_device, end_with_parent, find_place, is_helper, shared_cores
 from .sets import SETS, named_corruptions

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files.staging import refuse_existing, resumed
 from ..pictures import picture_size, read_picture, require_utf8
 from ..progress import track
 from ..ranges import THREADS, in_range
 from ..resources import usable_cores
-from ..staging import refuse_existing, resumed
 from .asked import BENCHMARK, EXTRA, RANGES, SEVERITIES
 from .labels import list_folders
 from .regenerated import CHECKSUMS, MARK, README, UNFINISHED, digest_of, read_mark

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from ..staging import write_together
+from ..files.staging import write_together
 from .charts import draw
 from .compare import Comparison, compare
 from .doubts import doubts, warnings_of

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..staging import write_together
+from ..files.staging import write_together
 
 
 class Row(NamedTuple):

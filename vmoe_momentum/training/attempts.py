@@ -15,9 +15,9 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from ..files.staging import draft_of
 from ..models.saved import read_checkpoint
 from ..models.sharded import is_checkpoint
-from ..staging import draft_of
 
 
 def slurm_job() -> str | None:

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
+from ..files.staging import draft_of
 from ..resources import room_for
-from ..staging import draft_of
 
 
 class Predictions(NamedTuple):

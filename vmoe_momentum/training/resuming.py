@@ -11,10 +11,10 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from ..checksums import sealed, verify_archive, verify_folder
+from ..files.checksums import sealed, verify_archive, verify_folder
+from ..files.staging import draft_of
 from ..models.sharded import is_sharded, read_sharded
 from ..resources import room_for
-from ..staging import draft_of
 
 
 class SeededSteps(Callback):

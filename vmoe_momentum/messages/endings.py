@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 
 from jsonargparse import ArgumentError
 
+from ..resources import explain
+from ..stopping import Stopped
 from .errors import one_line
-from .resources import explain
-from .stopping import Stopped
 
 _LESS_MEMORY = "lower --batch_size or --limit where the command has them, or free memory"
 
@@ -44,6 +44,6 @@ def _is_expected(error: BaseException) -> bool:
         return True
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from .training import NotFinite
+    from ..training import NotFinite
 
     return isinstance(error, MisconfigurationException | NotFinite)

@@ -15,14 +15,14 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from .analysis import record
-from .analysis.subjects import split_label
-from .checksums import sha256
-from .models import MomentumBlock, PixelModel, create_model
-from .models.saved import open_saved
-from .moe import TopKPlan
+from ..analysis import record
+from ..analysis.subjects import split_label
+from ..files.checksums import sha256
+from ..models import MomentumBlock, PixelModel, create_model
+from ..models.saved import open_saved
+from ..moe import TopKPlan
+from ..robustness import Model, View
 from .robustbench_zoo import PREFIX, open_zoo_model
-from .robustness import Model, View
 
 
 def open_models(texts: list[str], pretrained: bool = True) -> list[Model]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.hub import get_dir
 
-from .robustness import View
+from ..robustness import View
 
 PREFIX = "robustbench:"
 INSTALL = (

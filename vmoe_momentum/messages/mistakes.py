@@ -17,9 +17,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from .configs import BEFORE, SPEC, merge, short
-from .names import classes_of, did_you_mean
-from .parsers import WholeFirst
+from ..configs import BEFORE, SPEC, merge, short
+from ..names import classes_of, did_you_mean
+from ..parsers import WholeFirst
 
 TOP = (  # of a config of fit, validate, test and predict
     "seed_everything", "data", "ckpt_path", "weights_only", "print_config", "verbose", "return_predictions", "model",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from .names import did_you_mean, subclasses
+from ..names import did_you_mean, subclasses
 
 KEY = re.compile(r'(?:Parser key )?"([\w.]+)":')
 REFUSED_OPTION = re.compile(r"given class_path '([^']+)': Option '([^']+)' is not accepted")
@@ -92,7 +92,7 @@ def _class(message: str, _: Any) -> str | None:
     if dataclasses.is_dataclass(cls):
         fields = ", ".join(f"{field.name}: ..." for field in dataclasses.fields(cls))
         return f"{_setting(message)}={match[1]}: use {{{fields}}}"
-    ours = [name for name, c in subclasses(cls).items() if c.__module__.startswith(__package__)] if cls else []
+    ours = [name for name, c in subclasses(cls).items() if c.__module__.startswith("vmoe_momentum.")] if cls else []
     what = base.rpartition(".")[2]
     return f"{_setting(message)}={match[1]}: no such {what}{did_you_mean(match[1], ours)}"
 
