@@ -3,7 +3,7 @@ PYTHON ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench-peers bench-gpu lint clean distclean
+.PHONY: help setup demo test test-all wheel bench-peers bench-gpu lint clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -25,6 +25,9 @@ test: setup  ## ruff check, ruff format --check, mypy, pytest
 
 test-all: setup  ## test, and every momentum rule on every network
 	.venv/bin/python -m pytest -m ""
+
+wheel:  ## wheel and sdist into dist, and the wheel in an empty environment, with what pip finds for it
+	bash scripts/wheel.sh
 
 bench-peers: setup  ## other people's sparse layers, in .peers, for benchmarks/moe_layer.py
 	.venv/bin/python -m pip install --quiet --no-deps --upgrade --target .peers -r benchmarks/peers.txt

@@ -7,6 +7,8 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
+from scipy.stats import t
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -245,24 +247,39 @@ def adversarial_cost() -> str:
 
 
 def language() -> str:
-    """Perplexities of language models: mean and sample standard deviation over seeds."""
+    """Perplexities of language models: mean and sample standard deviation over seeds, and differences seed by seed."""
     groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for row in read("language"):
         groups[row["model"], row["depth"]].append(row)
     columns = {"clean": "clean", "swapped": "2.5 % swapped", "swapped_inputs_only": "swapped inputs, clean targets"}
-    lines = [f"| model | sparse blocks | seeds | {' | '.join(columns.values())} |", "|---" * 6 + "|"]
+    lines = [f"| model | sparse blocks | seeds | {' | '.join(columns.values())} | clean, minus Residual (95 %) |"]
+    lines.append("|---" * 7 + "|")
     for (model, depth), rows in sorted(groups.items(), key=lambda item: (int(item[0][1] or 0), item[0][0])):
         cells = []
         for column in columns:
             values = [float(row[column]) for row in rows if row[column]]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "")
+        cells.append(minus_residual(groups, model, depth))
         lines.append(f"| {model} | {depth} | {len(rows) if depth else ''} | {' | '.join(cells)} |")
     runs = sum(len(rows) for (_, depth), rows in groups.items() if depth)
     wanted = 27  # nine cells of three seeds
     if runs < wanted:
         lines += ["", f"{runs} of {wanted} runs are there: too few to say which rule reads better."]
     return "\n".join(lines)
+
+
+def minus_residual(groups: dict[tuple[str, str], list[dict[str, str]]], model: str, depth: str) -> str:
+    """Paired by seed: mean, and the interval of the t test, for which two pairs are too few to be told."""
+    if not depth or model == "Residual":
+        return ""
+    control = {row["seed"]: float(row["clean"]) for row in groups["Residual", depth]}
+    pairs = [float(row["clean"]) - control[row["seed"]] for row in groups[model, depth] if row["seed"] in control]
+    if len(pairs) < 3:
+        return ""
+    reach = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    mean = statistics.mean(pairs)
+    return f"{mean:+.2f} ({mean - reach:+.2f} to {mean + reach:+.2f})"
 
 
 def language_step() -> str:

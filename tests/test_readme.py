@@ -121,3 +121,32 @@ def test_adversarial_training_gains_what_the_guide_claims() -> None:
             }
             assert len(standing["clean"]) == len(standing["PGD"]) == 3
             assert min(standing["PGD"]) - max(standing["clean"]) > 0.15
+
+
+def test_what_is_said_of_language_models_is_in_the_committed_rows() -> None:
+    with (ROOT / "benchmarks" / "results" / "language.csv").open(newline="") as file:
+        rows = {(row["model"], row["depth"], row["seed"]): row for row in csv.DictReader(file)}
+    runs = [key for key in rows if key[1]]
+    assert len(runs) == 27
+    clean = {key: float(row["clean"]) for key, row in rows.items()}
+    trigram, add_k = clean["Kneser-Ney trigram", "", ""], clean["add-0.001 trigram", "", ""]
+    for model, depth, seed in runs:
+        assert model == "Residual" or clean[model, depth, seed] > clean["Residual", depth, seed]
+        assert clean[model, depth, seed] < (add_k if model.startswith("Adam") else trigram)
+        assert clean[model, depth, seed] > trigram or not model.startswith("Adam")
+    told = " ".join(LANGUAGE.read_text().split())
+    cost = {key: float(rows[key]["swapped"]) - clean[key] for key in runs}
+    span = {
+        rule: [value for key, value in cost.items() if key[0] == rule] for rule in ("Residual", "HeavyBall", "Robust")
+    }
+    low = {rule: f"{min(values):.1f} to {max(values):.1f}" for rule, values in span.items()}
+    assert (
+        f"they cost Residual {low['Residual']} of perplexity, HeavyBall {low['HeavyBall']}, Robust {low['Robust']}."
+        in told
+    )
+    signs = re.findall(
+        r"^\| HeavyBall \| \d+ \| 3 \|.*\| [+\d.]+ \(([+-]).* to \+[\d.]+\) \|$", LANGUAGE.read_text(), re.MULTILINE
+    )
+    assert signs == ["+", "+", "-"]  # 3, 6 and 12 blocks
+    best = {depth: min(clean["Residual", depth, seed] for seed in "012") for depth in ("6", "12")}
+    assert best["12"] > best["6"]
