@@ -1,7 +1,7 @@
 """The demo: Residual and HeavyBall trained alike on real digit images; how well, and how robust, side by side.
 
     python benchmarks/demo.py                                                     # one seed, six minutes
-    python benchmarks/demo.py --seeds '[0,1,2]' --csv benchmarks/results/digits.csv   # the table of the README
+    python benchmarks/demo.py --seeds '[0,1,2]' --csv benchmarks/results/digits.csv   # the table of docs/results.md
 
 Everything is done by the same commands a user types: `vmoe-momentum data prepare`, `fit`, `test` and `robustness`.
 """

@@ -3,7 +3,7 @@
     python benchmarks/rules.py --csv benchmarks/results/rules.csv
 
 Runs that the CSV already has are not repeated, so it can be stopped and started again. `python benchmarks/tables.py`
-puts mean and spread into the README.
+puts mean and spread into docs/results.md.
 """
 
 import csv as csv_files

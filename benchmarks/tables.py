@@ -304,8 +304,8 @@ TABLES = {
 }  # fmt: skip
 PAGES = tuple(
     ROOT / page for page in (
-        "README.md", "benchmarks/README.md", "configs/scale/README.md", "vmoe_momentum/training/README.md",
-        "vmoe_momentum/language/README.md",
+        "docs/networks.md", "docs/results.md", "docs/train.md", "docs/weights.md", "benchmarks/README.md",
+        "configs/scale/README.md", "vmoe_momentum/training/README.md", "vmoe_momentum/language/README.md",
     )
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Parameters, active parameters and FLOPs of every registered V-MoE, at its own size: `python benchmarks/zoo.py`.
 
 Nothing is allocated (the networks live on the meta device), so the 54-billion-parameter ones count too. Writes
-results/zoo.csv; `python benchmarks/tables.py` puts it into README.
+results/zoo.csv; `python benchmarks/tables.py` puts it into docs/networks.md.
 """
 
 import csv

@@ -11,41 +11,49 @@ import pytest
 from vmoe_momentum import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, DOCS = (ROOT / "README.md").read_text(), ROOT / "docs"
 
 
-def find_links(page: Path) -> list[str]:
-    return re.findall(r"\]\(([\w./]+)\)", page.read_text())
+def find_links(page: Path) -> list[tuple[str, str]]:
+    """Paths, "" for the page itself, and the headings in them that are meant, "" for none."""
+    return re.findall(r"\]\((?!https?:)([\w./\-]*)(?:#([\w-]+))?\)", page.read_text())
+
+
+def headings(page: Path) -> set[str]:
+    """As GitHub makes anchors of them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_tables_are_those_of_the_committed_rows() -> None:
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    assert "<!-- digits -->" in README
+    assert "<!-- digits -->" in (DOCS / "results.md").read_text()
     for page in tables.PAGES:
         text = page.read_text()
         assert "<!-- " in text and tables.fill(text) == text, "run `python benchmarks/tables.py`"
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def block(text: str) -> str:
+    (found,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return found
 
 
 def test_the_first_lines_run_as_printed(capsys) -> None:
-    exec(blocks()[0], {})
+    exec(block(README), {})
     assert "torch.Size([2, 1000])" in capsys.readouterr().out
 
 
 def test_a_strangers_five_lines_run_as_printed(tmp_path: Path, monkeypatch, capsys) -> None:
     """Import a checkpoint, create, run, list the top five, get features."""
-    (command,) = re.findall(r"^    vmoe-momentum (import flax .*)$", README, flags=re.MULTILINE)
+    text = (DOCS / "weights.md").read_text()
+    (command,) = re.findall(r"^    vmoe-momentum (import flax .*)$", text, flags=re.MULTILINE)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     cli.run(shlex.split(command))
-    block = blocks()[1]
-    assert len([line for line in block.splitlines() if line]) == 5
-    exec(block, {})
+    assert len([line for line in block(text).splitlines() if line]) == 5
+    exec(block(text), {})
     out = capsys.readouterr().out
     assert re.search(r"tensor\(\[\[(\d, ){4}\d\],", out)
     assert "[(2, 32, 4, 4), (2, 32, 4, 4)]" in out
@@ -56,14 +64,31 @@ TRAINING = ROOT / "vmoe_momentum" / "training" / "README.md"
 LANGUAGE = ROOT / "vmoe_momentum" / "language" / "README.md"
 PAGES = [
     *ROOT.glob("*.md"),
-    *(path for folder in ("vmoe_momentum", "benchmarks", "data") for path in (ROOT / folder).rglob("*.md")),
+    *(
+        path
+        for folder in ("vmoe_momentum", "benchmarks", "configs", "data", "docs")
+        for path in (ROOT / folder).rglob("*.md")
+    ),
 ]
-LINKS = [(page.parent, path) for page in PAGES for path in find_links(page)]
+LINKS = [(page, path, heading) for page in PAGES for path, heading in find_links(page)]
 
 
-@pytest.mark.parametrize(("folder", "path"), LINKS, ids=[path for _, path in LINKS])
-def test_links_lead_somewhere(folder: Path, path: str) -> None:
-    assert (folder / path).exists()
+@pytest.mark.parametrize(
+    ("page", "path", "heading"),
+    LINKS,
+    ids=[f"{page.relative_to(ROOT)}: {path}#{heading}" for page, path, heading in LINKS],
+)
+def test_links_lead_somewhere(page: Path, path: str, heading: str) -> None:
+    place = page.parent / path if path else page
+    assert place.exists()
+    assert not heading or heading in headings(place)
+
+
+def test_the_first_page_is_one_screen_or_two() -> None:
+    assert len(README.splitlines()) <= 150
+    guides = [*DOCS.glob("*.md"), *(ROOT / "vmoe_momentum").rglob("README.md")]
+    linked = {(ROOT / path).resolve() for path, _ in find_links(ROOT / "README.md")}
+    assert set(guides) <= linked
 
 
 def test_the_guides_figures_are_those_of_the_committed_rows() -> None:
