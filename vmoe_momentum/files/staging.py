@@ -137,16 +137,16 @@ def write_together(folder: Path, files: dict[str, bytes]) -> None:
                 file.flush()
                 os.fsync(handle)  # some file systems tell of a full disk only then
             partial[name].chmod(0o666 & ~umask)
-        for name, place in partial.items():
-            place.replace(folder / name)
+        for name, draft in partial.items():
+            draft.replace(folder / name)
     except OSError as error:
         raise ValueError(
             f"{folder}: {', '.join(files)} cannot be written ({error.strerror}): {needed:,} bytes needed, "
             f"{_free(folder)} free; make room, or choose another folder"
         ) from error
     finally:
-        for place in partial.values():
-            place.unlink(missing_ok=True)
+        for draft in partial.values():
+            draft.unlink(missing_ok=True)
 
 
 def _free(folder: Path) -> str:

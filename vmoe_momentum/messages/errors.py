@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..names import did_you_mean, subclasses
@@ -25,7 +25,7 @@ NESTED = re.compile(r"NestedArg\(key='([\w.]+)', val='?(.*?)'?\)$")
 WANTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing.Literal\[([^\]]+)\])")
 
 
-def one_line(error: BaseException, sections: dict[str, Iterable[str]]) -> str:
+def one_line(error: BaseException, sections: Mapping[str, Iterable[str]]) -> str:
     """The message for people. sections: the valid keys of each part of a config, `{"": [...], "model": [...]}`."""
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -51,7 +51,7 @@ def _setting(message: str) -> str:
     return ".init_args.".join(keys)
 
 
-def _incomplete(message: str, sections: dict[str, Iterable[str]]) -> str | None:
+def _incomplete(message: str, sections: Mapping[str, Iterable[str]]) -> str | None:
     """A setting of several fields without some of them, or an option that a command needs."""
     if match := INCOMPLETE.search(message):
         return f"{_setting(message[: match.start()])}: also say {match[1]}"
@@ -85,7 +85,7 @@ def _option(message: str, _: Any) -> str | None:
 def _class(message: str, _: Any) -> str | None:
     match = REFUSED_CLASS.search(message)
     bases = BASE_CLASS.findall(message[: match.start()]) if match else []
-    if not bases:
+    if match is None or not bases:
         return None
     base = bases[-1]  # the innermost
     cls = _find(base)
@@ -110,7 +110,7 @@ def _nested(message: str, _: Any) -> str | None:
     return f"{told}: expected {' or '.join(dict.fromkeys(kinds)) or 'another type'}"
 
 
-def _key(message: str, sections: dict[str, Iterable[str]]) -> str | None:
+def _key(message: str, sections: Mapping[str, Iterable[str]]) -> str | None:
     match = UNKNOWN_KEY.search(message)
     if not match:
         return None

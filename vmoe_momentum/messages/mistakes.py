@@ -57,7 +57,8 @@ def find_unnoticed(
     configs: list[dict[str, Any]], single: dict[str, Any], classes: dict[str, Callable[..., Any]]
 ) -> str | None:
     """What the parser takes without a word: null for anything, a scalar for settings. Arguments: as find_mistake."""
-    for section, value in functools.reduce(merge, configs, {}).items():
+    whole: dict[str, Any] = functools.reduce(merge, configs, {})
+    for section, value in whole.items():
         found = _nulls(value, classes[section], section) if section in classes else iter(())
         if section in single:
             found = _nulls_below(value, single[section], section)
@@ -66,7 +67,7 @@ def find_unnoticed(
     return None
 
 
-def _nulls(values: Any, target: Callable[..., Any], where: str) -> Iterator[str]:
+def _nulls(values: Any, target: Any, where: str) -> Iterator[str]:
     if _is_file(values):  # the settings may lie there
         return
     if not isinstance(values, dict):
@@ -105,7 +106,7 @@ def _has_null(value: Any) -> bool:
     return value is None or any(_has_null(item) for item in below)
 
 
-def _top(values: dict, single: dict[str, Any], classes: dict[str, Callable[..., Any]]) -> Iterator[str]:
+def _top(values: dict[str, Any], single: dict[str, Any], classes: dict[str, Callable[..., Any]]) -> Iterator[str]:
     for key, value in values.items():
         if key not in classes:
             yield from _mapping({key: value}, {**single, **classes}, "")
@@ -118,7 +119,7 @@ def _top(values: dict, single: dict[str, Any], classes: dict[str, Callable[..., 
             yield f"{key}={values[key]}: what that file holds does not fit; give a file of settings of {key} alone"
 
 
-def _mapping(values: dict, hints: dict[str, Any], where: str) -> Iterator[str]:
+def _mapping(values: dict[str, Any], hints: dict[str, Any], where: str) -> Iterator[str]:
     for key, value in values.items():
         name = str(key).removesuffix("+")
         path = f"{where}.{name}".lstrip(".")
@@ -147,7 +148,7 @@ def _value(value: Any, hint: Any, where: str) -> Iterator[str]:
         yield f"{where}={short(value)}: expected {_said(hint)}"
 
 
-def _fields(value: Any, cls: type, hint: Any, where: str) -> Iterator[str]:
+def _fields(value: Any, cls: Any, hint: Any, where: str) -> Iterator[str]:
     if _is_file(value) or (value is None and type(None) in _members(hint)):
         return
     hints = _hints(cls)
@@ -216,17 +217,17 @@ def _find(name: str, base: type) -> Callable[..., Any] | None:
 
 
 @functools.cache
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+def _hints(target: Any) -> dict[str, Any]:
     """The type of each argument, also of those that the class only hands on."""
-    parser = _Parser(exit_on_error=False)
-    if isinstance(target, type):
+    parser, is_class = _Parser(exit_on_error=False), isinstance(target, type)
+    if is_class:
         parser.add_class_arguments(target, fail_untyped=False)
     else:
         parser.add_function_arguments(target, fail_untyped=False)
     found = {a.dest: getattr(a, "_typehint", Any) for a in parser._actions if a.dest != "help"}
     nested = {name.partition(".")[0] for name in found if "." in name}
     plain = {name: hint for name, hint in found.items() if "." not in name}
-    annotations = typing.get_type_hints(target.__init__ if isinstance(target, type) else target) if nested else {}
+    annotations = typing.get_type_hints(target.__init__ if is_class else target) if nested else {}
     return {**plain, **{name: annotations[name] for name in nested}}
 
 
