@@ -149,6 +149,19 @@ def test_large_tensors_lie_in_large_pages(wanted: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     if wanted is not None:
         environment["THP_MEM_ALLOC_ENABLE"] = wanted
+    refused = refusals()
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, env=environment)
     faults = int(run.stdout.partition("FAULTS ")[2])
+    if wanted is None and faults >= 10_000 and refusals() > refused:
+        pytest.skip("memory was too full or too scattered: the kernel was asked for large pages, and had none")
     assert faults > 20_000 if wanted == "0" else faults < 10_000
+
+
+def refusals() -> int:
+    """How often the kernel was asked for a large page and gave small ones; 0 where it does not say."""
+    found = [
+        line.split()[1]
+        for line in Path("/proc/vmstat").read_text().splitlines()
+        if line.startswith("thp_fault_fallback ")
+    ]
+    return int(found[0]) if found else 0
