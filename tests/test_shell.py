@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMAND = re.compile(r"(?:^|`|\$ )\s*((?:vmoe-momentum|python|make|torchrun|srun|pip|git|ffmpeg)\s[^`]*)")
-FOLDERS = ("vmoe_momentum", "benchmarks", "configs", "data", "scripts", "tests")
+FOLDERS = ("vmoe_momentum", "benchmarks", "configs", "data", "docs", "scripts", "tests")
 
 
 def texts() -> list[tuple[str, str]]:
