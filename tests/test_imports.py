@@ -82,10 +82,12 @@ ALLOWED = {  # room -> rooms it may import
         "resources",
         "training",
     },
+    "completion": {"names", "progress"},
     "cli": {
         "__version__",
         "analysis",
         "classifiers",
+        "completion",
         "configs",
         "datasets",
         "export",

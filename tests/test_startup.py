@@ -44,7 +44,7 @@ def test_help_is_there_at_once(words: tuple[str, ...], usage: str) -> None:
 
 
 MISTAKES = [
-    (("fitt",), "command=fitt; did you mean fit? valid: analyze, classify, consolidate"),
+    (("fitt",), "command=fitt; did you mean fit? valid: analyze, classify, completion"),
     (("fit", f"--config={CONFIG}", "--trainr.max_epochs", "3"), "trainr: no such setting; did you mean trainer? valid"),
     (("robustness", "--modle", "x"), "--modle: no such option; --help lists them"),
     (("data", "prepare", "digits", "--ot", "x"), "--ot: no such option; --help lists them"),

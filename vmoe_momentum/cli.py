@@ -1,5 +1,5 @@
 """One entry point: `vmoe-momentum fit | validate | test | predict | data | import | analyze | robustness |
-consolidate | export | classify`.
+consolidate | export | classify | completion`.
 
 The first four are Lightning's (configs, merging, `--print_config`); the others have parsers of their own, chosen by the
 first word. Lightning, torch and timm take seconds to import, so each command imports what it needs once it is known.
@@ -35,6 +35,7 @@ commands:
   consolidate  a checkpoint that many devices wrote, as one file
   export     a checkpoint as timm directory, exported program, ONNX or tensors (... export --help)
   classify   the likeliest classes of pictures, from what export wrote (... classify --help)
+  completion a script with which bash, zsh or tcsh completes all this (... completion --help)
 
 options:
   --debug    show the traceback of an error
@@ -131,9 +132,16 @@ def run_classify(argv: list[str]) -> None:
     commands.run_classify(argv)
 
 
+def run_completion(argv: list[str]) -> None:
+    from . import completion
+
+    completion.run(argv, run, (*LIGHTNING, *COMMANDS))
+
+
 COMMANDS = {
     "data": run_data, "import": run_import, "analyze": run_analyze, "robustness": run_robustness,
     "consolidate": run_consolidate, "export": run_export, "classify": run_classify,
+    "completion": run_completion,
 }  # fmt: skip
 
 
