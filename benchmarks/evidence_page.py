@@ -57,8 +57,21 @@ def status(rows: list[Row]) -> str:
     told += f" Made with {'; '.join(made)}."
     if not missing:
         return told
-    names = [f"{name} (seeds {', '.join(map(str, missing[name]))})" for name in ARMS if name in missing]
-    return f"{told}\n\n**Not complete.** Missing: {'; '.join(names)}."
+    return f"{told}\n\n**Not complete.** Missing: {'; '.join(listed(missing))}."
+
+
+def listed(missing: dict[str, list[int]]) -> list[str]:
+    """Which seeds of which arms, those that lack the same together; a part's by its name where all lack them."""
+    of: dict[tuple[int, ...], list[str]] = {}
+    for part in PARTS:
+        lacking = {arm.name: tuple(missing.get(arm.name, ())) for arm in ARMS.values() if arm.part == part}
+        if len(set(lacking.values())) == 1:
+            of.setdefault(next(iter(lacking.values())), []).append(f"every arm of {part}")
+        else:
+            for name, seeds in lacking.items():
+                of.setdefault(seeds, []).append(name)
+    of.pop((), None)
+    return [f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {', '.join(of[seeds])}" for seeds in of]
 
 
 def conclusion(rows: list[Row]) -> str:
@@ -75,17 +88,19 @@ def conclusion(rows: list[Row]) -> str:
     )
     lines = []
     for place, (topic, numbers) in enumerate(topics, 1):
-        clauses = [told(answer) for number in numbers for answer in found if answer.question.number == number]
+        asked = [answer for number in numbers for answer in found if answer.question.number == number]
+        clauses = [told(answer) for answer in asked if answer.found is not None]
+        left = {f"{a.question.number} ({a.seeds} of {a.wanted} seeds)": None for a in asked if a.found is None}
+        clauses += [f"not answered yet: question {', '.join(left)}"] if left else []
         lines.append(f"{place}. {topic}: {'; '.join(clauses)}.")
     return "\n".join(lines)
 
 
 def told(answer: Answer) -> str:
-    """One clause. No more than the interval says."""
+    """One clause, of an answer that was found. No more than the interval says."""
     question, measure = answer.question, answer.measure
     start = f"question {question.number}, {question.arm} against {question.control}, {measure.told}:"
-    if answer.found is None:
-        return f"{start} not answered, {answer.seeds} of {answer.wanted} seeds are there"
+    assert answer.found is not None
     mean = f"{answer.found.mean:+.2f} {measure.unit}"
     counts = f"{measure.counts:g} {measure.unit.removesuffix('s') if measure.counts == 1 else measure.unit}"
     words = {

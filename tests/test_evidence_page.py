@@ -143,8 +143,8 @@ def test_a_run_that_is_not_finite_counts_as_chance_and_ends_what_is_borne() -> N
 def test_missing_cells_are_named_and_have_no_verdict() -> None:
     rows = [row for row in planted(skip=("nesterov",)) if (row["arm"], row["seed"]) != ("adam", "3")]
     text = page.fill(page.PAGE.read_text(), rows, [])
-    assert "**Not complete.** Missing: adam (seeds 3); nesterov (seeds 0, 1, 2)." in text
-    assert "question 5, adam against residual, clean top-1: not answered, 4 of 5 seeds are there" in text
+    assert "**Not complete.** Missing: seed 3 of adam; seeds 0, 1, 2 of nesterov." in text
+    assert "not answered yet: question 5 (4 of 5 seeds)" in text
     assert len(re.findall(r"\| adam - residual \| .* \| 4 of 5 \| .* \| missing \|", text)) == 2
 
 
