@@ -3,7 +3,7 @@ PYTHON ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all wheel bench-peers bench-gpu lint clean distclean
+.PHONY: help setup demo test test-all docs wheel bench-peers bench-gpu lint clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -25,6 +25,16 @@ test: setup  ## ruff check, ruff format --check, mypy, pytest
 
 test-all: setup  ## test, and every momentum rule on every network
 	.venv/bin/python -m pytest -m ""
+
+# pip warns that the newer requests is not for torchattacks, which never sees it; so its words are shown when it fails.
+.docs-tools/done: docs/requirements.txt
+	@rm -rf .docs-tools && mkdir .docs-tools
+	@.venv/bin/python -m pip install --quiet --target .docs-tools -r $< >.docs-tools/log 2>&1 || { cat .docs-tools/log; exit 1; }
+	@touch $@
+
+docs: setup .docs-tools/done  ## these pages and the interface in Python as a site, build/site; warnings are errors
+	PYTHONPATH=.docs-tools .venv/bin/python -m sphinx -q -W --keep-going -b html -d build/doctrees -c docs . build/site
+	@echo "docs: built build/site/index.html"
 
 wheel:  ## wheel and sdist into dist, and the wheel in an empty environment, with what pip finds for it
 	bash scripts/wheel.sh

@@ -196,6 +196,8 @@ def main(
         ("data", Path(data)),
     ):
         console.print(f"[bold]{what}[/bold]  {path}", soft_wrap=True, highlight=False)
+    export = f"vmoe-momentum export --ckpt_path {runs[-1].folder} --to onnx --out exported/demo --data {data}"
+    console.print(f"[bold]to export {runs[-1].rule}[/bold]  .venv/bin/{export}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMAND = re.compile(r"(?:^|`|\$ )\s*((?:vmoe-momentum|python|make|torchrun|srun|pip|git|ffmpeg)\s[^`]*)")
+COMMAND = re.compile(r"(?:^|`|\$ )\s*(?:\.venv/bin/)?((?:vmoe-momentum|python|make|torchrun|srun|pip|git|ffmpeg)\s[^`]*)")
 FOLDERS = ("vmoe_momentum", "benchmarks", "configs", "data", "docs", "scripts", "tests")
 
 

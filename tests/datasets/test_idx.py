@@ -12,37 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dataset_helpers import HAS_FFCV, module
+from idx_files import COUNTS, drawn, packed, write_set
 
 from vmoe_momentum.datasets import FolderDataModule, idx, prepare_idx
 from vmoe_momentum.datasets.commands import run
 from vmoe_momentum.datasets.verify import verify
 
-COUNTS = {"train": 12, "t10k": 6}
 LABELS, IMAGES = "train-labels-idx1-ubyte", "train-images-idx3-ubyte"
-
-
-def drawn(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [n, 5, 7] and labels 0, 1, 2, 0, ..."""
-    count = COUNTS[split]
-    return np.random.default_rng(count).integers(0, 256, (count, 5, 7), np.uint8), np.arange(count, dtype=np.uint8) % 3
-
-
-def packed(values: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes()
-
-
-def write_set(folder: Path, prefix: str = "", val: str = "t10k", dot: bool = False) -> Path:
-    """train gzipped, validation not."""
-    folder.mkdir(exist_ok=True)
-    for split in COUNTS:
-        for kind, values in zip(("images-idx3", "labels-idx1"), drawn(split), strict=True):
-            name = f"{prefix}{'train' if split == 'train' else val}-{kind}-ubyte"
-            name = name.replace("-idx", ".idx") if dot else name
-            if split == "train":
-                (folder / f"{name}.gz").write_bytes(gzip.compress(packed(values)))
-            else:
-                (folder / name).write_bytes(packed(values))
-    return folder
 
 
 @pytest.fixture

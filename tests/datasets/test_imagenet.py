@@ -14,6 +14,7 @@ import scipy.io
 import torch
 from cli_helpers import fails
 from dataset_helpers import HAS_FFCV, module
+from imagenet_files import COLOURS, WNIDS, picture, tree
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets import imagenet as torchvision_imagenet
@@ -23,25 +24,7 @@ from vmoe_momentum.datasets import FFCVDataModule, FolderDataModule
 from vmoe_momentum.datasets.imagenet import prepare_imagenet
 from vmoe_momentum.datasets.verify import verify
 
-WNIDS = ("n01440764", "n02123045", "n15075141")  # tench, tabby, toilet tissue: labels 0, 281, 999
 LABELS = {"n01440764": 0, "n02123045": 281, "n15075141": 999}
-COLOURS = {"n01440764": (250, 0, 0), "n02123045": (0, 250, 0), "n15075141": (0, 0, 250)}
-
-
-def picture(wnid: str, kind: str = "JPEG", mode: str = "RGB", size: tuple[int, int] = (48, 36), **options) -> bytes:
-    content = io.BytesIO()
-    image = Image.new("RGB", size, COLOURS[wnid]).convert(mode)
-    image.save(content, kind, **({"quality": 95} if kind == "JPEG" else {}), **options)
-    return content.getvalue()
-
-
-def tree(folder: Path, each: int = 3) -> Path:
-    for split, count in (("train", each), ("val", 2)):
-        for wnid in WNIDS:
-            (folder / split / wnid).mkdir(parents=True)
-            for number in range(count):
-                (folder / split / wnid / f"{wnid}_{number}.JPEG").write_bytes(picture(wnid))
-    return folder
 
 
 def shown(root: Path, cls: type) -> dict[int, list[list[int]]]:
