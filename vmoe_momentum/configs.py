@@ -9,10 +9,10 @@ BEFORE = "init_args of another class"
 SPEC = ("class_path", "init_args", "dict_kwargs", BEFORE)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """YAML in which a key stands once."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             name = self.construct_object(key, deep=True)

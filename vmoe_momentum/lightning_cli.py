@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from .training import (
     SeededSteps,
     StopSignals,
     add_keepers,
+    callbacks_of,
     check_apart,
     check_callbacks,
     check_experts,
@@ -93,7 +95,8 @@ class VMoECLI(LightningCLI):
 
     def __init__(self, *args: Any, command: str, kind: Kind, **kwargs: Any) -> None:
         known, self.kind = LightningCLI.subcommands(), kind
-        self.subcommands = lambda: {command: known[command]} if command else {}
+        # of this command line alone
+        self.subcommands = lambda: {command: known[command]} if command else {}  # type: ignore[method-assign]
         super().__init__(kind.module, kind.data, *args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -103,7 +106,8 @@ class VMoECLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.argv = list(args or ())
         configs = as_configs(self.argv)
-        single, classes = {**SINGLE, "data": self.kind.data}, {"model": self.kind.module, "trainer": Trainer}
+        single = {**SINGLE, "data": self.kind.data}
+        classes: dict[str, Callable[..., Any]] = {"model": self.kind.module, "trainer": Trainer}
         try:
             super().parse_arguments(parser, args)
         except Exception as error:  # whatever the parser raises for what it did not foresee
@@ -142,14 +146,11 @@ class VMoECLI(LightningCLI):
         if word not in ("last", "hpc"):
             return
         if word == "hpc":
-            folders, pattern, found = (
-                [trainer.default_root_dir],
-                "slurm_JOB.ckpt",
-                trainer._checkpoint_connector._hpc_resume_path,
-            )
+            folders, pattern = [trainer.default_root_dir], "slurm_JOB.ckpt"
+            found = trainer._checkpoint_connector._hpc_resume_path is not None
         else:
-            folders = [saver.dirpath for saver in trainer.checkpoint_callbacks if getattr(saver, "dirpath", None)]
-            pattern = "last*.ckpt"
+            kept = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
+            folders, pattern = [folder for folder in kept if folder], "last*.ckpt"
             found = any(list(Path(folder).glob(pattern)) for folder in folders)
         if not found:
             where = ", ".join(map(str, folders)) or "this run's own new folder"
@@ -168,22 +169,22 @@ class VMoECLI(LightningCLI):
         for name, folder in (*folders, ("default_root_dir", trainer.default_root_dir)):
             if folder is not None and "://" not in str(folder):
                 check_writable(folder, f"trainer.{name}")
-        check_callbacks(trainer.callbacks)
+        given = callbacks_of(trainer)
+        check_callbacks(given)
         guards = [
-            next((c for c in trainer.callbacks if isinstance(c, kind)), None) or kind()
-            for kind in (FiniteTraining, RouterGuard)
+            next((c for c in given if isinstance(c, kind)), None) or kind() for kind in (FiniteTraining, RouterGuard)
         ]
-        others = [callback for callback in trainer.callbacks if callback not in guards]
+        others = [callback for callback in given if callback not in guards]
         ours = [RouterStats(), EpochSeconds(), MonitorCheck(), RunSummary(), self.kind.writer(), SeededSteps()]
         ours += [ResumedSettings(), Attempts(self.argv)]
         self.together = EndTogether(self._ending, self.argv)
-        trainer.callbacks = [*guards, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
+        callbacks = [*guards, *ours, PartialEpoch(), *others, SaveOnStop(self.argv)]
+        add_keepers(callbacks)
+        trainer.callbacks = [self.together, *callbacks]  # type: ignore[attr-defined]  # see callbacks_of
         trainer._signal_connector, trainer._checkpoint_connector = (
             StopSignals(trainer),
             JobCheckpoints(trainer, self.argv),
         )
-        add_keepers(trainer.callbacks)
-        trainer.callbacks.insert(0, self.together)
         follow_first_rank(trainer)
         join_attempt(trainer.strategy)
         self._check_keyword(trainer)

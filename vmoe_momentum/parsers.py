@@ -5,12 +5,13 @@ the first one that anything imported wrote: after a `float | int` somewhere Ligh
 and trainer.limit_train_batches=1 would be all batches instead of one.
 """
 
+import inspect
 import typing
 from argparse import RawDescriptionHelpFormatter
 from functools import reduce
 from operator import or_
 from types import UnionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -21,7 +22,13 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the line breaks of the examples."""
 
 
-class WholeFirst:
+if TYPE_CHECKING:
+    _Mixed = ArgumentParser  # what classes made from WholeFirst are, too
+else:
+    _Mixed = object
+
+
+class WholeFirst(_Mixed):
     """A parser, and those of nested classes, whose unions try whole numbers first."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +98,11 @@ class Parser(WholeFirst, ArgumentParser):
         if (commands := self._subcommands_action) is not None:
             chosen = values[commands.dest]
             commands.choices[chosen]._check_numbers(values[chosen])
+
+
+def summary_of(function: Any) -> str:
+    """Its docstring up to the arguments."""
+    return (inspect.getdoc(function) or "").split("Args:")[0].rstrip()
 
 
 def new_parser(description: str, examples: str, **options: str) -> Parser:

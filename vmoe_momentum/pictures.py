@@ -14,10 +14,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -46,7 +46,7 @@ class UnreadablePicture(ValueError):
         super().__init__(f"{path}: {reason}; replace it, or leave it out")
         self.path, self.reason = path, reason
 
-    def __reduce__(self) -> tuple:  # out of worker processes
+    def __reduce__(self) -> tuple[Any, ...]:  # out of worker processes
         return UnreadablePicture, (self.path, self.reason)
 
 
@@ -60,7 +60,8 @@ def find_pictures(folder: Path) -> Found:
 
     Raises ValueError: a folder that cannot be read, a picture's link that leads nowhere.
     """
-    found, left_out = [], Counter()
+    found: list[tuple[str, ...]] = []
+    left_out: Counter[str] = Counter()
     if folder.is_dir():
         _walk(folder, (), {os.path.realpath(folder)}, found, left_out)
     return Found([folder.joinpath(*parts) for parts in sorted(found)], left_out)
@@ -68,7 +69,8 @@ def find_pictures(folder: Path) -> Found:
 
 def class_folders(place: Path) -> tuple[list[Path], Counter[str]]:
     """Folders that are classes, by name, and what lies beside them. Raises ValueError: a name that is not UTF-8."""
-    folders, left_out = [], Counter()
+    folders: list[Path] = []
+    left_out: Counter[str] = Counter()
     for entry in _entries(place):
         if entry.name.startswith("."):
             left_out["hidden"] += 1
@@ -87,7 +89,7 @@ def require_utf8(name: str, place: Path | str) -> None:
     except UnicodeEncodeError as error:
         shown = os.fsencode(name)
         where = str(place).encode(errors="backslashreplace").decode()
-        raise ValueError(f"{where}: the name {shown} is not UTF-8; rename it, such as with convmv -t utf8") from error
+        raise ValueError(f"{where}: the name {shown!r} is not UTF-8; rename it, such as with convmv -t utf8") from error
 
 
 def mention(place: Path | str, left_out: Counter[str]) -> None:
@@ -135,7 +137,7 @@ def picture_size(path: Path) -> tuple[int, int]:
         raise UnreadablePicture(path, f"not a readable image ({error})") from error
 
 
-def _scale(image: Image.Image, path: Path):
+def _scale(image: Image.Image, path: Path) -> Callable[[Image.Image], Image.Image]:
     """What makes RGB uint8 of a picture of this mode, format and bit depth."""
     mode, tags = image.mode, getattr(image, "tag_v2", {})
     if mode == "RGB" and image.format == "JPEG":
@@ -186,7 +188,7 @@ def _walk(
             left_out["not a file"] += 1
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry]:
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     """Of a folder. Raises ValueError: it cannot be read."""
     try:
         with os.scandir(folder) as entries:  # says of most what they are without a question to the disk

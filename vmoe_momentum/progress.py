@@ -1,7 +1,7 @@
 """How far something is: a bar where somebody watches, a line now and then where output goes into a file or a pipe."""
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
 from datetime import timedelta
 from typing import IO, TypeVar
 
@@ -50,11 +50,11 @@ class Work:
 
     def seconds_left(self) -> float | None:
         """By all who work on it, at the share that others had so far. None before anything is measured."""
-        left = self.seconds_of(self.left)
-        if left is None:
+        left, helped = self.seconds_of(self.left), self.seconds_of(self.helped)
+        if left is None or helped is None:
             return None
         own = sum(seconds for _, seconds in self.measured.values())
-        return left * own / (own + self.seconds_of(self.helped)) if own else left
+        return left * own / (own + helped) if own else left
 
     def seconds_of(self, costs: Mapping[Hashable, float]) -> float | None:
         """Of this process alone, for so much of each kind. None before anything is measured."""
@@ -105,12 +105,14 @@ class Meter:
 
     def skip(self, kind: Hashable, cost: float) -> None:
         """It need not be done."""
-        self.work.skip(kind, cost)
+        if self.work is not None:
+            self.work.skip(kind, cost)
         self._show()
 
     def help(self, kind: Hashable, cost: float) -> None:
         """Another process did it."""
-        self.work.help(kind, cost)
+        if self.work is not None:
+            self.work.help(kind, cost)
         self._show()
 
     def amount(self) -> str:
@@ -151,7 +153,7 @@ class _Told(ProgressColumn):
 
 def track(things: Iterable[Thing], what: str, total: int | None = None) -> Iterator[Thing]:
     """`things`, with the time left. total: how many, where they have no len()."""
-    if total is None and hasattr(things, "__len__"):
+    if total is None and isinstance(things, Sized):
         total = len(things)
     with Meter(what, None if total is None else Work([(what, total)])) as meter:
         for thing in things:

@@ -40,9 +40,10 @@ def room_for(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if _full(error) is None:
+        full = _full(error)
+        if full is None:
             raise
-        raise Exhausted(_words(path, _full(error), needed)) from error
+        raise Exhausted(_words(path, full, needed)) from error
 
 
 def explain(error: BaseException, way_out: str) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import vmoe_momentum
 from vmoe_momentum import HeavyBall, Nesterov, Residual, TopKRouter, create_model
 from vmoe_momentum.models import MomentumBlock, MomentumVisionTransformer
+from vmoe_momentum.models.blocks import QkNormAttention
 from vmoe_momentum.models.directory import save
 from vmoe_momentum.momentum import Carry, MomentumRule
 from vmoe_momentum.training import OptimizerSettings
@@ -435,3 +436,17 @@ def test_public_names() -> None:
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     torch.testing.assert_close(model(pixels), model(pixels / 255), atol=1e-6, rtol=0)
     torch.testing.assert_close(model(pixels), net(pixels / 127.5 - 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("pool", ["", "avg", "avgmax", "max", "token", "map", "prr"])
+def test_every_pooling_of_timm_works(pool: str, qk_norm: bool) -> None:
+    """prr has attention of its own, too, without norms of queries and keys."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 3}
+    attention = {"attn_layer": QkNormAttention, "qk_norm": True} if qk_norm else {}
+    net = MomentumVisionTransformer(
+        moe_layers=[1], num_experts=2, class_token=pool == "token", global_pool=pool, **sizes, **attention
+    )
+    out = net(torch.rand(2, 3, 16, 16))
+    assert out.shape == ((2, 4, 3) if pool == "" else (2, 3))
+    out.sum().backward()

@@ -93,9 +93,9 @@ def ablate(
     return done
 
 
-def _corners(cells: list[tuple]) -> list[tuple]:
+def _corners(cells: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
     """Each pair of values once: seeds change nothing that can be wrong."""
-    return list({tuple(values): (seed, *values) for seed, *values in reversed(cells)}.values())
+    return list({(y, x): (seed, y, x) for seed, y, x in reversed(cells)}.values())
 
 
 def _command(options: list[str], x: Axis, y: Axis, values: list[str], seed: int, out: Path) -> list[str]:

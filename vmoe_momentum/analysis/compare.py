@@ -98,9 +98,9 @@ def _read(label: str, folder: str, score: Score) -> Curve:
 def _row(curve: Curve, target: float, score: Score) -> CompareRow:
     done = (value <= target if score.lower else value >= target for value in curve.score)
     first = next((i for i, reached in enumerate(done) if reached), None)
-    reached = (None, None) if first is None else (first + 1, curve.seconds[first])
+    epochs, seconds = (None, None) if first is None else (first + 1, curve.seconds[first])
     best = min(curve.score) if score.lower else max(curve.score)
-    return CompareRow(curve.label, curve.run, target, *reached, best, curve.score[-1])
+    return CompareRow(curve.label, curve.run, target, epochs, seconds, best, curve.score[-1])
 
 
 def _spread(values: list[float]) -> str:
@@ -119,10 +119,10 @@ def _draw(files: Files, curves: list[Curve], targets: list[float], score: Score)
         shown = [score.factor * value for value in curve.score]
         for axis, over in zip(axes[0], (range(1, len(shown) + 1), curve.seconds), strict=True):
             axis.plot(over, shown, color=known, alpha=0.8, linewidth=1.2, label=curve.label if fresh else None)
-    for axis, over in zip(axes[0], ("epoch", "seconds of training"), strict=True):
+    for axis, xlabel in zip(axes[0], ("epoch", "seconds of training"), strict=True):
         for target in targets:
             axis.axhline(score.factor * target, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xlabel=over, ylabel=score.shown, ylim=(None, None if score.lower else 101))
+        axis.set(xlabel=xlabel, ylabel=score.shown, ylim=(None, None if score.lower else 101))
     whole_numbers(axes[0][0])
     axes[0][0].legend(fontsize=8, loc="upper right" if score.lower else "lower right")
     files.save(figure)

@@ -110,8 +110,8 @@ def image_spectrum(u: Callable[[Tensor], Tensor], points: Tensor, count: int) ->
     cosine = np.abs((left[:, nearest] * right).sum(axis=0))
     found = distance.min(axis=1) < 1e-6 * np.abs(sigma).max()
     condition = np.where(found, 1.0 / np.maximum(cosine, 1e-300), np.nan)
-    sigma = torch.from_numpy(sigma).unsqueeze(0)
-    return Eigenvalues(sigma, torch.from_numpy(condition).unsqueeze(0), torch.zeros_like(sigma, dtype=torch.bool))
+    values = torch.from_numpy(sigma).unsqueeze(0)
+    return Eigenvalues(values, torch.from_numpy(condition).unsqueeze(0), torch.zeros_like(values, dtype=torch.bool))
 
 
 def _like(v: np.ndarray, points: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """Which expert each patch of a picture went to, block by block: a picture."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.patches import Patch
+from timm.layers import PatchEmbed
 from torch import Tensor
 
 from ..models import MomentumBlock, PixelModel
@@ -19,10 +21,11 @@ def expert_maps(model: PixelModel, pixels: Tensor) -> dict[int, Tensor]:
 
     pixels: uint8 [B, 3, S, S]. Class tokens are left out. Raises ValueError: no MoE blocks, patches not on a grid.
     """
-    net, found = model.net, {}
+    net = model.net
+    found: dict[int, Tensor] = {}
     if not _sparse_blocks(model):
         raise ValueError("--plot: this network has no MoE blocks, so no experts to show")
-    rows, columns = net.patch_embed.grid_size
+    rows, columns = cast(PatchEmbed, net.patch_embed).grid_size
     with record(net) as visits:
         model(pixels.to(next(net.parameters()).device))
         for visit in visits:
@@ -67,6 +70,6 @@ def draw_experts(model: PixelModel, pixels: list[Tensor], names: list[str], path
         raise ValueError(f"--plot={path}: cannot be written ({error.strerror}); choose another place") from error
 
 
-def _sparse_blocks(model: PixelModel) -> list[torch.nn.Module]:
+def _sparse_blocks(model: PixelModel) -> list[MomentumBlock]:
     """Its sparse blocks."""
     return [block for block in getattr(model.net, "blocks", []) if isinstance(block, MomentumBlock)]

@@ -3,6 +3,8 @@
 T tokens, E vectors of each, M coordinates.
 """
 
+from typing import TypedDict
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,26 @@ def least_norm_weights(vectors: Tensor, members: Tensor) -> Tensor:
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def compare_points(vectors: Tensor, weights: Tensor, members: Tensor) -> dict[str, dict[str, float | None]]:
+class Shared(TypedDict):
+    """Numbers of a ParetoRow that all combinations in a hull have."""
+
+    expert_norm: float
+    least_norm: float
+    stationary: float
+    weight_sum: float
+
+
+class Compared(Shared):
+    """And those of one."""
+
+    norm: float
+    cosine: float | None
+    gap: float
+    relative_gap: float
+    common: float
+
+
+def compare_points(vectors: Tensor, weights: Tensor, members: Tensor) -> dict[str, Compared]:
     """The numbers of a ParetoRow for each combination, by its name.
 
     vectors: [T, E, M] float64. weights: [T, E], the router's, not negative and none that is all 0. members: [T, E]
@@ -48,26 +69,26 @@ def compare_points(vectors: Tensor, weights: Tensor, members: Tensor) -> dict[st
     least = _combined(vectors, least_norm_weights(vectors, members))
     size, lengths = least.norm(dim=-1), vectors.norm(dim=-1) * members
     zero = size <= ZERO * lengths.amax(dim=-1)
-    shared = {
+    shared: Shared = {
         "expert_norm": _mean(lengths.sum(dim=-1) / members.sum(dim=-1)),
         "least_norm": _mean(size),
         "stationary": _mean(zero),
         "weight_sum": _mean(weights.sum(dim=-1)),
     }
-    found = {}
+    found: dict[str, Compared] = {}
     combinations = {"router": weights, "shuffled": shuffled(weights, members), "equal": members.double()}
     for name, given in combinations.items():
         point = _combined(vectors, given / given.sum(dim=-1, keepdim=True))
         norm, gap = point.norm(dim=-1), (point - least).norm(dim=-1)
         along = torch.einsum("tem,tm->te", vectors, point) >= 0
-        own = {
+        found[name] = {
+            **shared,
             "norm": _mean(norm),
             "cosine": None if zero.all() else _mean(F.cosine_similarity(point, least, dim=-1)[~zero]),
             "gap": _mean(gap),
             "relative_gap": _mean(torch.where(norm > 0, gap / norm, 0.0)),
             "common": _mean((along | ~members).all(dim=-1)),
         }
-        found[name] = shared | own
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..momentum import ThreadsCarry
 from .output import Files, grid, show, whole_numbers
 from .subjects import Subject, latest
-from .trace import Visit, walk
+from .trace import Visit, sparse_blocks, sparse_mlp, walk
 
 
 class LoadRow(NamedTuple):
@@ -21,7 +21,8 @@ class LoadRow(NamedTuple):
     epoch: int | None
     block: int
     metric: str  # load, load_by_norm, cv, entropy, dropped
-    index: int | None  # load: the expert; load_by_norm: the rank of its output norm, 0 the largest
+    # load: the expert; load_by_norm: the rank of its output norm, 0 the largest
+    index: int | None  # type: ignore[assignment]  # hides tuple.index, which no row needs
     value: float
 
 
@@ -35,17 +36,18 @@ def load(subjects: list[Subject], batches: list[Tensor], files: Files, device: s
     rows = []
     for subject in subjects:
         model = subject.build(device)
+        blocks = sparse_blocks(model.net)
         sums: dict[int, dict[str, Tensor]] = {}
         for _, visits in walk(model, batches, subject.name):
             for visit in visits:
-                for name, value in _count(model.net.blocks[visit.block], visit).items():
+                for name, value in _count(blocks[visit.block], visit).items():
                     known = sums.setdefault(visit.block, {})
                     known[name] = known.get(name, 0) + value
         for block, found in sums.items():
             rows += _rows(subject, block, {name: value.cpu().double() for name, value in found.items()})
     files.write(rows)
     _draw(files, latest(subjects), rows)
-    summary = {(r.model, r.epoch, r.block): {} for r in rows}
+    summary: dict[tuple[str, int | None, int], dict[str, float]] = {(r.model, r.epoch, r.block): {} for r in rows}
     for row in rows:
         summary[row.model, row.epoch, row.block][row.metric] = row.value
     columns = ("model", "epoch", "block", "cv", "entropy", "dropped")
@@ -55,7 +57,7 @@ def load(subjects: list[Subject], batches: list[Tensor], files: Files, device: s
 
 def _count(block: ThreadsCarry, visit: Visit) -> dict[str, Tensor]:
     tokens, assigned = visit.tokens.flatten(0, 1), visit.plan.assigned().flatten(0, 1)
-    by_norm = block.mlp.every_output(tokens).norm(dim=-1).argsort(dim=-1, descending=True, stable=True)
+    by_norm = sparse_mlp(block).every_output(tokens).norm(dim=-1).argsort(dim=-1, descending=True, stable=True)
     return {
         "load": visit.plan.load(),
         "load_by_norm": assigned.gather(-1, by_norm).sum(dim=0),

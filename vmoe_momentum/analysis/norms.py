@@ -52,8 +52,8 @@ def norms(
         values: dict[tuple[int, str], list[Tensor]] = {}
         for _, visits in walk(subject.build(device), batches, subject.name):
             for visit, following in zip(visits, [*visits[1:], None], strict=True):
-                found = {"token_norm": visit.x, "update_norm": visit.update, "momentum_norm": visit.momentum}
-                found = {name: value.norm(dim=-1) for name, value in found.items() if value is not None}
+                vectors = {"token_norm": visit.x, "update_norm": visit.update, "momentum_norm": visit.momentum}
+                found = {name: value.norm(dim=-1) for name, value in vectors.items() if value is not None}
                 if following is not None:
                     found["cosine"] = F.cosine_similarity(visit.update, following.update, dim=-1)
                 for name, value in found.items():
@@ -69,8 +69,8 @@ def norms(
         _draw_training(files, training)
     keys = list(dict.fromkeys((row.model, row.epoch, row.block) for row in rows))
     by_key = {(row.model, row.epoch, row.block, row.metric): row.mean for row in rows}
-    columns = ("model", "epoch", "block", *METRICS)
-    show("Norms", columns, [(*key, *(by_key.get((*key, name), "") for name in METRICS)) for key in keys])
+    shown = ("model", "epoch", "block", *METRICS)
+    show("Norms", shown, [(*key, *(by_key.get((*key, name), "") for name in METRICS)) for key in keys])
     return rows
 
 

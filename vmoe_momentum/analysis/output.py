@@ -4,7 +4,7 @@ import csv
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+Row = TypeVar("Row")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 SUFFIXES = ("", "eigenvalues", "epochs", "training")
 
 
@@ -81,9 +84,9 @@ def whole_numbers(axis: Any) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def group_by(rows: Sequence[Any], key: Callable[[Any], Any], value: Callable[[Any], float]) -> dict[Any, list[float]]:
+def group_by(rows: Sequence[Row], key: Callable[[Row], Key], value: Callable[[Row], Value]) -> dict[Key, list[Value]]:
     """Values by key, keys in their order of appearance."""
-    groups: dict[Any, list[float]] = {}
+    groups: dict[Key, list[Value]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(value(row))
     return groups

@@ -7,7 +7,7 @@ B images, N tokens, D width, T tokens looked at, E experts, M = min(D, E).
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,12 @@ from ..progress import track
 from .hulls import compare_points
 from .output import Files, grid, group_by, show, whole_numbers
 from .subjects import Subject, latest
-from .trace import Visit, walk
+from .trace import Visit, sparse_blocks, sparse_mlp, walk
 
 HULLS = list(product(("all", "chosen"), ("raw", "unit")))  # of which experts, of which outputs
 CHUNK = 256  # tokens that all experts answer at a time
-STYLES = {"router": "-", "shuffled": "-.", "equal": ":"}
+LineStyle = Literal["-", "--", "-.", ":"]
+STYLES: dict[str, LineStyle] = {"router": "-", "shuffled": "-.", "equal": ":"}
 PANELS = {
     "norm": "norm",
     "cosine": "cosine with the least-norm point",
@@ -76,7 +77,8 @@ def pareto(
     """
     for subject in subjects:
         _check(subject)
-    rows, notes = [], []
+    rows: list[ParetoRow] = []
+    notes: list[str] = []
     for subject in subjects:
         answers = _answers(subject, batches, tokens, device)
         found = {block: _rows(subject, block, own) for block, own in answers.items()}
@@ -103,9 +105,7 @@ def combine_weights(plan: Plan, num_tokens: int, num_experts: int) -> Tensor:
 
 
 def _check(subject: Subject) -> None:
-    net = subject.build().net
-    for index in net.moe_layers:
-        mlp = net.blocks[index].mlp
+    for mlp in map(sparse_mlp, sparse_blocks(subject.build().net).values()):
         if isinstance(mlp.router, SoftRouter):
             raise ValueError(
                 f"--model={subject.saved.source}: {type(mlp.router).__name__} gives experts mixtures of tokens, so no "
@@ -139,15 +139,15 @@ def _pick(total: int, tokens: int) -> Tensor:
 
 
 def _answer(subject: Subject, model: PixelModel, visit: Visit, picked: Tensor) -> Answers:
-    block, tokens = model.net.blocks[visit.block], visit.tokens.flatten(0, 1)
-    weights = combine_weights(visit.plan, len(tokens), block.mlp.experts.fc1.weight.shape[0])[picked]
+    block, tokens = sparse_blocks(model.net)[visit.block], visit.tokens.flatten(0, 1)
+    weights = combine_weights(visit.plan, len(tokens), sparse_mlp(block).experts.fc1.weight.shape[0])[picked]
     outputs = torch.cat([_outputs(subject, visit.block, block, part) for part in tokens[picked].split(CHUNK)])
     return Answers(outputs.cpu(), weights.cpu())
 
 
 def _outputs(subject: Subject, index: int, block: ThreadsCarry, tokens: Tensor) -> Tensor:
     """[T, D] -> [T, E, M]."""
-    outputs = block.ls2(block.mlp.every_output(tokens)).double()
+    outputs = block.ls2(sparse_mlp(block).every_output(tokens)).double()
     if not outputs.isfinite().all():
         raise ValueError(f"--model={subject.saved.source}: experts of block {index} give numbers that are not finite")
     # Of a matrix whose columns are the outputs, R of QR has the same lengths and angles in far fewer numbers.
@@ -183,7 +183,7 @@ def _missing(subject: Subject, found: dict[int, list[ParetoRow]]) -> Iterator[st
 
 
 def _show(rows: list[ParetoRow]) -> None:
-    groups: dict[tuple, dict[str, ParetoRow]] = {}
+    groups: dict[tuple[str, int | None, int, str], dict[str, ParetoRow]] = {}
     for row in rows:
         key = (row.model, row.epoch, row.block, f"{row.experts} {row.outputs}")
         groups.setdefault(key, {})[row.combination] = row
@@ -209,7 +209,7 @@ def _draw_training(files: Files, rows: list[ParetoRow]) -> None:
             steps.setdefault(row.model, set()).add(row.step)
     rows = [row for row in rows if row.step is not None and len(steps[row.model]) > 1]
     if rows:
-        files.save(_panels(rows, lambda row: row.step, "step (mean over blocks, band: router's)"), "training")
+        files.save(_panels(rows, lambda row: row.step or 0, "step (mean over blocks, band: router's)"), "training")
 
 
 def _panels(rows: list[ParetoRow], place: Callable[[ParetoRow], int], xlabel: str) -> Figure:

@@ -49,8 +49,8 @@ def sensitivity(
                 for key, value in _changes(before, after).items():
                     sums.setdefault(key, []).append(value)
             for (metric, block), values in sums.items():
-                value = float(torch.cat(values).double().mean())
-                rows.append(SensitivityRow(subject.label, subject.epoch, size, metric, block, value))
+                mean = float(torch.cat(values).double().mean())
+                rows.append(SensitivityRow(subject.label, subject.epoch, size, metric, block, mean))
     files.write(rows)
     _draw(files, latest(subjects), rows)
     keys = list(dict.fromkeys((row.model, row.epoch, row.noise) for row in rows))

@@ -19,7 +19,7 @@ from .eigenvalues import Eigenvalues, Points, has_post_norm, image_spectrum, tok
 from .output import Files, grid, group_by, show, whole_numbers
 from .stability import residual_radius, spectral_radius, step_size
 from .subjects import Subject, latest
-from .trace import walk
+from .trace import sparse_blocks, sparse_mlp, walk
 
 CHUNK = 16  # tokens a step of the progress bar
 DEFECTIVE = 1e4  # condition number of an eigenvalue from which it counts as near-defective
@@ -80,8 +80,9 @@ def spectrum(
     for subject in subjects:
         model = subject.build(device)
         after_norm |= getattr(model.net.rule, "look_ahead", "") == "after_norm"
+        blocks = sparse_blocks(model.net)
         for index, points in _points(model, batches, subject.name).items():
-            block, what = model.net.blocks[index], f"{subject.name}, block {index}"
+            block, what = blocks[index], f"{subject.name}, block {index}"
             part, found = _measure(block, points, tokens, images, count, what)
             row, detail = _rows(subject, block, index, part, found)
             rows.append(row)
@@ -104,9 +105,9 @@ def spectrum(
 
 def _check_groups(subject: Subject) -> None:
     model = subject.build()
-    for index in model.net.moe_layers:
-        router = model.net.blocks[index].mlp.router
-        if router.group_size != "image" and not _alone(model.net.blocks[index], 1):
+    for block in sparse_blocks(model.net).values():
+        router = sparse_mlp(block).router
+        if router.group_size != "image" and not _alone(block, 1):
             raise ValueError(
                 f"--model={subject.saved.source}: router.group_size={router.group_size} mixes tokens of several "
                 "images, so there is no spectrum of one; load the weights into a network with group_size=image"
@@ -114,16 +115,18 @@ def _check_groups(subject: Subject) -> None:
 
 
 def _alone(block: ThreadsCarry, num_tokens: int) -> bool:
-    return block.mlp.router.takes_tokens_alone(num_tokens, block.mlp.experts.fc1.weight.shape[0])
+    mlp = sparse_mlp(block)
+    return mlp.router.takes_tokens_alone(num_tokens, mlp.experts.fc1.weight.shape[0])
 
 
 def _points(model: PixelModel, batches: list[Tensor], what: str) -> dict[int, Points]:
     """Block -> [B, N, D] where it evaluates u."""
+    blocks = sparse_blocks(model.net)
     found: dict[int, list[Points]] = {}
     for _, visits in walk(model, batches, what):
         for visit in visits:
             x, update = visit.point.double(), visit.update.double()
-            rest = visit.moved.double() - x - _gamma(model.net.blocks[visit.block]) * update
+            rest = visit.moved.double() - x - _gamma(blocks[visit.block]) * update
             found.setdefault(visit.block, []).append(Points(x, visit.shift.double(), rest))
     return {block: Points(*map(torch.cat, zip(*points, strict=True))) for block, points in found.items()}
 
@@ -192,7 +195,7 @@ def _draw(files: Files, last: list[Subject], rows: list[SpectrumRow], details: l
     blocks = sorted({row.block for row in rows})
     figure, axes = grid(len(last), len(blocks), 3.8, 3.1)
     for line, subject in zip(axes, last, strict=True):
-        net = subject.build().net
+        own_blocks = sparse_blocks(subject.build().net)
         for axis, index in zip(line, blocks, strict=True):
             row = next((r for r in rows if (r.model, r.epoch, r.block) == (subject.label, subject.epoch, index)), None)
             if row is None:
@@ -200,7 +203,7 @@ def _draw(files: Files, last: list[Subject], rows: list[SpectrumRow], details: l
                 continue
             points = [d for d in details if (d.model, d.block) == (subject.label, index) and not d.layer_norm_zero]
             s = row.gamma * torch.tensor([complex(d.real, d.imag) for d in points], dtype=torch.complex128)
-            _panel(axis, s, net.blocks[index], row.gamma)
+            _panel(axis, s, own_blocks[index], row.gamma)
             inside = f"inside: Residual {100 * row.share_residual:.0f} %"
             if row.rule != "Residual":
                 own = "none (not linear)" if row.share_rule is None else f"{100 * row.share_rule:.0f} %"
@@ -227,7 +230,7 @@ def _panel(axis: Axes, s: Tensor, block: ThreadsCarry, gamma: float) -> None:
     plane = torch.complex(*torch.meshgrid(across, up, indexing="xy"))
     t, coefficients = _step(block)
     sigma = plane.flatten() / gamma
-    regions = [("Residual", "tab:blue", "--", residual_radius(gamma, sigma))]
+    regions: list[tuple[str, str, str, Tensor | None]] = [("Residual", "tab:blue", "--", residual_radius(gamma, sigma))]
     if type(block.rule).__name__ != "Residual":
         own = spectral_radius(block.rule, t, coefficients, sigma)
         regions.append((type(block.rule).__name__, "tab:orange", "-", own))

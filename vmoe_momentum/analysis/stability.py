@@ -40,7 +40,9 @@ def spectral_radius(rule: MomentumRule, t: int, coefficients: Scalars, sigma: Te
 
 def residual_radius(gamma: float, sigma: Tensor) -> Tensor:
     """|1 - gamma sigma|, for comparison at the same step size."""
-    return spectral_radius(Residual(gamma), 1, {"gamma": gamma}, sigma)
+    radius = spectral_radius(Residual(gamma), 1, {"gamma": gamma}, sigma)
+    assert radius is not None  # a linear rule
+    return radius
 
 
 @torch.no_grad()

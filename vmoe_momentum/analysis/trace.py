@@ -5,15 +5,15 @@ B images, N tokens, D width, T = B*N, E experts.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..models import PixelModel
 from ..models.groups import images_together
-from ..moe import Plan
-from ..momentum import ThreadsCarry
+from ..moe import Plan, SparseMlp
+from ..momentum import Carry, ThreadsCarry
 from ..progress import track
 
 
@@ -31,14 +31,25 @@ class Visit(NamedTuple):
     plan: Plan
 
 
+def sparse_blocks(net: nn.Module) -> dict[int, ThreadsCarry]:
+    """Index among all blocks -> block."""
+    blocks = cast(Iterable[nn.Module], net.blocks)
+    return {index: block for index, block in enumerate(blocks) if isinstance(block, ThreadsCarry)}
+
+
+def sparse_mlp(block: ThreadsCarry) -> SparseMlp:
+    """Its experts and their router."""
+    assert isinstance(block.mlp, SparseMlp)  # ThreadsCarry asks for one, and its room does not know the class
+    return block.mlp
+
+
 @contextmanager
 def record(net: nn.Module) -> Iterator[list[Visit]]:
     """The visits of the latest forward pass, in the order of blocks. Hooks are gone afterwards."""
     visits: list[Visit] = []
     handles = []
-    for index, block in enumerate(net.blocks):
-        if isinstance(block, ThreadsCarry):
-            handles += _watch(index, block, visits)
+    for index, block in sparse_blocks(net).items():
+        handles += _watch(index, block, visits)
     handles.append(net.register_forward_pre_hook(lambda *_: visits.clear()))
     try:
         yield visits
@@ -50,15 +61,15 @@ def record(net: nn.Module) -> Iterator[list[Visit]]:
 def _watch(index: int, block: ThreadsCarry, visits: list[Visit]) -> list[Any]:
     seen: dict[str, Any] = {}
 
-    def keep(name: str, pick: Callable[[tuple, Any], Any]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+    def keep(name: str, pick: Callable[[tuple[Any, ...], Any], Any]) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             seen[name] = pick(inputs, output)
 
         return hook
 
-    def finish(module: nn.Module, inputs: tuple, output: tuple) -> None:
+    def finish(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Carry]) -> None:
         x, carry = output
-        momentum = carry.momentum[0] if module.step and carry.momentum else None
+        momentum = carry.momentum[0] if block.step and carry.momentum else None
         shift = seen["routed"][0] - seen["normed"]
         visits.append(Visit(index, x, seen["point"], shift, seen["moved"], seen["update"], momentum, *seen["routed"]))
         seen.clear()
@@ -68,7 +79,7 @@ def _watch(index: int, block: ThreadsCarry, visits: list[Visit]) -> list[Any]:
         block.norm2.register_forward_hook(keep("normed", lambda inputs, output: output)),
         block.norm3.register_forward_hook(keep("moved", lambda inputs, output: inputs[0])),
         block.ls2.register_forward_hook(keep("update", lambda inputs, output: output)),
-        block.mlp.router.register_forward_hook(keep("routed", lambda inputs, output: (inputs[0], output[0]))),
+        sparse_mlp(block).router.register_forward_hook(keep("routed", lambda inputs, output: (inputs[0], output[0]))),
         block.register_forward_hook(finish),
     ]
 

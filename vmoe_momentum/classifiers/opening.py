@@ -19,6 +19,7 @@ from ..analysis import record
 from ..analysis.subjects import split_label
 from ..files.checksums import sha256
 from ..models import MomentumBlock, PixelModel, create_model
+from ..models.networks import as_classifier
 from ..models.saved import open_saved
 from ..moe import TopKPlan
 from ..robustness import Model, View
@@ -98,8 +99,9 @@ def _saved(label: str, source: str) -> Model:
 
 def _classes_of(net: nn.Module) -> dict[str, list[str]]:
     """class_names where the network's record has them, else wnids as class_ids where its number is that of a list."""
-    names, subset = (net.pretrained_cfg or {}).get("label_names"), infer_imagenet_subset(net)
-    if names and len(names) == net.num_classes:
+    told, subset = as_classifier(net), infer_imagenet_subset(net)
+    names = (told.pretrained_cfg or {}).get("label_names")
+    if names and len(names) == told.num_classes:
         return {"class_names": list(names)}
     return {} if subset is None else {"class_ids": ImageNetInfo(subset).label_names()}
 
@@ -174,7 +176,7 @@ def _from_net(label: str, source: str, model: PixelModel, saved: dict[str, Any],
         provenance["weights_sha256"] = _weights_hash(net)
     routing = _routing(model) if sparse else None
     return Model(
-        label, label, model, view, net.num_classes, saved.get("class_names"), routing,
+        label, label, model, view, as_classifier(net).num_classes, saved.get("class_names"), routing,
         _router_loss(model) if sparse else None, provenance, class_ids=saved.get("class_ids"),
         architecture=_architecture(net, saved),
     )  # fmt: skip
@@ -182,7 +184,8 @@ def _from_net(label: str, source: str, model: PixelModel, saved: dict[str, Any],
 
 def _architecture(net: nn.Module, saved: dict[str, Any]) -> str:
     """The name it is built by, and its momentum rule."""
-    name = saved.get("architecture") or (net.pretrained_cfg or {}).get("architecture") or type(net).__name__
+    name = saved.get("architecture") or (as_classifier(net).pretrained_cfg or {}).get("architecture")
+    name = name or type(net).__name__
     rule = saved.get("settings", {}).get("rule", {}).get("class_path", "").rpartition(".")[2]
     return f"{name}, {rule}" if rule else name
 

@@ -119,7 +119,7 @@ def _view(source: str, dataset: str, settings: Mapping[str, Any]) -> View | None
             f"--model={source}: it wants pictures prepared as {name}; models here are shown them as one of "
             f"{', '.join(VIEWS)}"
         )
-    return VIEWS.get(name)
+    return None if name is None else VIEWS[name]
 
 
 def _own_view(source: str, config: Mapping[str, Any] | None) -> View:

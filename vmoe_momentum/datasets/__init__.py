@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from ..lazily import lazily
 
 if TYPE_CHECKING:
-    from .datamodules import FFCVDataModule, FolderDataModule, ImageDataModule
+    from .base import ImageDataModule
+    from .datamodules import FFCVDataModule, FolderDataModule
     from .idx import prepare_idx
     from .imagenet import prepare_imagenet
     from .info import sample

@@ -12,9 +12,9 @@ from ..resources import usable_cores
 from .batches import BatchPlan
 from .checks import require
 from .layout import read_classes, read_manifest
-from .loader import EpochLoader
+from .loader import ImageLoader
 from .resizing import ProgressiveResize
-from .resuming import ResumingDataModule, rank_and_world_size
+from .resuming import ResumingDataModule, rank_and_world_size, shuffles
 
 COMMON = {  # ranges of the settings that both backends have
     "image_size": SIDE, "batch_size": COUNT, "eval_batch_size": COUNT.or_(None),
@@ -102,19 +102,19 @@ class ImageDataModule(ResumingDataModule, ABC):
         if stage in ("fit", None):
             rank_zero_info(f"{self.root}: checked {self.checked()}")
 
-    def train_dataloader(self) -> EpochLoader:
+    def train_dataloader(self) -> ImageLoader:
         """Shuffled, augmented, full batches only. Raises ValueError for fewer images than one batch on each device."""
         return self.keep_position(self.build_loader("train", self._plan("train")))
 
-    def val_dataloader(self) -> EpochLoader:
+    def val_dataloader(self) -> ImageLoader:
         """Each validation image once, in stored order, over all devices."""
         return self.build_loader("val", self._plan("val"))
 
-    def test_dataloader(self) -> EpochLoader:
+    def test_dataloader(self) -> ImageLoader:
         """The validation split."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> EpochLoader:
+    def predict_dataloader(self) -> ImageLoader:
         """The validation split."""
         return self.val_dataloader()
 
@@ -131,13 +131,11 @@ class ImageDataModule(ResumingDataModule, ABC):
         """Images in `split`, checked first where `setup` has not been called."""
 
     @abstractmethod
-    def build_loader(self, split: str, plan: BatchPlan) -> EpochLoader:
+    def build_loader(self, split: str, plan: BatchPlan) -> ImageLoader:
         """The backend's loader of `split`; training augmentation when `plan.training`."""
 
     def _plan(self, split: str) -> BatchPlan:
         training = split == "train"
-        # Lightning turns shuffling off for overfit_batches in torch's DataLoader only.
-        shuffled = self.trainer is None or self.trainer.overfit_batches == 0
         rank, world_size = rank_and_world_size(self.trainer)
         return BatchPlan(
             self.count(split),
@@ -146,6 +144,6 @@ class ImageDataModule(ResumingDataModule, ABC):
             seed=self.seed,
             rank=rank,
             world_size=world_size,
-            reshuffle=shuffled,
+            reshuffle=shuffles(self.trainer),
             repeats=self.repeated_augmentation if training else 1,
         )

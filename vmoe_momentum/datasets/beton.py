@@ -82,7 +82,7 @@ def decode_image(beton: Beton, index: int) -> None:
         return
     data = np.fromfile(beton.path, np.uint8, count=size, offset=int(image["data_ptr"]))
     try:
-        with Image.open(BytesIO(data), formats=["JPEG"]) as decoded:
+        with Image.open(BytesIO(data.data), formats=["JPEG"]) as decoded:
             decoded.load()
             shape = decoded.size
     except (OSError, SyntaxError) as error:

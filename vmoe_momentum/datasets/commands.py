@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from ..parsers import new_parser
+from ..parsers import new_parser, summary_of
 from ..ranges import check_all
 from ..resources import usable_cores
 from .idx import prepare_idx
 from .imagenet import prepare_imagenet
 from .info import info, sample
 from .photos import prepare_photos
-from .prepare import prepare_digits, prepare_folder
+from .prepare import Prepared, prepare_digits, prepare_folder
 from .text_files import holds_text, text_info, verify_text
 from .text_prepare import prepare_text
 from .verify import verify
@@ -34,11 +33,11 @@ _EXAMPLES = """examples:
   vmoe-momentum data info data/digits
   vmoe-momentum data sample data/photos --out sheet.png --augment"""
 
-PREPARE = {
+PREPARE: dict[str, Callable[..., Prepared]] = {
     "digits": prepare_digits, "photos": prepare_photos, "idx": prepare_idx, "folder": prepare_folder,
     "imagenet": prepare_imagenet,
 }  # fmt: skip
-LOOK = {"verify": verify, "info": info, "sample": sample}
+LOOK: dict[str, Callable[..., Any]] = {"verify": verify, "info": info, "sample": sample}
 
 _FLAGS = {
     "overwrite": "Replace a dataset prepared earlier.",
@@ -105,7 +104,7 @@ def _look_at_other(arguments: Namespace, other: Other) -> None:
     if arguments.command != "verify":
         raise ValueError(f"root={arguments[arguments.command].root}: {other.what}; `data verify` checks it")
     wanted = arguments.verify
-    check_all("--", {"sample": wanted.sample, "num_workers": wanted.num_workers}, verify.ranges)
+    check_all("--", {"sample": wanted.sample, "num_workers": wanted.num_workers}, vars(verify)["ranges"])
     workers = usable_cores() if wanted.num_workers < 0 else wanted.num_workers
     print(other.verify(wanted.root, wanted.sample, workers))
 
@@ -121,16 +120,16 @@ def _parser(others: dict[str, Other]) -> ArgumentParser:
         "sample": "a sheet of pictures with their labels",
     }
     for name, function in LOOK.items():
-        look = new_parser(inspect.getdoc(function).split("Args:")[0].rstrip(), _EXAMPLES)
+        look = new_parser(summary_of(function), _EXAMPLES)
         look.add_function_arguments(function, as_group=False, as_positional=True, skip={"augment"})
         if function is sample:
             look.add_argument("--augment", action="store_true", help="Random crops and flips, as in training.")
         commands.add_subcommand(name, look, help=helps[name])
     datasets = prepare.add_subcommands(dest="dataset")
     for name, function in (PREPARE | {name: other.prepare for name, other in others.items()}).items():
-        dataset = new_parser(inspect.getdoc(function).split("Args:")[0].rstrip(), _EXAMPLES)
+        dataset = new_parser(summary_of(function), _EXAMPLES)
         dataset.add_function_arguments(function, as_group=False, as_positional=False, skip=set(_FLAGS))
         for flag, text in _FLAGS.items():
             dataset.add_argument(f"--{flag}", action="store_true", help=text)
-        datasets.add_subcommand(name, dataset, help=function.__doc__.splitlines()[0])
+        datasets.add_subcommand(name, dataset, help=summary_of(function).partition("\n")[0])
     return parser

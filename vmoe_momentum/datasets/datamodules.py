@@ -14,10 +14,10 @@ from .batches import BatchPlan
 from .beton import check_beton
 from .checks import require
 from .ffcv_support import ffcv_available, missing_ffcv, using_ffcv
-from .folder_loader import EvalTransform, FolderLoader, TrainTransform, rand_augment
+from .folder_loader import EvalTransform, FolderLoader, TrainTransform, Transform, rand_augment
 from .jpegs import Decoder, require_torchvision_decoder
-from .layout import PREPARE_HINT, beton_path, list_images, read_manifest
-from .loader import EpochLoader
+from .layout import PREPARE_HINT, ImageFile, beton_path, list_images, read_manifest
+from .loader import ImageLoader
 from .manifest import check_contents, describe_files
 from .resizing import ProgressiveResize
 from .verify import decode_some
@@ -125,7 +125,7 @@ class FFCVDataModule(ImageDataModule):
             self.check_split(split)
         return self._counts[split]
 
-    def build_loader(self, split: str, plan: BatchPlan) -> EpochLoader:
+    def build_loader(self, split: str, plan: BatchPlan) -> ImageLoader:
         with using_ffcv():
             from .ffcv_loader import FFCVLoader
 
@@ -213,7 +213,7 @@ class FolderDataModule(ImageDataModule):
             require_torchvision_decoder()
         self.randaugment, self.decoder = randaugment, decoder
         self.policy = None if randaugment is None else rand_augment(randaugment, image_size)
-        self._files: dict[str, list] = {}
+        self._files: dict[str, list[ImageFile]] = {}
 
     def check_split(self, split: str) -> None:
         manifest = read_manifest(self.root)
@@ -236,10 +236,10 @@ class FolderDataModule(ImageDataModule):
             self.check_split(split)
         return len(self._files[split])
 
-    def build_loader(self, split: str, plan: BatchPlan) -> EpochLoader:
+    def build_loader(self, split: str, plan: BatchPlan) -> ImageLoader:
         self.count(split)
 
-        def transform(epoch: int) -> TrainTransform | EvalTransform:
+        def transform(epoch: int) -> Transform:
             if not plan.training:
                 return EvalTransform(self.eval_image_size, self.eval_crop_ratio)
             flip = 0.5 * self.hflip

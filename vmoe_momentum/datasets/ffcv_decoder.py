@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -21,26 +22,28 @@ from numba import njit, prange
 
 from .beton import JPEG
 
+_numba: Any = numba  # its types leave out what it exports and what its config holds
+
 # splitmix64 (Steele, Lea and Flood, OOPSLA 2014): a counter-based generator needs no state shared between threads.
 _GAMMA, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S27, _S30, _S31, _S11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
 _CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after as many
 
 
-def _kept(**options) -> Callable[[Callable], Callable]:
+def _kept(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compiled, and kept on disk for the next process where numba finds a place to write to: two seconds less.
 
     Without such a place, or where the disk is full, it is compiled all the same.
     """
 
-    def compiled(function: Callable) -> Callable:
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             kept = njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:  # no such place
             return njit(nogil=True, **options)(function)
         save = kept._cache.save_overload
 
-        def save_if_possible(*overload) -> None:
+        def save_if_possible(*overload: Any) -> None:
             with suppress(OSError):
                 save(*overload)
 
@@ -51,20 +54,28 @@ def _kept(**options) -> Callable[[Callable], Callable]:
 
 
 @_kept()
-def _mix(z):
+def _mix(z: np.uint64) -> np.uint64:
     z = (z ^ (z >> _S30)) * _MIX_1
     z = (z ^ (z >> _S27)) * _MIX_2
     return z ^ (z >> _S31)
 
 
 @_kept()
-def _uniform(key, draw):
+def _uniform(key: np.uint64, draw: int) -> float:
     """The `draw`-th number in [0, 1) of the stream `key`."""
     return float(_mix(key + np.uint64(draw + 1) * _GAMMA) >> _S11) * 2.0**-53
 
 
 @_kept()
-def _random_crop(height, width, key, scale_low, scale_high, ratio_low, ratio_high):
+def _random_crop(
+    height: int,
+    width: int,
+    key: np.uint64,
+    scale_low: float,
+    scale_high: float,
+    ratio_low: float,
+    ratio_high: float,
+) -> tuple[int, int, int, int]:
     """Top, left, height and width as torchvision's RandomResizedCrop draws them."""
     for attempt in range(_CROP_ATTEMPTS):
         draw = 4 * attempt
@@ -84,7 +95,7 @@ def _random_crop(height, width, key, scale_low, scale_high, ratio_low, ratio_hig
 
 
 @_kept(fastmath=True, error_model="numpy")
-def _shrink(source, top, left, height, width, out):
+def _shrink(source: np.ndarray, top: int, left: int, height: int, width: int, out: np.ndarray) -> None:
     """Averages areas as OpenCV's INTER_AREA does where both sides shrink, in half the time: rows are added as vectors,
     and columns by differences of running sums, which needs no branch per pixel."""
     size = out.shape[0]
@@ -118,7 +129,7 @@ def _shrink(source, top, left, height, width, out):
 
 
 @_kept()
-def _flip(image):
+def _flip(image: np.ndarray) -> None:
     for row in range(image.shape[0]):
         for column in range(image.shape[1] // 2):
             for channel in range(3):
@@ -129,13 +140,13 @@ def _flip(image):
 
 
 @_kept()
-def _read_mapped(address, state):
+def _read_mapped(address: np.uint64, state: Any) -> np.ndarray:
     """Bytes of one sample from the memory-mapped file: (file, pointers, sizes)."""
     return state[0][address : address + state[2][np.searchsorted(state[1], address)]]
 
 
 @_kept()
-def _read_cached(address, state):
+def _read_cached(address: np.uint64, state: Any) -> np.ndarray:
     """Bytes of one sample from FFCV's page cache: (pages, pointers, sizes, page -> slot)."""
     page_size = np.uint64(state[0].shape[1])
     offset = address % page_size
@@ -144,14 +155,22 @@ def _read_cached(address, state):
 
 
 @lru_cache
-def _compiled(os_cache: bool, threads: int) -> Callable:
+def _compiled(os_cache: bool, threads: int) -> Callable[..., Any]:
     """The batch decoder. One compilation serves every loader of the process: crops are arguments, not constants."""
     read = _read_mapped if os_cache else _read_cached
     decode_jpeg, resize = njit(nogil=True)(imdecode), njit(nogil=True)(resize_crop)
     jpeg, parallel = JPEG, threads > 1
 
     @njit(nogil=True, parallel=parallel, error_model="numpy")
-    def decode_batch(indices, images, scratch, control, fields, state, crop):
+    def decode_batch(
+        indices: np.ndarray,
+        images: np.ndarray,
+        scratch: np.ndarray,
+        control: np.ndarray,
+        fields: np.ndarray,
+        state: Any,
+        crop: Any,
+    ) -> None:
         train, scale_low, scale_high, ratio_low, ratio_high, flip, eval_ratio = crop
         for slot in prange(len(indices)):
             field = fields[indices[slot]]
@@ -160,7 +179,7 @@ def _compiled(os_cache: bool, threads: int) -> Callable:
             pixels = data
             if field["mode"] == jpeg:
                 # one buffer a thread, which stays in its cache, where there are as many
-                place = numba.get_thread_id() if len(scratch) >= threads else np.int64(slot)
+                place = _numba.get_thread_id() if len(scratch) >= threads else np.int64(slot)
                 pixels = scratch[place, : height * width * 3]
                 h, w = np.uint32(height), np.uint32(width)
                 control[slot, 1] = decode_jpeg(data, pixels, h, w, h, w, 0, 0, 1, 1, False, False)
@@ -182,7 +201,7 @@ def _compiled(os_cache: bool, threads: int) -> Callable:
     return decode_batch
 
 
-class CropDecoder(SimpleRGBImageDecoder):
+class CropDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]  # ffcv has no types
     """Random resized crop and flip (training) or centre crop (evaluation), resized to `size` by area averaging.
 
     Its third buffer, `control` int64 [B, 2], carries the epoch's key in and the JPEG decoder's status (0: good) out.
@@ -214,7 +233,7 @@ class CropDecoder(SimpleRGBImageDecoder):
         self.crop = (training, *map(float, (*scale, *ratio, flip, eval_ratio)))
         self.decode_batch = _compiled(os_cache, threads)
 
-    def declare_state_and_memory(self, previous_state):
+    def declare_state_and_memory(self, previous_state: Any) -> Any:
         """FFCV's hook: shapes of the output and of the buffers the decoder asks for, per image."""
         jpegs = self.metadata[self.metadata["mode"] == JPEG]
         largest = int((jpegs["height"].astype(np.int64) * jpegs["width"]).max()) if len(jpegs) else 0
@@ -223,11 +242,11 @@ class CropDecoder(SimpleRGBImageDecoder):
         scratch = AllocationQuery((3 * largest,), pixel)
         return state, (AllocationQuery(shape, pixel), scratch, AllocationQuery((2,), np.dtype("<i8")))
 
-    def generate_code(self) -> Callable:
+    def generate_code(self) -> Callable[..., Any]:
         """FFCV's hook: the function it compiles and calls for each batch."""
         decode_batch, crop = self.decode_batch, self.crop
 
-        def decode(batch_indices, buffers, metadata, storage_state):
+        def decode(batch_indices: np.ndarray, buffers: Any, metadata: np.ndarray, storage_state: Any) -> np.ndarray:
             images, scratch, control = buffers
             decode_batch(batch_indices, images, scratch, control, metadata, storage_state, crop)
             return images[: len(batch_indices)]
@@ -240,23 +259,23 @@ def require_thread_safe_numba() -> None:
 
     Its fallback layer, workqueue, aborts the whole process in that case. Raises ValueError when nothing else loads.
     """
-    if numba.config.THREADING_LAYER == "default":
-        numba.config.THREADING_LAYER = "threadsafe"
+    if _numba.config.THREADING_LAYER == "default":
+        _numba.config.THREADING_LAYER = "threadsafe"
     from numba.np.ufunc import parallel
 
     try:
         parallel._launch_threads()
-        layer = numba.threading_layer()
+        layer = _numba.threading_layer()
     except ValueError as error:
         layer = str(error).splitlines()[0]
     if layer not in ("tbb", "omp"):
         raise ValueError(
-            f"NUMBA_THREADING_LAYER={numba.config.THREADING_LAYER}: numba offers {layer!r}, and FFCV decoding training"
+            f"NUMBA_THREADING_LAYER={_numba.config.THREADING_LAYER}: numba offers {layer!r}, and FFCV decoding training"
             " and validation batches at once needs 'tbb' or 'omp'; pip install tbb and unset NUMBA_THREADING_LAYER"
         )
 
 
 def usable_threads(requested: int) -> int:
     """`requested` threads, or as many as numba was started with when that is fewer; -1 asks for all of them."""
-    most = numba.config.NUMBA_NUM_THREADS
+    most = _numba.config.NUMBA_NUM_THREADS
     return most if requested < 0 else max(1, min(requested, most))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from queue import Empty, Full, Queue
 from threading import Event, Thread
+from typing import Any
 from unittest.mock import patch
 
 import numba
@@ -25,14 +26,14 @@ from ffcv.transforms import ToTensor, ToTorchImage
 
 from .batches import BatchPlan
 from .ffcv_decoder import CropDecoder, require_thread_safe_numba, usable_threads
-from .loader import Batch, EpochLoader
+from .loader import Batch, ImageLoader
 from .shortened import CutShort, Watched, speak_before_sigbus
 
 _POLL_SECONDS = 0.2
 _CHUNK = 4  # images a thread takes at a time: halves of a batch are never equally long
 
 
-class FFCVLoader(EpochLoader):
+class FFCVLoader(ImageLoader):
     """Batches of one beton.
 
     Args:
@@ -48,6 +49,8 @@ class FFCVLoader(EpochLoader):
         ValueError: numba has no thread-safe threading layer.
     """
 
+    plan: BatchPlan
+
     def __init__(
         self,
         path: Path,
@@ -57,7 +60,7 @@ class FFCVLoader(EpochLoader):
         os_cache: bool,
         batches_ahead: int,
         size: Callable[[int], int],
-        **crop,
+        **crop: Any,
     ) -> None:
         super().__init__(plan)
         require_thread_safe_numba()

@@ -6,10 +6,11 @@ import math
 import random
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -20,10 +21,16 @@ from ..stopping import serve_until_done
 from .batches import BatchPlan
 from .jpegs import Decoder, read_fast
 from .layout import ImageFile
-from .loader import Batch, EpochLoader
+from .loader import Batch, ImageLoader
 
 Picture = Image.Image | torch.Tensor  # uint8 [3, H, W]
 _IMAGENET_MEAN = (124, 116, 104)  # RGB of 255, what timm fills uncovered corners with
+
+
+class Transform(Protocol):
+    """Of a picture to one of the final size."""
+
+    def __call__(self, image: Picture) -> Picture: ...
 
 
 class TrainTransform(NamedTuple):
@@ -65,8 +72,8 @@ def random_crop(
         shape = number.uniform_(low, high).exp_().item()
         w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(height - h + 1, (1,)).item()
-            return top, torch.randint(width - w + 1, (1,)).item(), h, w
+            top = int(torch.randint(height - h + 1, (1,)))
+            return top, int(torch.randint(width - w + 1, (1,))), h, w
     w, h = width, height  # the middle of a picture too long or too high
     if width / height < min(ratio):
         h = round(w / min(ratio))
@@ -89,7 +96,7 @@ def rand_augment(policy: str, size: int) -> Callable[[Image.Image], Image.Image]
         ) from error
 
 
-class FolderLoader(EpochLoader):
+class FolderLoader(ImageLoader):
     """Batches of one split's image files.
 
     Args:
@@ -102,12 +109,14 @@ class FolderLoader(EpochLoader):
         decoder: What decodes JPEGs.
     """
 
+    plan: BatchPlan
+
     def __init__(
         self,
         files: list[ImageFile],
         plan: BatchPlan,
         *,
-        transform: Callable[[int], Callable[[Picture], Picture]],
+        transform: Callable[[int], Transform],
         num_workers: int,
         upright: bool = False,
         decoder: Decoder = "pillow",
@@ -132,11 +141,11 @@ class FolderLoader(EpochLoader):
         yield from loader
 
 
-class _Images(Dataset):
+class _Images(Dataset[tuple[np.ndarray, int]]):
     def __init__(
         self,
         files: list[ImageFile],
-        transform: Callable,
+        transform: Transform,
         seed: int,
         epoch: int,
         upright: bool,
@@ -178,16 +187,16 @@ def _seeded(*key: int, every: bool) -> Iterator[None]:
     torch_state = torch.get_rng_state()
     torch.default_generator.manual_seed(int(seeds[1]))  # not torch.manual_seed, which reaches for the GPU too
     if every:  # their states cost as much as all else here
-        states = random.getstate(), np.random.get_bit_generator()
+        states = random.getstate(), get_bit_generator()
         random.seed(int(seeds[0]))
-        np.random.set_bit_generator(np.random.PCG64(sequence))  # saving numpy's own generator costs ten times as much
+        set_bit_generator(np.random.PCG64(sequence))  # saving numpy's own generator costs ten times as much
     try:
         yield
     finally:
         torch.set_rng_state(torch_state)
         if every:
             random.setstate(states[0])
-            np.random.set_bit_generator(states[1])
+            set_bit_generator(states[1])
 
 
 def _size(image: Picture) -> tuple[int, int]:

@@ -116,7 +116,7 @@ def _classes(source: str, splits: dict[str, Pictures], names: str | None) -> lis
 
 def _names(names: str | None, splits: dict[str, Pictures]) -> list[str] | None:
     if names is None:
-        found = {split: hashlib.sha256(pictures.labels).hexdigest() for split, pictures in splits.items()}
+        found = {split: hashlib.sha256(pictures.labels.data).hexdigest() for split, pictures in splits.items()}
         return list(FASHION) if found == _FASHION_LABELS else None
     if names == "fashion":
         return list(FASHION)

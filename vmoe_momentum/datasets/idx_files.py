@@ -6,6 +6,7 @@ Source: http://yann.lecun.com/exdb/mnist/. Types other than unsigned bytes exist
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import re
 import struct
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def read_split(images: Path, labels: Path) -> Pictures:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, unzipped where they are gzip's, whatever its name. Raises ValueError: they are damaged."""
     try:
         with path.open("rb") as raw:
@@ -105,7 +106,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); copy it again, or change its rights") from error
 
 
-def _sizes(file: BinaryIO, path: Path, dimensions: int) -> tuple[int, ...]:
+def _sizes(file: io.BufferedIOBase, path: Path, dimensions: int) -> tuple[int, ...]:
     """Of each dimension, from the header."""
     magic = file.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0":
@@ -127,7 +128,7 @@ def _sizes(file: BinaryIO, path: Path, dimensions: int) -> tuple[int, ...]:
     return struct.unpack(f">{dimensions}I", header)
 
 
-def _rest(file: BinaryIO, path: Path, sizes: tuple[int, ...]) -> np.ndarray:
+def _rest(file: io.BufferedIOBase, path: Path, sizes: tuple[int, ...]) -> np.ndarray:
     expected, content = math.prod(sizes), bytearray()
     # in parts: a damaged header may ask for more than there is memory
     while part := file.read(min(_PART, expected - len(content))):

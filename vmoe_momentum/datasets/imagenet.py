@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -207,7 +208,7 @@ def _read_shards(shards: dict[str, list[Path]], work: Path) -> None:
         ) from error
     wnids = [entry.id for entry in imagenet_classes()]
     for split, paths in shards.items():
-        taken = Counter()
+        taken: Counter[str] = Counter()
         for path in track(paths, f"unpacking {split}"):
             row = 0
             try:
@@ -224,7 +225,7 @@ def _read_shards(shards: dict[str, list[Path]], work: Path) -> None:
                 ) from error
 
 
-def _write_item(item: dict, where: str, folder: Path, wnids: list[str], taken: Counter) -> None:
+def _write_item(item: dict[str, Any], where: str, folder: Path, wnids: list[str], taken: Counter[str]) -> None:
     """One row as a picture file. taken: the next number to name a picture of a class by."""
     known = set(wnids)
     label, content, name = item["label"], item["image"]["bytes"], Path(item["image"]["path"] or "").name

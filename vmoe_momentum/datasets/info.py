@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
@@ -44,7 +44,7 @@ def info(root: str) -> Table:
     return table
 
 
-def _describe(folder: Path, split: str, classes: list[ClassEntry], manifest: dict) -> dict[str, str]:
+def _describe(folder: Path, split: str, classes: list[ClassEntry], manifest: dict[str, Any]) -> dict[str, str]:
     recorded = manifest["splits"][split] if manifest else None
     files = list_images(folder / split, classes, recorded["labels"] if recorded else None)
     counts = np.bincount([file.label for file in files], minlength=len(classes))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..pictures import class_folders, find_pictures, mention, told
 from .text_files import holds_text
@@ -85,7 +85,7 @@ def write_classes(root: Path, classes: list[ClassEntry]) -> None:
     write_json(root / "classes.json", {"classes": [entry._asdict() for entry in classes]})
 
 
-def read_manifest(root: Path) -> dict:
+def read_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a prepared dataset, or {} where there is none (data somebody laid out by hand).
 
     Raises ValueError: it is none of ours.
@@ -111,13 +111,13 @@ def read_manifest(root: Path) -> dict:
     return manifest
 
 
-def own_digest(manifest: dict) -> str:
+def own_digest(manifest: dict[str, Any]) -> str:
     """sha256 of a manifest's contents, but for this digest."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -159,7 +159,7 @@ def list_images(folder: Path, classes: list[ClassEntry], counts: list[int] | Non
     return images
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -11,29 +11,44 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from types import SimpleNamespace
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from .batches import BatchPlan
-
 Batch = tuple[torch.Tensor, torch.Tensor]
+Piece = TypeVar("Piece")  # what a plan says of a batch
+Made = TypeVar("Made")  # the batch
 
 
-class EpochLoader(ABC):
+class Plan(Protocol[Piece]):
+    """What makes which batch in this process."""
+
+    things: str  # of which a batch has batch_size
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int: ...
+
+    def batches(self, epoch: int) -> list[Piece]: ...
+
+    def identity(self) -> dict[str, int]: ...
+
+
+class EpochLoader(ABC, Generic[Piece, Made]):
     """Yields batches that are safe to keep: `(images uint8 [B, 3, H, W] channels_last, labels int64 [B])`, or text's.
 
     A backend implements `open`. Each `iter()` runs the epoch last given to `set_epoch` (0 at first).
     """
 
-    def __init__(self, plan: BatchPlan) -> None:
+    def __init__(self, plan: Plan[Piece]) -> None:
         self.plan = plan
         self._epoch = 0
         self._position = (0, 0)  # (epoch, batches yielded in it): what a checkpoint records
         self._resume: dict[str, int] | None = None
 
     @abstractmethod
-    def open(self, batches: list[np.ndarray], epoch: int) -> Generator[Batch, None, None]:
+    def open(self, batches: list[Piece], epoch: int) -> Generator[Made, None, None]:
         """Starts decoding `batches` of `epoch`'s draws; closing the generator must release every thread and process."""
 
     @property
@@ -48,7 +63,7 @@ class EpochLoader(ABC):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Generator[Batch, None, None]:
+    def __iter__(self) -> Generator[Made, None, None]:
         epoch, start = self._epoch, self._start(self._epoch)
         self._position = (epoch, start)
         source = self.open(self.plan.batches(epoch)[start:], epoch)
@@ -97,3 +112,6 @@ class EpochLoader(ABC):
             told = f"the checkpoint lies inside {there}; here they are {here}: training goes on with the next epoch"
             print(told, file=sys.stderr)
         return len(self)
+
+
+ImageLoader = EpochLoader[np.ndarray, Batch]  # arrays of draws make them

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rich.progress
@@ -32,7 +33,7 @@ CHECKSUMS = "checksums.sha256"
 def seal(
     root: Path,
     classes: list[ClassEntry],
-    settings: dict,
+    settings: dict[str, Any],
     encoding: Encoding,
     num_workers: int,
     bad: BadImages | None = None,
@@ -94,7 +95,7 @@ def read_checksums(root: Path, recorded: str) -> set[str]:
         return set(file)
 
 
-def describe_files(files: list[ImageFile], num_classes: int) -> dict:
+def describe_files(files: list[ImageFile], num_classes: int) -> dict[str, Any]:
     """Count, images per label, and a digest of names and sizes, which takes seconds of ImageNet."""
     digest = hashlib.sha256()
     for path, label in files:
@@ -103,7 +104,7 @@ def describe_files(files: list[ImageFile], num_classes: int) -> dict:
     return {"count": len(files), "labels": labels.tolist(), "listing": digest.hexdigest()}
 
 
-def check_contents(beton: Beton, recorded: dict, num_classes: int, always: bool = False) -> None:
+def check_contents(beton: Beton, recorded: dict[str, Any], num_classes: int, always: bool = False) -> None:
     """Is a sound beton the one that was prepared? Reads it whole where its size or time is new, or `always`.
 
     recorded: what manifest.json says of its split. Raises ValueError naming what differs.
@@ -128,7 +129,7 @@ def sha256(path: Path) -> str:
 def digest(path: Path, algorithm: str) -> str:
     """Hex digest of a file's contents by hashlib's name of the algorithm, behind a bar of its bytes."""
     console = Console(stderr=True)
-    shown = {"console": console, "transient": True, "disable": not console.is_terminal}
+    shown: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
     with rich.progress.open(path, "rb", description=f"checking {path.name}", **shown) as file:
         found = hashlib.new(algorithm)
         while chunk := file.read(1 << 20):
@@ -136,14 +137,14 @@ def digest(path: Path, algorithm: str) -> str:
     return found.hexdigest()
 
 
-def _stamps(root: Path) -> dict:
+def _stamps(root: Path) -> dict[str, Any]:
     try:
         return json.loads((root / _STAMPS).read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _describe(path: Path, digest: str) -> dict:
+def _describe(path: Path, digest: str) -> dict[str, Any]:
     found = path.stat()
     return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest}
 

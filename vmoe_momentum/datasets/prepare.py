@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -226,7 +226,7 @@ def place(source: Path, target: Path, images: str) -> None:
         target.symlink_to(source.resolve())
 
 
-def already_prepared(target: Path, settings: dict) -> Prepared | None:
+def already_prepared(target: Path, settings: dict[str, Any]) -> Prepared | None:
     """The dataset at `target` if it was made with these settings; raises when it was made with others."""
     remove_abandoned(target)
     manifest = read_manifest(target)

@@ -36,7 +36,8 @@ class BadImages:
     """
 
     def __init__(self, on_error: OnError = "stop", name: Callable[[Path], str] = str) -> None:
-        self.on_error, self.name, self.lines = on_error, name, []
+        self.on_error, self.name = on_error, name
+        self.lines: list[str] = []
 
     def sift(self, results: Iterable[Result | UnreadablePicture]) -> Iterator[Result]:
         """Passes results on until one is bad. Raises UnreadableImages at once where errors stop."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 
 from .loader import EpochLoader
+
+Loader = TypeVar("Loader", bound=EpochLoader[Any, Any])
 
 
 class ResumingDataModule(LightningDataModule):
@@ -15,10 +17,10 @@ class ResumingDataModule(LightningDataModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._train_loader: EpochLoader | None = None
+        self._train_loader: EpochLoader[Any, Any] | None = None
         self._train_state: dict[str, int] | None = None
 
-    def keep_position(self, loader: EpochLoader) -> EpochLoader:
+    def keep_position(self, loader: Loader) -> Loader:
         """The training loader, at the position that a checkpoint holds, and whose own the next checkpoint will."""
         if self._train_state is not None:
             loader.load_state_dict(self._train_state)
@@ -40,6 +42,12 @@ class ResumingDataModule(LightningDataModule):
             self._train_state = state_dict.get("train")
             if self._train_loader is not None and self._train_state is not None:
                 self._train_loader.load_state_dict(self._train_state)
+
+
+def shuffles(trainer: Any) -> bool:
+    """Whether training draws a new order each epoch; for overfit_batches Lightning has it so in torch's DataLoader
+    only."""
+    return trainer is None or trainer.overfit_batches == 0
 
 
 def rank_and_world_size(trainer: Any) -> tuple[int, int]:

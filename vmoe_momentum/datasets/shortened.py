@@ -53,7 +53,7 @@ def speak_before_sigbus(folder: Path) -> object:
     leave.argtypes, leave.restype = (ctypes.c_int,), None
 
     @cfunc(types.void(types.int32))
-    def handler(number):
+    def handler(number: int) -> None:
         write(2, address, size)
         leave(1)
 

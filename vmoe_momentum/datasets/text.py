@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ..ranges import COUNT, SEED, Range, in_range
-from .resuming import ResumingDataModule, rank_and_world_size
+from .resuming import ResumingDataModule, rank_and_world_size, shuffles
 from .text_files import TEXT_SPLITS, UNK, check_sizes, open_ids, read_facts, read_vocabulary
 from .text_streams import TextBatch, TextLoader, TextPlan, swap_words
 
 __all__ = ["TextBatch", "TextDataModule"]
-_STAGES = {"fit": ("train", "valid"), "validate": ("valid",), "test": ("test",), "predict": ("test",)}
+_STAGES: dict[str | None, tuple[str, ...]] = {
+    "fit": ("train", "valid"),
+    "validate": ("valid",),
+    "test": ("test",),
+    "predict": ("test",),
+}
 
 
 @in_range(
@@ -98,9 +104,7 @@ class TextDataModule(ResumingDataModule):
 
     def train_dataloader(self) -> TextLoader:
         """Full blocks. Raises ValueError for a text shorter than one block of each stream."""
-        # Lightning turns shuffling off for overfit_batches in torch's DataLoader only
-        reshuffle = self.trainer is None or self.trainer.overfit_batches == 0
-        plan = self._plan("train", self.batch_size, training=True, reshuffle=reshuffle)
+        plan = self._plan("train", self.batch_size, training=True, reshuffle=shuffles(self.trainer))
         return self.keep_position(TextLoader(plan, open_ids(self.facts, "train"), self.facts.eos))
 
     def val_dataloader(self) -> TextLoader:
@@ -127,7 +131,7 @@ class TextDataModule(ResumingDataModule):
 
     def _plan(self, split: str, batch_size: int, **how: bool) -> TextPlan:
         rank, world_size = rank_and_world_size(self.trainer)
-        shared = {"seed": self.seed, "rank": rank, "world_size": world_size}
+        shared: dict[str, Any] = {"seed": self.seed, "rank": rank, "world_size": world_size}
         return TextPlan(self.count(split), batch_size, self.block_size, **shared, **how)
 
     def _find_swap_id(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
@@ -38,8 +38,8 @@ class TextFacts(NamedTuple):
     types: dict[str, int]
     eos: int
     unk: int | None
-    settings: dict
-    listed: dict
+    settings: dict[str, Any]
+    listed: dict[str, Any]
 
     def path(self, split: str) -> Path:
         """The ids of a split."""
@@ -51,7 +51,9 @@ def holds_text(root: Path) -> bool:
     return (root / TEXT).is_file()
 
 
-def write_facts(root: Path, settings: dict, words: list[str], tokens: dict[str, int], types: dict[str, int]) -> None:
+def write_facts(
+    root: Path, settings: dict[str, Any], words: list[str], tokens: dict[str, int], types: dict[str, int]
+) -> None:
     """Seals `root`, which holds all other files."""
     facts = {
         "format": _FORMAT, "settings": settings,

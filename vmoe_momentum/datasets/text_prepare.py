@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -67,25 +67,25 @@ def prepare_text(
         ValueError: `out` exists, a file is empty or not UTF-8, or a setting is out of range.
     """
     target, example = Path(out), source is None
-    require_names(out=out, **({} if example else {"source": source}))
-    settings = {
-        "source": None if example else str(Path(source).resolve()), "order": order,
+    require_names(out=out, **({} if source is None else {"source": source}))
+    settings: dict[str, Any] = {
+        "source": None if source is None else str(Path(source).resolve()), "order": order,
         "min_count": min_count if min_count is not None else 2 if example else 1,
         "lower": example if lower is None else lower,
         "split_punctuation": example if split_punctuation is None else split_punctuation,
     }  # fmt: skip
     if exist_ok and (found := _already_prepared(target, settings)):
         return found
-    if not example:
+    if source is not None:
         refuse_overlap(Path(source), target)
     refuse_existing(target, overwrite, TEXT)
-    texts = bible() if example else find_texts(Path(source))
+    texts = bible() if source is None else find_texts(Path(source))
     with staged(target, overwrite, TEXT) as work:
         sights, counts = _number(work, texts, settings["lower"], settings["split_punctuation"])
         words, ids = _vocabulary(list(sights), counts, order, settings["min_count"])
         (work / VOCABULARY).write_bytes("".join(f"{word}\n" for word in words).encode())
-        found = {split: _remap(work / f"{split}.bin", ids, len(words)) for split in TEXT_SPLITS}
-        tokens, types = ({split: counted[part] for split, counted in found.items()} for part in (0, 1))
+        counted = {split: _remap(work / f"{split}.bin", ids, len(words)) for split in TEXT_SPLITS}
+        tokens, types = ({split: both[part] for split, both in counted.items()} for part in (0, 1))
         write_facts(work, settings, words, tokens, types)
     return _summary(read_facts(target, "--out"))
 
@@ -146,7 +146,7 @@ def _remap(path: Path, ids: np.ndarray, vocab_size: int) -> tuple[int, int]:
     return len(values), int(seen.sum())
 
 
-def _already_prepared(target: Path, settings: dict) -> PreparedText | None:
+def _already_prepared(target: Path, settings: dict[str, Any]) -> PreparedText | None:
     """The text at `target` if it was made with these settings. Raises ValueError: it was made with others."""
     remove_abandoned(target)
     if not holds_text(target):

@@ -48,8 +48,12 @@ def find_texts(folder: Path) -> dict[str, Source]:
         size = paths[0].stat().st_size
         if not size:
             raise ValueError(f"{paths[0]}: empty; every split needs text")
-        found[split] = Source(str(paths[0]), size, functools.partial(paths[0].open, "rb"))
+        found[split] = Source(str(paths[0]), size, functools.partial(_open, paths[0]))
     return found
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 def bible() -> dict[str, Source]:
@@ -67,18 +71,20 @@ def bible() -> dict[str, Source]:
         ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"--source is not given, and the program bible does not answer ({error})") from error
-    verses = [_VERSE.fullmatch(line) for line in done.stdout.decode(errors="replace").splitlines()]
-    if len(verses) != _VERSES or None in verses:
+    lines = done.stdout.decode(errors="replace").splitlines()
+    verses = [verse for line in lines if (verse := _VERSE.fullmatch(line))]
+    if not len(lines) == len(verses) == _VERSES:
         raise ValueError(
             f"--source is not given, and the program bible gives no {_VERSES:,} verses; install the packages bible-kjv"
             " and bible-kjv-text anew, or name a folder with train.txt, valid.txt and test.txt"
         )
-    lines, number, chapter = {split: [] for split in TEXT_SPLITS}, 0, ""
+    split_lines: dict[str, list[str]] = {split: [] for split in TEXT_SPLITS}
+    number, chapter = 0, ""
     for verse in verses:
         if verse["chapter"] != chapter:
             number, chapter = number + 1, verse["chapter"]
-        lines[_HELD_OUT.get(number % 20, "train")].append(verse["text"].strip())
-    texts = {split: "".join(f"{line}\n" for line in lines[split]).encode() for split in TEXT_SPLITS}
+        split_lines[_HELD_OUT.get(number % 20, "train")].append(verse["text"].strip())
+    texts = {split: "".join(f"{line}\n" for line in split_lines[split]).encode() for split in TEXT_SPLITS}
     return {s: Source(f"bible ({s})", len(text), functools.partial(io.BytesIO, text)) for s, text in texts.items()}
 
 

@@ -121,8 +121,10 @@ class TextPlan:
         return (self.tokens - offset) // self.streams if self.training else -(-self.tokens // self.streams)
 
 
-class TextLoader(EpochLoader):
+class TextLoader(EpochLoader[int, TextBatch]):
     """Yields `TextBatch`es of `plan`, block after block of each stream."""
+
+    plan: TextPlan
 
     def __init__(self, plan: TextPlan, ids: np.ndarray, eos: int, clean: np.ndarray | None = None) -> None:
         """ids: the text, integers [tokens]; eos: the word before the first; clean: the text before a word swap."""

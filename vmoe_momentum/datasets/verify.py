@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,14 +65,16 @@ def verify(root: str, sample: int | None = None, num_workers: int = -1) -> Repor
             betons += 1
         counts.append(recorded["count"])
     missing = "" if known is not None else "contents of image files, classes.json and manifest.json itself"
-    return Report(folder, len(classes), *counts, decoded, betons, 0 if known is None else sum(counts), missing)
+    train, val = counts
+    compared = 0 if known is None else train + val
+    return Report(folder, len(classes), train, val, decoded, betons, compared, missing)
 
 
 def _verify_files(
     root: Path,
     split: str,
     files: list[ImageFile],
-    recorded: dict,
+    recorded: dict[str, Any],
     known: set[str] | None,
     upright: bool,
     sample: int | None,
@@ -101,7 +103,9 @@ def _verify_files(
     return len(chosen)
 
 
-def _verify_beton(path: Path, classes: list[ClassEntry], recorded: dict, sample: int | None, num_workers: int) -> int:
+def _verify_beton(
+    path: Path, classes: list[ClassEntry], recorded: dict[str, Any], sample: int | None, num_workers: int
+) -> int:
     beton = check_beton(path, len(classes), recorded["beton"]["bytes"])
     check_contents(beton, recorded, len(classes), always=True)
     return decode_some(beton, sample, num_workers)

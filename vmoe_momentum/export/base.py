@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import PixelModel
+from ..models.networks import as_classifier
 from .asked import Request
 
 Metadata = dict[str, Any]
@@ -50,7 +51,7 @@ def image_size(model: PixelModel) -> int:
     """S of a network as it is built."""
     patches = getattr(model.net, "patch_embed", None)
     size = getattr(patches, "img_size", None)
-    return int(size[0] if size else model.net.pretrained_cfg["input_size"][-1])
+    return int(size[0] if size else as_classifier(model.net).pretrained_cfg["input_size"][-1])
 
 
 def as_answer(servable: nn.Module, device: str = "cpu") -> Answer:

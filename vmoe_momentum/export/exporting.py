@@ -12,17 +12,19 @@ from torch import Tensor
 
 from ..analysis.logs import read_log
 from ..classifiers import view_of
-from ..files.checksums import listed, sha256
+from ..files.checksums import FILES, listed, sha256
 from ..files.staging import refuse_existing, staged
+from ..models.networks import as_classifier
 from ..progress import track
 from ..ranges import COUNT, in_range
 from ..robustness import View, list_pictures
 from ..robustness.pictures import Pictures, batches
 from ..robustness.versions import versions
-from .base import Metadata, Request
+from .asked import Pick, Request, Weights
+from .base import Metadata
 from .formats import FORMATS
 from .round_trip import check, round_trip
-from .weights import Chosen, Pick, Weights, choose
+from .weights import Chosen, choose
 
 MARK = "metadata.json"
 
@@ -62,11 +64,12 @@ def export(
     try:
         with staged(place, overwrite, MARK) as work:
             metadata |= form.write(chosen.model, work, request, metadata)
-            (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
+            written = listed(work, metadata)
+            (work / MARK).write_text(json.dumps(written, indent=1) + "\n")  # opened as anybody would, checksums and all
             answer = form.open(work, metadata, device)
             found = round_trip(chosen.model, answer, pixels, labels, request, work, device)
             check(found, request.precision, to)
-            metadata = listed(work, {**metadata, "round_trip": found._asdict()})
+            metadata = listed(work, {**metadata, "round_trip": found._asdict()}, written[FILES])
             (work / MARK).write_text(json.dumps(metadata, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         told = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -97,7 +100,8 @@ def describe(chosen: Chosen, to: str, request: Request, scores: dict[str, float]
 def load_pictures(data: str, chosen: Chosen, limit: int) -> tuple[Tensor, Tensor]:
     """uint8 [N, 3, S, S] and labels [N], spread over the set."""
     names, ids = (chosen.facts.get(key) for key in ("class_names", "class_ids"))
-    listing = list_pictures(Path(data), names, chosen.model.net.num_classes, "--data", ids)
+    num_classes = as_classifier(chosen.model.net).num_classes
+    listing = list_pictures(Path(data), names, num_classes, "--data", ids)
     count = min(limit, len(listing.paths))
     order = [i * len(listing.paths) // count for i in range(count)]
     view = view_of(chosen.model.net, chosen.facts)

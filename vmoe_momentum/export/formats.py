@@ -4,7 +4,8 @@ To add one: a `Format` in a file of this folder, entered in FORMATS below.
 """
 
 from . import hugging_face, onnx, program, state_dict
-from .base import Format, Request, Servable
+from .asked import Request
+from .base import Format, Servable
 
 FORMATS: dict[str, Format] = {
     "hf": hugging_face.FORMAT,

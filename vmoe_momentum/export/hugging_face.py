@@ -6,7 +6,8 @@ import timm
 
 from ..models import PixelModel, create_model
 from ..models.directory import as_json
-from .base import Answer, Format, Metadata, Request, Servable, as_answer, image_size
+from .asked import Request
+from .base import Answer, Format, Metadata, Servable, as_answer, image_size
 from .card import write_card
 
 FILE = "model.safetensors"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..models import PixelModel
-from .base import Answer, Format, Metadata, Request, Servable
+from .asked import Request
+from .base import Answer, Format, Metadata, Servable
 from .program import trace
 
 FILE = "model.onnx"
@@ -33,9 +34,12 @@ QUANTIZATION = {
 
 def write(model: PixelModel, folder: Path, request: Request, metadata: Metadata) -> Metadata:
     _needs("onnxscript")
-    path, options = folder / FILE, {"custom_translation_table": translations(), "opset_version": OPSET}
+    path = folder / FILE
     servable = Servable(_halved(model) if request.precision == "fp16" else model, request)
-    program = torch.onnx.export(trace(servable), (), verbose=False, optimize=False, **options)
+    program = torch.onnx.export(
+        trace(servable), (), verbose=False, optimize=False, custom_translation_table=translations(), opset_version=OPSET
+    )
+    assert program is not None  # of exported programs
     _simplify(program.model)
     facts = {"file": FILE, "opset": OPSET}
     if request.precision == "int8":
@@ -119,7 +123,9 @@ def open_answer(folder: Path, metadata: Metadata, device: str = "cpu") -> Answer
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """torch operator -> function that writes it in ONNX."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
+
+    op: Any = opset20  # its hints tell types of elements apart, which constants and results do not say
 
     def stable_sort(self: Any, stable: Any = None, dim: int = -1, descending: bool = False) -> Any:
         """TopK of everything: on equal values ONNX takes the lower index first, which is what stable means."""

@@ -11,7 +11,8 @@ from torch.export.passes import move_to_device_pass
 
 from ..models import PixelModel
 from ..models.groups import images_together
-from .base import Answer, Format, Metadata, Request, Servable, as_answer, image_size
+from .asked import Request
+from .base import Answer, Format, Metadata, Servable, as_answer, image_size
 
 FILE = "model.pt2"
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..models import PixelModel
 from ..progress import track
-from .base import Answer, Request, Servable, as_answer
+from .asked import Request
+from .base import Answer, Servable, as_answer
 
 CHUNKS = (17, 2, 1)  # batch sizes that are tried
 TOLERANCE = 1e-4  # of logits, in float32

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from ..models import PixelModel
 from ..models.saved import rebuild
-from .base import Answer, Format, Metadata, Request, Servable, as_answer
+from .asked import Request
+from .base import Answer, Format, Metadata, Servable, as_answer
 
 FILE = "model.safetensors"
 

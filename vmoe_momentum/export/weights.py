@@ -37,7 +37,8 @@ def choose(ckpt_path: str, weights: Weights = "auto", pick: Pick | None = None, 
     model = saved.build(raw)
     kind = "raw" if raw else ("averaged" if saved.averaged else "as trained, not averaged")
     place = Path(source.removeprefix("local-dir:"))
-    told, file = {"file": place.name, "weights": kind}, place / "model.safetensors"
+    told: dict[str, Any] = {"file": place.name, "weights": kind}
+    file = place / "model.safetensors"
     if saved.epoch is not None:
         told, file = {**told, "epoch": saved.epoch, "step": saved.step}, place
     folder = place.parent.parent if place.parent.name == "checkpoints" else place.parent

@@ -19,6 +19,8 @@ class SparseBlock(ThreadsCarry):
     as the released code has it, in the baseline too: two residual connections and two norms a sparse layer.
     """
 
+    mlp: SparseMlp
+
     def __init__(
         self,
         width: int,

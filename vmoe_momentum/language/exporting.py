@@ -68,7 +68,7 @@ def export_language_model(
     check_words(saved, text)
     model, batches = saved.build(), blocks_of(text, limit)
     net, facts = model.net, saved.facts
-    metadata = {
+    metadata: dict[str, Any] = {
         "vmoe_momentum_export": 1, "kind": "language", "format": to, "network": facts, "vocabulary": "vocabulary.txt",
         "cache": {"tensors": len(net.blocks), "shape": ["streams", net.context, net.width]},
         "source": {"file": Path(ckpt_path).name, "epoch": saved.epoch, "step": saved.step,

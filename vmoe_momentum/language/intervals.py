@@ -19,15 +19,15 @@ def resampled(losses: Tensor, tokens: Tensor, level: float = 0.95, seed: int = 0
     from scipy.stats import bootstrap  # here: it takes a third of a second to import
 
     kept = tokens > 0
-    losses, tokens = (each[kept].double().numpy() for each in (losses, tokens))
-    if len(tokens) < 2:
+    sums, counts = (each[kept].double().numpy() for each in (losses, tokens))
+    if len(counts) < 2:
         return Interval(float("nan"), float("nan"))
 
     def perplexity(loss: np.ndarray, count: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.exp(loss.sum(axis=axis) / count.sum(axis=axis))
 
     found = bootstrap(
-        (losses, tokens), perplexity, paired=True, vectorized=True, confidence_level=level, method="percentile",
+        (sums, counts), perplexity, paired=True, vectorized=True, confidence_level=level, method="percentile",
         n_resamples=2000, rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
     return Interval(float(found.low), float(found.high))

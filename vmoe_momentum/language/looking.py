@@ -26,7 +26,8 @@ class Reader(nn.Module):
 class SavedLanguageModel(SavedNetwork):
     """What a checkpoint says of a language model; `build` makes it."""
 
-    def build(self, raw: bool = False) -> Reader:
+    # of words, where SavedNetwork's are of pixels: who opens one knows which
+    def build(self, raw: bool = False) -> Reader:  # type: ignore[override]
         """With its weights, in eval mode, on the CPU. raw: not the averaged ones, where there are both.
 
         Raises ValueError: its tensors do not fit.

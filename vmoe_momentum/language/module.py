@@ -20,6 +20,7 @@ from ..ranges import COUNT, NOT_NEGATIVE, in_range
 from ..training.optimization import OptimizerSettings, ScheduleSettings
 from ..training.profile import Cost
 from ..training.trained import Trained
+from ..training.trainers import steps_between_logs
 from .heads import NO_WORD
 from .intervals import Interval, resampled
 from .measuring import cost_of_a_token, kept_of_a_batch
@@ -57,6 +58,8 @@ class LanguageModule(Trained):
         recompute: Recompute blocks in the backward pass rather than keep what they made: less memory, more time.
         override_model: Load a checkpoint although it was trained with other model settings than these.
     """
+
+    model: TextModel
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class LanguageModule(Trained):
         """Words a second over the steps between two lines of the log, those of all devices."""
         now, (start, seen) = time.perf_counter(), self._since or (time.perf_counter(), -tokens)
         self._since = (start, seen + tokens)
-        if seen > 0 and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if seen > 0 and (self.global_step + 1) % steps_between_logs(self.trainer) == 0:
             speed = self._since[1] * self.trainer.world_size / (now - start)
             self.log("train/tokens_per_second", speed, batch_size=1)
             self._since = None
@@ -162,7 +165,7 @@ class LanguageModule(Trained):
         tokens = (batch.targets != NO_WORD).sum()
         if tokens:
             for name, total in zip((stage, "clean"), totals, strict=False):
-                self.losses[name].update(total / tokens, tokens)
+                self._mean(name).update(total / tokens, tokens)
         return tokens, totals[0], totals[-1]
 
     def on_validation_epoch_end(self) -> None:
@@ -172,7 +175,7 @@ class LanguageModule(Trained):
         self._log_perplexity("test", "test")
         tokens, total, clean = self._of_all_ranks()
         self._log_interval("test/perplexity", resampled(total, tokens))
-        if self.losses["clean"].update_count:
+        if self._mean("clean").update_count:
             self._log_perplexity("clean", "test", "_of_clean_targets")
             self._log_interval("test/perplexity_of_clean_targets", resampled(clean, tokens))
 
@@ -183,11 +186,17 @@ class LanguageModule(Trained):
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, found)  # as many batches on every rank
             found = torch.stack(parts).sum(dim=0)
-        return tuple(found.unbind(dim=1))
+        tokens, total, clean = found.unbind(dim=1)
+        return tokens, total, clean
+
+    def _mean(self, name: str) -> MeanMetric:
+        found = self.losses[name]
+        assert isinstance(found, MeanMetric)
+        return found
 
     def _log_perplexity(self, metric: str, stage: str, more: str = "") -> None:
-        loss = self.losses[metric].compute()  # over all ranks
-        self.losses[metric].reset()
+        loss = self._mean(metric).compute()  # over all ranks
+        self._mean(metric).reset()
         told = {f"{stage}/loss{more}": loss, f"{stage}/perplexity{more}": loss.exp()}
         self.log_dict({name: value.float() for name, value in told.items()}, prog_bar=True, batch_size=1)
 

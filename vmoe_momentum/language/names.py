@@ -66,8 +66,10 @@ def create_language_model(
         "context": context, "dropout": dropout, "dense_between": dense_between,
     }  # fmt: skip
     settings = SIZES[name] | {key: value for key, value in changed.items() if value is not None}
-    given = {"rule": "Residual" if rule is None else rule, "router": ROUTER if router is None else router}
-    given |= {"form": form, "head": head}
+    given: dict[str, Any] = {
+        "rule": "Residual" if rule is None else rule, "router": ROUTER if router is None else router,
+        "form": form, "head": head,
+    }  # fmt: skip
     if vocab_size is None:  # as many as an adaptive head needs; the cutoffs are for the words to come
         net = SparseLanguageModel(16, **given, **settings)
         net.cutoffs = cutoffs

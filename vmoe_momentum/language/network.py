@@ -80,7 +80,7 @@ class SparseLanguageModel(nn.Module):
         dense_between: bool = False,
         form: Form = "paper",
         rule: MomentumRule | dict[str, Any] | str = "Residual",
-        router: Router | dict[str, Any] | str = ROUTER,  # type: ignore[assignment]
+        router: Router | dict[str, Any] | str = ROUTER,
         head: Head = "softmax",
         cutoffs: list[int] | None = None,
     ) -> None:
@@ -94,13 +94,17 @@ class SparseLanguageModel(nn.Module):
             raise ValueError(
                 f"width={width}: not a multiple of num_heads={num_heads}; use {num_heads * -(-width // num_heads)}"
             )
-        self.rule, router = from_spec(rule, MomentumRule, "rule"), from_spec(router, Router, "router")
+        # abstract bases, of which an object of a subclass is made
+        self.rule = from_spec(rule, MomentumRule, "rule")
+        router = from_spec(router, Router, "router")
         self.router_spec, self.form, self.dense_between = to_spec(router), form, dense_between
         self.vocab_size, self.width, self.context, self.num_heads = vocab_size, width, context, num_heads
         self.embed = nn.Embedding(vocab_size, width)
         self.distances = nn.Parameter(torch.randn(context, width // num_heads))  # of the farthest first
-        shared = {"width": width, "num_heads": num_heads, "drop": dropout, "hidden": hidden, "rule": self.rule}
-        sparse = {"num_experts": num_experts, "router": router, "form": form}
+        shared: dict[str, Any] = {
+            "width": width, "num_heads": num_heads, "drop": dropout, "hidden": hidden, "rule": self.rule,
+        }  # fmt: skip
+        sparse: dict[str, Any] = {"num_experts": num_experts, "router": router, "form": form}
         self.blocks = nn.ModuleList()
         for step in range(1, depth + 1):
             self.blocks.append(SparseBlock(**shared, **sparse, step=step))
@@ -120,10 +124,11 @@ class SparseLanguageModel(nn.Module):
 
     def _check_causal(self) -> None:
         """Raises ValueError: a router that lets a token see those behind it, where perplexity means nothing."""
-        was = self.training
+        was, first = self.training, self.blocks[0]
+        assert isinstance(first, SparseBlock)
         for mode in (True, False):
-            router = self.train(mode).blocks[0].mlp.router
-            if not router.takes_tokens_alone(self.context, self.blocks[0].mlp.experts.fc1.weight.shape[0]):
+            self.train(mode)
+            if not first.mlp.router.takes_tokens_alone(self.context, first.mlp.experts.fc1.weight.shape[0]):
                 raise ValueError(
                     f"router={self.router_spec['class_path']}: what becomes of a token would depend on those behind "
                     "it, which a language model must not see; use TopKRouter with capacity_factor=dropless"

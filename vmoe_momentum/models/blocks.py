@@ -7,10 +7,11 @@
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
-from timm.layers import Attention, DropPath
+from timm.layers import Attention, DropPath, LayerScale, Mlp
 from timm.models import register_notrace_module
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -31,12 +32,14 @@ class QkNormAttention(Attention):
 
 def qk_norms(head_dim: int, like: Tensor) -> tuple[nn.Module, nn.Module]:
     """Scale-only layer norms on the device and in the dtype of `like`."""
-    options = {"eps": 1e-6, "bias": False, "device": like.device, "dtype": like.dtype}
+    options: dict[str, Any] = {"eps": 1e-6, "bias": False, "device": like.device, "dtype": like.dtype}
     return nn.LayerNorm(head_dim, **options), nn.LayerNorm(head_dim, **options)
 
 
 class DenseBlock(Block):
     """timm's block; what the rule makes of the carry there is `MomentumRule.dense_step`: nothing, mostly."""
+
+    attn: Attention  # or another of timm's with its parts
 
     def __init__(self, *, rule: MomentumRule, step: int, post_norm: bool, **block: Any) -> None:
         """The other arguments are timm's Block's. step: t of the MoE block to come. post_norm: behind the MLP's
@@ -55,7 +58,7 @@ class DenseBlock(Block):
         new._thread(rule, step, post_norm)
         return new
 
-    def forward(
+    def forward(  # type: ignore[override]  # the carry has no default, see above
         self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Carry]:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
@@ -70,10 +73,11 @@ class DenseBlock(Block):
 def norm_like(norm: nn.Module) -> nn.Module:
     """A fresh one of the same kind."""
     new = copy.deepcopy(norm)
-    if not hasattr(new, "reset_parameters"):
+    reset = getattr(new, "reset_parameters", None)
+    if reset is None:
         raise ValueError(f"post_norm: a {type(norm).__name__} cannot be made anew; use a backbone with nn.LayerNorm")
     if next(new.parameters(), torch.empty(0)).device.type != "meta":
-        new.reset_parameters()
+        reset()
     return new
 
 
@@ -82,6 +86,10 @@ class MomentumBlock(Block, ThreadsCarry):
 
     Its experts hold nothing yet: the network draws them, once (init_vmoe), or they are copied.
     """
+
+    attn: Attention  # or another of timm's with its parts
+    mlp: SparseMlp
+    ls2: LayerScale | nn.Identity
 
     def __init__(
         self,
@@ -137,21 +145,23 @@ class MomentumBlock(Block, ThreadsCarry):
         expert_drop: float | None,
     ) -> "MomentumBlock":
         """The parts of a dense block, its MLP copied into every expert (sparse upcycling, arXiv:2212.05055)."""
-        dense, like = block.mlp, block.mlp.fc1.weight
-        width, hidden = dense.fc1.in_features, dense.fc1.out_features
+        dense = cast(Mlp, block.mlp)
+        fc1, fc2 = cast(nn.Linear, dense.fc1), cast(nn.Linear, dense.fc2)
+        width, hidden, like = fc1.in_features, fc1.out_features, fc1.weight
         drop = dense.drop1.p if expert_drop is None else expert_drop
+        activation = partial(copy.deepcopy, dense.act)
         new = _adopt(cls, {name: part for name, part in block.named_children() if name != "mlp"})
         new._become_sparse(
-            lambda: SparseMlp(width, hidden, num_experts, router, lambda: copy.deepcopy(dense.act), drop, draw=False),
+            lambda: SparseMlp(width, hidden, num_experts, router, activation, drop, draw=False),
             rule, step, post_norm, like.device, like.dtype,
         )  # fmt: skip
         with torch.no_grad():
-            for layer, source in ((new.mlp.experts.fc1, dense.fc1), (new.mlp.experts.fc2, dense.fc2)):
+            for layer, source in ((new.mlp.experts.fc1, fc1), (new.mlp.experts.fc2, fc2)):
                 layer.weight.copy_(source.weight.expand_as(layer.weight))
                 layer.bias.copy_(layer.bias * 0 if source.bias is None else source.bias.expand_as(layer.bias))
         return new
 
-    def forward(
+    def forward(  # type: ignore[override]  # the carry has no default, see above
         self, x: Tensor, carry: Carry, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Carry]:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))

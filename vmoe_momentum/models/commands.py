@@ -101,9 +101,10 @@ def import_timm(
     """
     target = Path(out)
     directory.check_target(target, overwrite)
-    sizes = {"num_classes": num_classes, "image_size": image_size}
     try:
-        net = UpcycledViT(source, pretrained, moe_layers, num_experts, rule, router, **sizes)
+        net = UpcycledViT(
+            source, pretrained, moe_layers, num_experts, rule, router, num_classes=num_classes, image_size=image_size
+        )
     except ValueError as error:  # by the name that the setting has here
         raise ValueError(str(error).replace("backbone=", "source=", 1)) from error
     directory.save(net, target, overwrite)
@@ -140,8 +141,9 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command")
     for name, function in (("flax", import_flax), ("timm", import_timm)):
-        command = new_parser(inspect.getdoc(function).split("Args:")[0].rstrip(), _EXAMPLES)
+        told = inspect.getdoc(function) or ""
+        command = new_parser(told.split("Args:")[0].rstrip(), _EXAMPLES)
         command.add_function_arguments(function, as_group=False, as_positional=False, skip={"overwrite"})
         command.add_argument("--overwrite", action="store_true", help="Replace such a directory written earlier.")
-        commands.add_subcommand(name, command, help=function.__doc__.splitlines()[0])
+        commands.add_subcommand(name, command, help=told.splitlines()[0])
     return parser

@@ -15,6 +15,7 @@ from ..momentum import MomentumRule
 from ..names import did_you_mean
 from ..ranges import in_range
 from ..specs import from_spec, to_spec
+from .networks import as_classifier
 from .placement import PostNorm
 from .vit import BLOCKS, NUMBERS, RATIO, WIDTH
 
@@ -113,7 +114,7 @@ def create_model(
             given[key] = to_spec(from_spec(given[key], base, key))  # Python may also give a name or JSON
     if image_size is not None and not is_directory and _is_ours(name):
         given["img_size"] = image_size  # at once: resampling would blur freshly drawn positions
-    timm_settings = {
+    timm_settings: dict[str, Any] = {
         "num_classes": num_classes,
         "drop_rate": drop_rate,
         "drop_path_rate": drop_path_rate,
@@ -141,10 +142,11 @@ def create_model(
         ) from error
     except SafetensorError as error:
         raise ValueError(f"name={name}: model.safetensors is damaged ({error}); write it again") from error
-    if image_size is not None and "img_size" not in given and hasattr(net, "set_input_size"):
-        net.set_input_size(img_size=(image_size, image_size))  # convolutional networks take any size as they are
+    resize = getattr(net, "set_input_size", None)  # convolutional networks take any size as they are
+    if image_size is not None and "img_size" not in given and resize is not None:
+        resize(img_size=(image_size, image_size))
     if grad_checkpointing:
-        net.set_grad_checkpointing()
+        as_classifier(net).set_grad_checkpointing()
     return net
 
 

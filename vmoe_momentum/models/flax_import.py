@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import timm
@@ -20,6 +20,7 @@ from .placement import PostNorm, has_post_norm
 from .vit import NUMBERS, WIDTH, MomentumVisionTransformer
 
 ExpertOutput = Literal["added", "subtracted"]
+Sides = tuple[int, int]  # height and width
 BLOCK = re.compile(r"Encoder/encoderblock_(\d+)/")
 
 
@@ -90,6 +91,7 @@ def from_flax(
         rule=to_spec(rule or Residual()),
         router=to_spec(router),
     )
+    assert isinstance(net, MomentumVisionTransformer)  # the name says so
     missing, unexpected = net.load_state_dict(tensors, strict=False)
     learned = [name for name in missing if ".momentum." not in name]  # a rule's own scalars start at its constants
     assert not learned and not unexpected, (learned, unexpected)
@@ -220,12 +222,12 @@ def _router(shape: Shape, router: Router | None) -> Router:
 def _image_sizes(
     shape: Shape,
     image_size: int | tuple[int, int] | None,
-    native_size: tuple[int, int] | None,
+    native_size: Sides | None,
     pos_embed: str | None,
-) -> tuple[tuple[int, int], tuple[int, int]]:
+) -> tuple[Sides, Sides]:
     """The size that the positions are for, and the one that is wanted."""
-    asked = (image_size, image_size) if isinstance(image_size, int) else image_size and tuple(image_size)
-    native = native_size and tuple(native_size)
+    asked = (image_size, image_size) if isinstance(image_size, int) else image_size and cast(Sides, tuple(image_size))
+    native = native_size and cast(Sides, tuple(native_size))
     for name, size in (("image_size", asked), ("native_size", native)):
         if size and any(side % patch or side < patch for side, patch in zip(size, shape.patch, strict=True)):
             raise ValueError(f"{name}={list(size)} is not a multiple of the patch size {list(shape.patch)}")
@@ -273,9 +275,10 @@ def _ratio(shape: Shape) -> float:
 
 def describe_import(net: MomentumVisionTransformer) -> dict[str, Any]:
     """What was read off, for people."""
-    sparse, embed = [net.blocks[index].mlp for index in net.moe_layers], net.patch_embed
+    sparse, embed = [block.mlp for block in net.sparse_blocks], net.patch_embed
+    heads = net.function_settings()["num_heads"]
     return {
-        "blocks": f"{len(net.blocks)} of width {net.embed_dim}, {net.blocks[0].attn.num_heads} heads",
+        "blocks": f"{len(net.blocks)} of width {net.embed_dim}, {heads} heads",
         "experts": f"{sparse[0].experts.fc1.weight.shape[0]} in blocks {list(net.moe_layers)}" if sparse else "none",
         "image": f"{embed.img_size[0]} x {embed.img_size[1]} pixels, patches {embed.patch_size}",
         "head": f"{net.num_classes} classes from {net.global_pool}" if net.num_classes else "none",

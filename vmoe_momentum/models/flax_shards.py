@@ -49,8 +49,8 @@ def read_shards(prefix: Path) -> dict[str, np.ndarray]:
     paths = [prefix.with_name(f"{prefix.name}.data-{i:05d}-of-{num_shards:05d}") for i in range(num_shards)]
     _check_files(prefix, paths)
 
-    names = [name for name, _ in leaves]
-    wanted = {number: entry for number, (_, entry) in enumerate(leaves) if names[number] is not None}
+    names = {number: name for number, (name, _) in enumerate(leaves) if name is not None}
+    wanted = {number: leaves[number][1] for number in names}
     missing = {(number, box): shard for number, entry in wanted.items() for box, shard in entry.pieces.items()}
     _check_sizes(paths, wanted)
     arrays = {number: np.empty(entry.shape, np.float32) for number, entry in wanted.items()}
@@ -121,10 +121,10 @@ def _read_index(path: Path) -> tuple[list[tuple[str | None, Entry]], int]:
         parameter = "/".join(name[1:] if train_state else name)
         wanted = not train_state or name[0] == "params"
         leaves.append((parameter if wanted else None, _entry(path, "/".join(name), value, wanted)))
-    for name, entry in leaves:
+    for told, entry in leaves:
         for shard in entry.pieces.values():
             if not 0 <= shard < num_shards:
-                raise ValueError(f"{path}: {name} lies in shard {shard} of {num_shards}; the file is damaged")
+                raise ValueError(f"{path}: {told} lies in shard {shard} of {num_shards}; the file is damaged")
     return leaves, num_shards
 
 
@@ -195,8 +195,8 @@ def _pieces(path: Path, wanted: dict[int, Entry], num_leaves: int) -> Iterator[t
     """(leaf number, box, float32 array) of a shard's wanted pieces, read one leaf at a time."""
     size = path.stat().st_size
     try:
-        shown = {"description": f"reading {path.name}", "transient": True, "disable": not sys.stderr.isatty()}
-        with rich.progress.open(path, "rb", **shown) as file:
+        title, quiet = f"reading {path.name}", not sys.stderr.isatty()
+        with rich.progress.open(path, "rb", description=title, transient=True, disable=quiet) as file:
             # no length in the file is believed beyond what the file can hold
             unpacker = msgpack.Unpacker(file, max_buffer_size=min(size + 1, 2**32 - 1), strict_map_key=False)
             marked = False

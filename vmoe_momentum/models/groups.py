@@ -1,9 +1,12 @@
 """Images that are routed together, where a group of tokens reaches over several. B images, N tokens, D width."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from .loading import pixels_per_patch
+from .networks import Grouped
 
 
 def images_together(net: nn.Module, side: int) -> int:
@@ -11,7 +14,8 @@ def images_together(net: nn.Module, side: int) -> int:
     if not hasattr(net, "images_together"):
         return 1
     height, width = pixels_per_patch(net)
-    return net.images_together((side // height) * (side // width) + net.num_prefix_tokens)
+    grouped = cast(Grouped, net)
+    return grouped.images_together((side // height) * (side // width) + grouped.num_prefix_tokens)
 
 
 def fill_group(x: Tensor, together: int) -> Tensor:

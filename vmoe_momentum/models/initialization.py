@@ -1,16 +1,19 @@
 """The published initialisation of V-MoE (flax defaults and google-research/vmoe, vmoe/nn/vit_moe.py at 942a78b)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
-from timm.layers import AttentionPoolLatent, lecun_normal_
+from timm.layers import AttentionPoolLatent, Mlp, lecun_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..moe import SparseMlp
+from .blocks import DenseBlock, MomentumBlock
+from .networks import Drawn
 
 
 def init_vmoe(net: VisionTransformer) -> None:
@@ -20,7 +23,7 @@ def init_vmoe(net: VisionTransformer) -> None:
     router noise and their tokens tell them apart. `net.initial_seed` alone decides what is drawn on a CPU, whole or
     (`training.materializing`) piece by piece; torch's generator stays where it was.
     """
-    with seeded(net.initial_seed):
+    with seeded(cast(Drawn, net).initial_seed):
         for _, draw in initializers(net):
             draw()
 
@@ -46,7 +49,8 @@ def initializers(net: VisionTransformer) -> Iterator[tuple[nn.Module, Callable[[
 
     Raises ValueError: one that has no way to begin anew, in an upcycled network.
     """
-    published = {**_of_ends(net), **{part: draw for block in net.blocks for part, draw in _of_block(net, block)}}
+    blocks, share = cast(Iterable[DenseBlock | MomentumBlock], net.blocks), cast(Drawn, net).share_expert_init
+    published = {**_of_ends(net), **{part: draw for block in blocks for part, draw in _of_block(block, share)}}
     for module in net.modules():
         if not module._parameters:
             continue
@@ -58,27 +62,32 @@ def initializers(net: VisionTransformer) -> Iterator[tuple[nn.Module, Callable[[
 
 def _of_ends(net: VisionTransformer) -> dict[nn.Module, Callable[[], None]]:
     """What lies before and behind the blocks."""
-    found = {net: partial(_init_tokens, net), net.patch_embed.proj: partial(_init_lecun, net.patch_embed.proj)}
+    found: dict[nn.Module, Callable[[], None]] = {net: partial(_init_tokens, net)}
+    found[net.patch_embed.proj] = partial(_init_lecun, net.patch_embed.proj)
     pool = net.attn_pool
     if isinstance(pool, AttentionPoolLatent):
         found[pool] = partial(_init_probe, pool)
         found |= {pool.kv: partial(_init_projections, pool.kv, 2)}
-        found |= {layer: partial(_init_projections, layer, 1) for layer in (pool.q, pool.proj)}
+        ends = [layer for layer in (pool.q, pool.proj) if isinstance(layer, nn.Linear)]
+        found |= {layer: partial(_init_projections, layer, 1) for layer in ends}
         found |= {layer: partial(_init_mlp, layer) for layer in (pool.mlp.fc1, pool.mlp.fc2)}
-    if isinstance(net.pre_logits, nn.Sequential):
-        found[net.pre_logits.fc] = partial(_init_lecun, net.pre_logits.fc)
+    if isinstance(pre_logits := cast(Drawn, net).pre_logits, nn.Sequential):
+        layer = cast(nn.Linear, pre_logits.fc)
+        found[layer] = partial(_init_lecun, layer)
     return {**found, net.head: partial(init_head, net.head)}
 
 
-def _of_block(net: VisionTransformer, block: nn.Module) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
+def _of_block(block: DenseBlock | MomentumBlock, share: bool) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
     # query, key and value are separate layers in the reference
     yield block.attn.qkv, partial(_init_projections, block.attn.qkv, 3)
     yield block.attn.proj, partial(_init_projections, block.attn.proj, 1)
-    sparse = isinstance(block.mlp, SparseMlp)
-    layers = block.mlp.experts if sparse else block.mlp
-    for layer in (layers.fc1, layers.fc2):
-        draw = partial(layer.reset_parameters, share=net.share_expert_init) if sparse else partial(_init_mlp, layer)
-        yield layer, draw
+    if isinstance(block.mlp, SparseMlp):
+        for stacked in (block.mlp.experts.fc1, block.mlp.experts.fc2):
+            yield stacked, partial(stacked.reset_parameters, share=share)
+    else:
+        dense = cast(Mlp, block.mlp)
+        for layer in (dense.fc1, dense.fc2):
+            yield layer, partial(_init_mlp, layer)
 
 
 def _init_tokens(net: VisionTransformer) -> None:
@@ -89,13 +98,13 @@ def _init_tokens(net: VisionTransformer) -> None:
             nn.init.zeros_(token)
 
 
-def _init_lecun(layer: nn.Module) -> None:
+def _init_lecun(layer: nn.Linear | nn.Conv2d) -> None:
     lecun_normal_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
-def _init_projections(layer: nn.Module, parts: int) -> None:
+def _init_projections(layer: nn.Linear, parts: int) -> None:
     """Xavier for each of so many layers in one."""
     for weight in layer.weight.chunk(parts):
         nn.init.xavier_uniform_(weight)
@@ -103,7 +112,7 @@ def _init_projections(layer: nn.Module, parts: int) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def _init_mlp(layer: nn.Module) -> None:
+def _init_mlp(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.normal_(layer.bias, std=1e-6)

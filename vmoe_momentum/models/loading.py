@@ -1,10 +1,13 @@
 """Weights and networks brought together where they differ: timm calls `fit_weights` before it loads any."""
 
 import math
+from typing import Any
 
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from .networks import as_classifier
 
 LEARNED = ".momentum.raw_"  # a rule's own scalars
 
@@ -23,19 +26,20 @@ def fit_weights(tensors: dict[str, Tensor], net: VisionTransformer) -> dict[str,
 def fit_to_data(net: nn.Module, num_classes: int, image_size: int) -> None:
     """A fresh head and resampled positions where the numbers differ. Raises ValueError: it cannot be resized."""
     if getattr(net, "num_classes", num_classes) != num_classes:
-        net.reset_classifier(num_classes)
+        as_classifier(net).reset_classifier(num_classes)
     size = getattr(getattr(net, "patch_embed", None), "img_size", None)
     if size is not None and tuple(size) != (image_size, image_size):
-        if not hasattr(net, "set_input_size"):
+        resize = getattr(net, "set_input_size", None)
+        if resize is None:
             raise ValueError(
                 f"data.image_size={image_size}: {type(net).__name__} takes {size[0]} pixels and cannot be resized"
             )
-        net.set_input_size(img_size=(image_size, image_size))
+        resize(img_size=(image_size, image_size))
 
 
-def pixels_per_patch(net: VisionTransformer) -> tuple[int, int]:
-    """Height and width in pixels of what becomes one token, also behind a convolutional stem."""
-    embed = net.patch_embed
+def pixels_per_patch(net: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels of what becomes one token of a ViT, also behind a convolutional stem."""
+    embed: Any = net.patch_embed
     ratio = embed.feat_ratio() if hasattr(embed, "feat_ratio") else embed.patch_size
     return (ratio, ratio) if isinstance(ratio, int) else tuple(ratio)
 

@@ -1,9 +1,12 @@
 """From pixels to logits: the one place where images are normalised."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from .networks import Gated
 
 
 class PixelModel(nn.Module):
@@ -13,6 +16,9 @@ class PixelModel(nn.Module):
     dict, so wrapping changes no checkpoint key but the prefix `net.`. Casting the module rounds the buffers;
     `constants` are what they were rounded from, and what is written down.
     """
+
+    mean: Tensor  # [1, 3, 1, 1]
+    std: Tensor
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -45,11 +51,12 @@ class PixelModel(nn.Module):
 
     def forward_normalized(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward_with_aux` does after `normalize`: for augmentation that works on normalised images."""
-        if hasattr(self.net, "forward_with_aux"):
-            return self.net.forward_with_aux(images)
+        with_aux = getattr(self.net, "forward_with_aux", None)
+        if with_aux is not None:
+            return with_aux(images)
         logits = self.net(images)
         return logits, logits.new_zeros(())
 
     def forward_normalized_with_gates(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The same, and the gates of each sparse block [B, N, E]; of networks that have a `forward_with_gates`."""
-        return self.net.forward_with_gates(images)
+        return cast(Gated, self.net).forward_with_gates(images)

@@ -17,6 +17,7 @@ from ..specs import completed
 from .directory import as_json, read_facts
 from .factory import create_model
 from .loading import fit_to_data
+from .networks import as_classifier
 from .pixels import PixelModel
 from .sharded import is_checkpoint, is_sharded, read_rest, read_sharded
 
@@ -60,12 +61,14 @@ def open_saved(source: str, trust_pickle: bool = False) -> SavedNetwork:
     """
     if source.startswith("local-dir:"):
         net = create_model(source)
-        settings = net.function_settings() if hasattr(net, "function_settings") else {}
-        size = net.patch_embed.img_size[0] if hasattr(net, "patch_embed") else net.pretrained_cfg["input_size"][-1]
+        settings: dict[str, Any] = getattr(net, "function_settings", dict)()
+        patches = getattr(net, "patch_embed", None)
+        config, num_classes = as_classifier(net).pretrained_cfg, as_classifier(net).num_classes
+        size = config["input_size"][-1] if patches is None else patches.img_size[0]
         facts = {
-            "architecture": (net.pretrained_cfg or {}).get("architecture") or type(net).__name__, "settings": settings,
-            "model_args": build_arguments(net), "num_classes": net.num_classes, "image_size": size,
-            **read_facts(Path(source.partition(":")[2]), net.num_classes),
+            "architecture": (config or {}).get("architecture") or type(net).__name__, "settings": settings,
+            "model_args": build_arguments(net), "num_classes": num_classes, "image_size": size,
+            **read_facts(Path(source.partition(":")[2]), num_classes),
         }  # fmt: skip
         return SavedNetwork(source, facts, None, None)
     path = Path(source)

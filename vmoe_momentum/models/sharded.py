@@ -7,19 +7,20 @@ a note in place of each spread tensor, and checksums.json lists the sha256 of al
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..files.checksums import LISTS, seal_folder, sha256
@@ -50,12 +51,12 @@ def write_sharded(checkpoint: dict[str, Any], path: Path, group: Group = None) -
     with ExitStack() as stack:
         shards, rest, draft = _begin(checkpoint, path, stack, group)
         with _room(path, shards):
-            dcp.save(shards, storage_writer=dcp.FileSystemWriter(draft), process_group=group)
+            state_dict_saver.save(shards, storage_writer=FileSystemWriter(draft), process_group=group)
         _end(rest, draft, stack, group)
 
 
 def write_sharded_later(
-    checkpoint: dict[str, Any], path: Path, group: Group, ends: Executor, writing: AbstractContextManager
+    checkpoint: dict[str, Any], path: Path, group: Group, ends: Executor, writing: AbstractContextManager[object]
 ) -> Future[None]:
     """The same, but returns once all is copied to this machine's memory; training may go on.
 
@@ -65,7 +66,9 @@ def write_sharded_later(
     with ExitStack() as stack:
         shards, rest, draft = _begin(checkpoint, path, stack, group)
         with _room(path, shards):
-            saving = dcp.async_save(shards, storage_writer=dcp.FileSystemWriter(draft), process_group=group)
+            writer = FileSystemWriter(draft)
+            saving = state_dict_saver.async_save(shards, storage_writer=writer, process_group=group)
+        assert isinstance(saving, Future)  # of writers that copy before they return
         later = stack.pop_all()
 
     def finish() -> None:
@@ -79,9 +82,9 @@ def write_sharded_later(
 
 def _begin(
     checkpoint: dict[str, Any], path: Path, stack: ExitStack, group: Group
-) -> tuple[dict[str, Tensor], bytes, Path]:
+) -> tuple[dict[str, DTensor], bytes, Path]:
     """Spread tensors by name, the rest as a file, and the folder to fill, which `stack` gives its name or removes."""
-    shards: dict[str, Tensor] = {}
+    shards: dict[str, DTensor] = {}
     noted = _noted("", checkpoint, shards)
     rest = BytesIO()
     if dist.get_rank(group) == 0:
@@ -100,7 +103,7 @@ def _end(rest: bytes, draft: Path, stack: ExitStack, group: Group) -> None:
 
 
 @contextmanager
-def _room(path: Path, shards: dict[str, Tensor]) -> Iterator[None]:
+def _room(path: Path, shards: dict[str, DTensor]) -> Iterator[None]:
     """Raises the disk's error, of whichever rank's, with what this rank needs."""
     with room_for(path, sum(shard.to_local().nbytes for shard in shards.values())):
         try:
@@ -117,11 +120,11 @@ def read_rest(path: Path) -> dict[str, Any]:
 def read_sharded(path: Path) -> dict[str, Any]:
     """The checkpoint as one device would have written it, in this process alone. Runs no code."""
     reader = _Reader(path)
-    known = reader.read_metadata().state_dict_metadata
+    known = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)  # all that is spread
     shards = {name: torch.empty(told.size, dtype=told.properties.dtype) for name, told in known.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(shards, storage_reader=reader, no_dist=True)
+        state_dict_loader.load(shards, storage_reader=reader, no_dist=True)
     return _filled(read_rest(path), shards)
 
 
@@ -130,24 +133,25 @@ def read_into(path: Path, checkpoint: dict[str, Any], group: Group = None) -> di
 
     Raises ValueError: they do not fit.
     """
-    rest, own = read_rest(path), {}
+    rest = read_rest(path)
+    own: dict[str, DTensor] = {}
     _noted("", checkpoint, own)
     try:
         shards = {name: own[name] for name in _names(rest)}
-        dcp.load(shards, storage_reader=_Reader(path), process_group=group)
+        state_dict_loader.load(shards, storage_reader=_Reader(path), process_group=group)
     except (KeyError, CheckpointException) as error:
         why = f"no {error} here" if isinstance(error, KeyError) else _cause(error)
         raise ValueError(f"ckpt_path={path}: its tensors do not fit this network or optimizer ({why})") from error
     return _filled(rest, shards)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """torch's, but for its index, which is a pickle and might hold code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or dcp.filesystem.StorageMeta()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
         return metadata
 
 
@@ -162,7 +166,7 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not what an index of tensors holds")
 
 
-def _noted(place: str, value: Any, shards: dict[str, Tensor]) -> Any:
+def _noted(place: str, value: Any, shards: dict[str, DTensor]) -> Any:
     """With notes in place of spread tensors, which go into `shards`."""
     if isinstance(value, DTensor):
         shards[place] = value
@@ -174,7 +178,7 @@ def _noted(place: str, value: Any, shards: dict[str, Tensor]) -> Any:
     return value
 
 
-def _filled(value: Any, shards: dict[str, Tensor]) -> Any:
+def _filled(value: Any, shards: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         return shards[value[NOTE]] if value.keys() == {NOTE} else {k: _filled(v, shards) for k, v in value.items()}
     return type(value)(_filled(item, shards) for item in value) if isinstance(value, list | tuple) else value

@@ -2,8 +2,9 @@
 
 import copy
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.layers import Mlp
@@ -21,6 +22,7 @@ from ..specs import describe, from_spec, to_spec
 from .blocks import DenseBlock, MomentumBlock
 from .initialization import draw_seed
 from .loading import pixels_per_patch
+from .networks import as_classifier
 from .placement import PostNorm, block_settings, check_post_norm, moe_indices, momentum_steps
 from .vit import NUMBERS, MomentumVisionTransformer, check_patches
 
@@ -90,16 +92,17 @@ class UpcycledViT(MomentumVisionTransformer):
             check_patches(image_size, pixels_per_patch(dense))
         indices = moe_indices(moe_layers, len(dense.blocks))
         steps = momentum_steps(len(indices), momentum_last, momentum_restart)
+        parts = cast(Sequence[Block], dense.blocks)  # nothing else, as _dense has checked
         for index in indices:
-            _check_block(dense.blocks[index], backbone)
+            _check_block(parts[index], backbone)
 
         nn.Module.__init__(self)  # not the ViT's: every part and setting is the dense network's
         self.__dict__.update({key: value for key, value in vars(dense).items() if key != "training"})
         self.positions = "learn" if self.pos_embed is not None else "none"
         self._keep_settings(rule, router, post_norm, draw_seed())
-        sparse = {"num_experts": num_experts, "router": router, "expert_drop": expert_drop_rate}
-        blocks = []
-        for index, block in enumerate(dense.blocks):
+        sparse: dict[str, Any] = {"num_experts": num_experts, "router": router, "expert_drop": expert_drop_rate}
+        blocks: list[nn.Module] = []
+        for index, block in enumerate(parts):
             shared = {"rule": rule, **block_settings(index, indices, steps, post_norm)}
             sparsely = index in indices
             blocks.append(
@@ -107,11 +110,13 @@ class UpcycledViT(MomentumVisionTransformer):
             )
         self.blocks = nn.Sequential(*blocks)
         self.set_grad_checkpointing(grad_checkpointing)
-        self.backbone_cfg = {**dense.pretrained_cfg, "architecture": ARCHITECTURE}
+        config = as_classifier(dense).pretrained_cfg
+        self.backbone_cfg = {**config, "architecture": ARCHITECTURE}
         self.pretrained_cfg = self.default_cfg = self.backbone_cfg
+        known = cast(dict[str, Any], dense._model_args)  # timm's note of its arguments
         self._model_args = {
-            "backbone": dense.pretrained_cfg["architecture"],
-            "backbone_args": {k: v for k, v in dense._model_args.items() if k not in given and k != "drop_path_rate"},
+            "backbone": config["architecture"],
+            "backbone_args": {k: v for k, v in known.items() if k not in given and k != "drop_path_rate"},
             "moe_layers": list(indices),
             "num_experts": num_experts,
             "rule": to_spec(rule),
@@ -127,7 +132,8 @@ class UpcycledViT(MomentumVisionTransformer):
         ours = set(inspect.signature(cls.__init__).parameters) - {"self", "pretrained", "image_size"}
         theirs = {name: settings.pop(name) for name in list(settings) if name not in ours}
         backbone_args = {**(settings.pop("backbone_args", None) or {}), **theirs}
-        return cls(**settings, image_size=img_size, backbone_args=backbone_args)
+        size: Any = img_size  # height and width are timm's, and not for the command line
+        return cls(**settings, image_size=size, backbone_args=backbone_args)
 
     def function_settings(self) -> dict[str, Any]:
         """With the backbone, whose options (norms, activation, scale) lie in no tensor either."""
@@ -190,8 +196,9 @@ def differences(net: UpcycledViT) -> list[str]:
     """Why its features in evaluation are not those of the dense network; empty where they are."""
     if not net.moe_layers:
         return []
-    rule, router, found = to_spec(net.rule), net.blocks[net.moe_layers[0]].mlp.router, []
-    num_experts = net.blocks[net.moe_layers[0]].mlp.experts.fc1.weight.shape[0]
+    layer = net.sparse_blocks[0].mlp
+    rule, router, found = to_spec(net.rule), layer.router, []
+    num_experts = layer.experts.fc1.weight.shape[0]
     tokens = net.patch_embed.num_patches + net.num_prefix_tokens
     group_size = tokens if router.group_size == "image" else router.group_size
     if net.post_norm != "none":

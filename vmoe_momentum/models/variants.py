@@ -131,7 +131,7 @@ def _create(variant: str, pretrained: bool, size: dict[str, Any], given: dict[st
             settings[name] = to_spec(from_spec(settings[name], base, name))
     # as in the reference, only the classifier that reads a class token has one
     settings.setdefault("class_token", settings.get("global_pool", "token") == "token")
-    options = {"feature_cfg": _features(settings), "pretrained_filter_fn": fit_weights}
+    options: dict[str, Any] = {"feature_cfg": _features(settings), "pretrained_filter_fn": fit_weights}
     return build_model_with_cfg(MomentumVisionTransformer, variant, pretrained, **options, **settings)
 
 
@@ -160,7 +160,7 @@ for _name, _line in SIZES.items():
 def vmoe_upcycled(pretrained: bool = False, **kwargs: Any) -> UpcycledViT:
     """A dense timm ViT (`backbone`) with experts: what `vmoe-momentum import timm` writes. See UpcycledViT."""
     known = kwargs.get("pretrained_cfg")
-    options = {"feature_cfg": _features(kwargs), "pretrained_filter_fn": fit_weights}
+    options: dict[str, Any] = {"feature_cfg": _features(kwargs), "pretrained_filter_fn": fit_weights}
     net = build_model_with_cfg(UpcycledViT.for_timm, "vmoe_upcycled", pretrained, **options, **kwargs)
     if known is None:  # normalisation and crop are the backbone's
         net.pretrained_cfg = net.default_cfg = net.backbone_cfg

@@ -7,10 +7,10 @@ import math
 from collections import OrderedDict
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from timm.layers import Mlp, get_device_dtype
+from timm.layers import AttentionPoolLatent, Mlp, get_device_dtype
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
@@ -45,6 +45,8 @@ class MomentumVisionTransformer(VisionTransformer):
 
     Without MoE layers it equals timm's VisionTransformer, bitwise, and shares its state dict.
     """
+
+    pre_logits: nn.Module
 
     def __init__(
         self,
@@ -84,20 +86,21 @@ class MomentumVisionTransformer(VisionTransformer):
             shared = {"rule": rule, **block_settings(index, indices, steps, post_norm)}
             if index not in indices:
                 return DenseBlock(**block, **shared)
-            sparse = {"num_experts": num_experts, "router": router, "expert_drop": expert_drop_rate}
+            sparse: dict[str, Any] = {"num_experts": num_experts, "router": router, "expert_drop": expert_drop_rate}
             if expert_ratio is not None:
                 block["mlp_ratio"] = expert_ratio
             return MomentumBlock(**block, **sparse, **shared)
 
         seed = draw_seed()  # before anything that draws on some devices only
         table = "learn" if pos_embed == "learn" else "none"
-        super().__init__(depth=depth, block_fn=block_fn, weight_init="skip", pos_embed=table, **timm_args)
+        make: Any = block_fn  # timm's hint asks for a class; it only calls it
+        super().__init__(depth=depth, block_fn=make, weight_init="skip", pos_embed=table, **timm_args)
         self.positions: str = pos_embed
         self.sincos = SinCos2d()
         self._keep_settings(rule, router, post_norm, seed, share_expert_init)
-        if self.attn_pool is not None and timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm"):
-            pool = self.attn_pool  # timm's would go without
-            pool.q_norm, pool.k_norm = qk_norms(pool.head_dim, pool.q.weight)
+        pool, normed = self.attn_pool, timm_args.get("attn_layer") is QkNormAttention and timm_args.get("qk_norm")
+        if normed and isinstance(pool, AttentionPoolLatent):  # timm's would go without
+            pool.q_norm, pool.k_norm = qk_norms(pool.head_dim, pool.kv.weight)
         if representation_size:
             dense = nn.Linear(self.embed_dim, representation_size, **get_device_dtype(self))
             self.pre_logits = nn.Sequential(OrderedDict(fc=dense, act=nn.Tanh()))
@@ -111,7 +114,7 @@ class MomentumVisionTransformer(VisionTransformer):
         self.rule, self.router_spec, self.share_expert_init = rule, to_spec(router), share_expert_init
         self.initial_seed = seed
         self.post_norm: str = post_norm
-        self.pre_logits: nn.Module = nn.Identity()
+        self.pre_logits = nn.Identity()
         self.stream = AutocastStream()
 
     @property
@@ -119,15 +122,20 @@ class MomentumVisionTransformer(VisionTransformer):
         """Indices of the sparse blocks."""
         return tuple(index for index, block in enumerate(self.blocks) if isinstance(block, MomentumBlock))
 
+    @property
+    def sparse_blocks(self) -> tuple[MomentumBlock, ...]:
+        """In order; their indices are `moe_layers`."""
+        return tuple(block for block in self.blocks if isinstance(block, MomentumBlock))
+
     def function_settings(self) -> dict[str, Any]:
         """What changes the function but lies in no tensor, as JSON: it travels with every checkpoint."""
         return {
             "rule": to_spec(self.rule),
             "router": self.router_spec,
             "moe_layers": list(self.moe_layers),
-            "momentum_steps": [self.blocks[index].step for index in self.moe_layers],
+            "momentum_steps": [block.step for block in self.sparse_blocks],
             "post_norm": self.post_norm,
-            "num_heads": self.blocks[0].attn.num_heads if len(self.blocks) else 0,
+            "num_heads": cast(DenseBlock, self.blocks[0]).attn.num_heads if len(self.blocks) else 0,
             "global_pool": self.global_pool,
             "pos_embed": self.positions,
             "patch_size": list(self.patch_embed.patch_size),
@@ -163,7 +171,7 @@ class MomentumVisionTransformer(VisionTransformer):
 
     def images_together(self, num_tokens: int) -> int:
         """In this mode, the fewest images of `num_tokens` tokens each that make whole routing groups."""
-        layers = [self.blocks[index].mlp for index in self.moe_layers]
+        layers = [block.mlp for block in self.sparse_blocks]
         return math.lcm(*(mlp.router.images_together(num_tokens, mlp.experts.fc1.weight.shape[0]) for mlp in layers))
 
     def _pos_embed(self, x: Tensor) -> Tensor:
@@ -184,6 +192,7 @@ class MomentumVisionTransformer(VisionTransformer):
     def forward_with_gates(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """The same, and each MoE block's gates without noise [B, N, E]."""
         tokens, carry, _ = self._run_blocks(x, gates=True)
+        assert carry.gates is not None  # asked for
         return self.forward_head(self.norm(tokens)), carry.aux_loss, tuple(g[: x.shape[0]] for g in carry.gates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -213,19 +222,19 @@ class MomentumVisionTransformer(VisionTransformer):
             x, tuple(take), last + 1 if stop_early else None, attn_mask=attn_mask, is_causal=is_causal
         )
         taken = [self.norm(y) for y in taken] if norm else taken
-        prefix = [y[:, : self.num_prefix_tokens] for y in taken] if self.num_prefix_tokens else None
+        with_prefix = return_prefix_tokens and self.num_prefix_tokens
+        prefix = [y[:, : self.num_prefix_tokens] for y in taken] if with_prefix else None
         taken = [y[:, self.num_prefix_tokens :] for y in taken]
         if output_fmt == "NCHW":
             rows, columns = self.patch_embed.dynamic_feat_size((height, width))
             taken = [y.reshape(batch, rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in taken]
-        with_prefix = return_prefix_tokens and prefix is not None
         if output_dict:
             result = {"image_intermediates": taken}
-            if with_prefix:
+            if prefix is not None:
                 result["image_intermediates_prefix"] = prefix
             return result if intermediates_only else {**result, "image_features": self.norm(x)}
-        taken = list(zip(taken, prefix, strict=True)) if with_prefix else taken
-        return taken if intermediates_only else (self.norm(x), taken)
+        found = taken if prefix is None else list(zip(taken, prefix, strict=True))
+        return found if intermediates_only else (self.norm(x), found)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head, initialised as V-MoE's, for num_classes (0: none)."""
@@ -278,7 +287,7 @@ class MomentumVisionTransformer(VisionTransformer):
 
 def _check_unsupported(moe_layers: str | list[int], timm_args: dict[str, Any]) -> None:
     """Settings of timm's blocks that experts do not have are refused rather than ignored."""
-    defaults = {"weight_init": ("", "skip"), "fix_init": (False,)}
+    defaults: dict[str, tuple[object, ...]] = {"weight_init": ("", "skip"), "fix_init": (False,)}
     if moe_layers not in ("none", []):
         defaults |= {"scale_mlp_norm": (False,), "proj_bias": (True,), "mlp_layer": (Mlp,)}
     for name, accepted in defaults.items():

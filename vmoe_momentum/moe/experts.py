@@ -4,6 +4,7 @@ Stacked, every rank touches every expert: no unused-parameter error under DDP, n
 layout however the experts are spread.
 """
 
+from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple
 
@@ -107,7 +108,7 @@ class Experts(nn.Module):
         num_experts: int,
         width: int,
         hidden: int,
-        act_layer: type[nn.Module],
+        act_layer: Callable[[], nn.Module],
         drop: float,
         draw: bool = True,
         drop_outputs: bool = True,

@@ -1,5 +1,7 @@
 """The sparse MLP: route, dispatch, experts, combine."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from .experts import Experts
@@ -19,7 +21,7 @@ class SparseMlp(nn.Module):
         hidden_features: int,
         num_experts: int,
         router: Router,
-        act_layer: type[nn.Module],
+        act_layer: Callable[[], nn.Module],
         drop: float = 0.0,
         draw: bool = True,
         drop_outputs: bool = True,

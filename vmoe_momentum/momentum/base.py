@@ -55,7 +55,7 @@ class MomentumRule(ABC):
         """One step at one MoE block; x, u(x) and the buffers are float32, or float64.
 
         u: the update as a function of the residual stream. The auxiliary loss and the routing statistics of the block
-        are those of its *last* evaluation, so evaluate last where the step is made. t: 1, 2, ... counts MoE blocks.
+        are those of its last evaluation, so evaluate last where the step is made. t: 1, 2, ... counts MoE blocks.
         """
         raise NotImplementedError(f"{type(self).__name__}.step: a rule says how it moves the stream")
 

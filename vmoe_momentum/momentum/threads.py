@@ -12,7 +12,8 @@ class ThreadsCarry(nn.Module):
 
     Its parts have these names, by which instruments find them; nn.Identity() where there is none:
     norm2 (before the experts), mlp (a SparseMlp), ls2 (behind it: its output is u), norm3 (behind the step).
-        B sequences, N tokens, D width.
+
+    B sequences, N tokens, D width.
     """
 
     rule: MomentumRule

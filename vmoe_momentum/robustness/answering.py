@@ -24,9 +24,10 @@ class Memory:
     """
 
     def __init__(self, limit_bytes: int = 2**28) -> None:
-        self.left, self.known = limit_bytes, {}
+        self.left = limit_bytes
+        self.known: dict[tuple[object, ...], dict[str, Tensor]] = {}
 
-    def get(self, key: tuple, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def get(self, key: tuple[object, ...], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if key in self.known:
             return self.known[key]
         made = make()
@@ -77,8 +78,9 @@ def _answer(
     zero = np.zeros(0, dtype=bool)
     pictures = (model.name, cell.pictures.paths[0], batch.index.numpy().tobytes(), batch.clean is None)
     if cell.kind == "noise":
-        images = _noisy(images, batch.index, cell.budget)
+        images = _noisy(images, batch.index, cell.allowance)
     elif cell.kind == "attack":
+        assert cell.attack is not None
         if ATTACKS[cell.attack].spends != "queries" and cell.source in (None, model.name):
             found = memory.get(
                 ("gradient", *pictures), lambda: {"zero": _without_gradient(model.module, before, labels)}
@@ -89,9 +91,10 @@ def _answer(
     with torch.inference_mode(), frozen(model.module, seed) if model.random else nullcontext():
         routing = {}
         # of what was corrupted elsewhere, and of other sets, the clean picture is not at hand
-        if model.routing is not None and cell.kind != "published" and not cell.pictures.whole:
-            clean = memory.get(("routing", *pictures), lambda: model.routing(before)[1])
-            logits, now = model.routing(images)
+        route = model.routing
+        if route is not None and cell.kind != "published" and not cell.pictures.whole:
+            clean = memory.get(("routing", *pictures), lambda: route(before)[1])
+            logits, now = route(images)
             routing = {block: routing_change(clean[block], now[block]).cpu().numpy() for block in clean}
         else:
             logits = model.module(images)
@@ -117,8 +120,9 @@ def _images(batch: Batch, model: Model, device: str) -> Tensor:
 
 
 def _attacked(cell: Cell, model: Model, batch: Batch, device: str, stages: Stages | None = None) -> Tensor:
+    assert cell.attack is not None
     router_loss = model.router_loss if cell.router_aware else None
-    budget = cell.budget._replace(router_loss=router_loss, stages=stages)
+    budget = cell.allowance._replace(router_loss=router_loss, stages=stages)
     return run_attack(cell.attack, model.module, _images(batch, model, device), batch.labels.to(device), budget)
 
 

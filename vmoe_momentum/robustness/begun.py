@@ -101,7 +101,7 @@ class Begun:
                     file = path.with_name(f"{path.stem}.{first}-{stop}.part")
                     arrays = self.store.read_arrays(file)
                     outcome = None if arrays is None else self.store.outcome(arrays)
-                    if outcome is None or not np.array_equal(outcome.index, self.numbers[first:stop]):
+                    if arrays is None or outcome is None or not np.array_equal(outcome.index, self.numbers[first:stop]):
                         damaged = damaged or file
                         continue
                     self.found[name].append(outcome)

@@ -45,6 +45,12 @@ class Cell(NamedTuple):
         """Of its pictures."""
         return range(len(self.pictures.paths)) if self.order is None else self.order
 
+    @property
+    def allowance(self) -> Budget:
+        """Of noise and attacks, which all have one."""
+        assert self.budget is not None
+        return self.budget
+
 
 def told_condition(cell: Cell) -> str:
     """As rows call it: `mi-fgsm-20 from Residual` of a transfer attack."""
@@ -54,7 +60,8 @@ def told_condition(cell: Cell) -> str:
 class Outcome(NamedTuple):
     """One model in one cell, picture by picture, in the cell's order."""
 
-    index: np.ndarray  # [N]
+    # [N] of the pictures
+    index: np.ndarray  # type: ignore[assignment]  # hides the tuple's method
     correct: np.ndarray  # [N] bool
     predicted: np.ndarray  # [N]
     confidence: np.ndarray  # [N] largest softmax value, over the classes that count
@@ -64,13 +71,15 @@ class Outcome(NamedTuple):
     five: np.ndarray = np.zeros((0, 0), dtype=np.int64)
 
 
+_ARRAYS = tuple(name for name in Outcome._fields if name != "routing")
+
+
 def join(parts: list[Outcome]) -> Outcome:
     """Of batches that follow each other."""
     blocks = parts[0].routing
-    arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in Outcome._fields[:4]]
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
     routing = {block: np.concatenate([part.routing[block] for part in parts]) for block in blocks}
-    zero, five = (np.concatenate([getattr(part, name) for part in parts]) for name in ("zero_gradient", "five"))
-    return Outcome(*arrays, routing, zero, five)
+    return Outcome(**arrays, routing=routing)
 
 
 def _decisive(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +127,7 @@ class Store:
     @staticmethod
     def arrays(outcome: Outcome) -> dict[str, np.ndarray]:
         """By their names in a file."""
-        named = {name: getattr(outcome, name) for name in (*Outcome._fields[:4], "zero_gradient", "five")}
+        named = {name: getattr(outcome, name) for name in _ARRAYS}
         return named | {f"routing/{block}": values for block, values in outcome.routing.items()}
 
     @staticmethod
@@ -126,8 +135,7 @@ class Store:
         """Back from them; None where one is missing."""
         routing = {name[8:]: values for name, values in arrays.items() if name.startswith("routing/")}
         try:
-            first = (arrays[name] for name in Outcome._fields[:4])
-            return Outcome(*first, routing, arrays["zero_gradient"], arrays["five"])
+            return Outcome(**{name: arrays[name] for name in _ARRAYS}, routing=routing)
         except KeyError:
             return None
 
@@ -140,7 +148,8 @@ class Store:
             return None
 
     def write_arrays(self, path: Path, arrays: dict[str, np.ndarray]) -> None:
-        self._write(path, lambda file: np.savez_compressed(file, **arrays))
+        # the stub takes any name for its option allow_pickle
+        self._write(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
     def read_examples(self, path: Path) -> Tensor | None:
         """Pictures kept beside the first model's outcome."""

@@ -156,7 +156,7 @@ def _routing(rows: list[Row], labels: dict[str, str], colors: dict[str, str]) ->
         own = [row for row in rows if labels[row.model] == label]
         means = [[r.value for r in own if r.condition == kind] for kind in kinds]
         at = np.arange(len(kinds)) + (place + 0.5) * height - 0.4
-        axis.barh(at, [np.mean(v) if v else np.nan for v in means], height, color=color, label=label)
+        axis.barh(at, [float(np.mean(v)) if v else np.nan for v in means], height, color=color, label=label)
     axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
     axis.invert_yaxis()
     axis.set(xlabel="routing change, 1 - IoU of expert sets, mean over MoE blocks", xlim=(0, None))

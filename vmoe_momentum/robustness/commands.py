@@ -204,5 +204,6 @@ def _settings(given: dict[str, Any]) -> "Settings":
     eps = DEFAULT_EPS[given["norm"]] if given["eps"] is None else [parse_eps(text) for text in given["eps"]]
     sets = {name: given[name] for name in SETS if given[name] is not None}
     chosen = {"corruptions": corruptions, "eps": eps, "regenerate": made_here, "sets": sets}
-    values = {name: chosen[name] if name in chosen else given[name] for name in Settings._fields}
-    return Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    named: dict[str, Any] = {name: chosen[name] if name in chosen else given[name] for name in Settings._fields}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}
+    return Settings(**values)

@@ -10,7 +10,7 @@ from .cells import Cell, Outcome
 from .evaluate import Evaluation
 from .imagenet_c import ALEXNET
 from .sets import corruptions_of
-from .summary import OUTSIDE, SANITY, answers_of, clean_of, eps_text, part_of, robust, standing, told_set
+from .summary import OUTSIDE, SANITY, answers_of, before_attacks, eps_text, part_of, robust, standing, told_set
 
 # an image that is wrong under everything has this share in mCE
 LARGEST_MCE = sum(1 / ALEXNET[name] for name in BENCHMARK) / len(BENCHMARK)
@@ -54,7 +54,9 @@ def compare(evaluation: Evaluation) -> list[Comparison]:
 
 def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], np.ndarray]:
     """(what, metric) -> one number an image."""
-    clean, lines, corrupted, errors = clean_of(own), {}, {}, {}
+    lines: dict[str, np.ndarray] = {}
+    corrupted: dict[str, list[np.ndarray]] = {}  # by set
+    errors: dict[str, list[np.ndarray]] = {}
     for cell, outcome in own:
         name = cell.pictures.name
         if name.startswith(OUTSIDE) or cell.condition == SANITY or cell.source is not None:
@@ -65,7 +67,8 @@ def _outcomes_by_line(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], 
                 if cell.kind == "published" and cell.condition in BENCHMARK:
                     errors.setdefault(name, []).append((1.0 - outcome.correct) / ALEXNET[cell.condition])
         elif cell.kind == "attack":
-            lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = robust(outcome, clean)
+            kept = robust(outcome, before_attacks(own))
+            lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = kept
         elif cell.kind == "noise":
             lines[f"{cell.condition}, eps {eps_text(cell.condition, cell.severity)}"] = outcome.correct
         else:

@@ -41,7 +41,7 @@ def doubts(evaluation: Evaluation, rows: list[Row]) -> list[str]:
                 f"{model.name}: its answers depend on what else is in the batch (expert capacity over several images): "
                 "another order or batch size gives other numbers, and attacks on part of the images other ones again"
             )
-        clean = evaluation.outcomes.get((model.name, 0))
+        clean = evaluation.outcomes[model.name, 0]
         shares = [r.value for r in rows if (r.model, r.metric) == (model.name, "zero_gradient")]
         if shares and max(shares) > 0.01:
             found.append(
@@ -81,7 +81,7 @@ def _transferred(name: str, own: list[tuple[Cell, Outcome]], clean: Outcome) -> 
         here = [(cell, float(robust(o, clean).mean())) for cell, o in own if cell.attack and cell.severity == eps]
         others = {told_condition(cell): share for cell, share in here if cell.source and cell.condition == attack}
         itself = {c.condition: share for c, share in here if not c.source and _kind(c.condition) in knowing}
-        told, best = (min(shares, key=shares.get) for shares in (others, itself))
+        told, best = (min(shares, key=shares.__getitem__) for shares in (others, itself))
         share, least = others[told], itself[best]
         if share < least - 0.002 - 1e-9:
             found.append(
@@ -109,6 +109,7 @@ def _of_a_set(name: str, cells: list[Cell]) -> list[str]:
     found, own = [], set_of(name)
     if cells[0].pictures.made:
         return [f"{name}: {cells[0].pictures.made}; no CE and no mCE, which are of those"]
+    assert own is not None  # regenerated and published sets alone are whole
     mean = {True: "CE and mCE", False: "numbers"}[own.corruptions == BENCHMARK]
     size = picture_size(cells[0].pictures.paths[0])
     if size != (224, 224):

@@ -36,6 +36,10 @@ def _taking(option: str) -> str:
     return ", ".join(name for name, found in ATTACKS.items() if getattr(found, option))
 
 
+def _takes(option: str) -> Callable[[Settings], bool]:
+    return lambda s: any(getattr(ATTACKS[name], option) for name in _attacks(s) if name in ATTACKS)
+
+
 CORRUPTED = [name for name, each in SETS.items() if each.corruptions]
 ALWAYS = Needs(lambda settings: True, "")
 NEEDS = {
@@ -57,8 +61,7 @@ NEEDS = {
     ),
     "transfer": Needs(lambda s: not s.transfer or s.data is not None, "--data, clean pictures to attack"),
     "router_aware": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
-    **{option: Needs(lambda s, o=option: any(getattr(ATTACKS[n], o) for n in _attacks(s) if n in ATTACKS),
-                     f"--data and, in --attacks, one of {_taking(option)}") for option in PLAIN},
+    **{option: Needs(_takes(option), f"--data and, in --attacks, one of {_taking(option)}") for option in PLAIN},
     "eps": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "norm": Needs(lambda s: bool(_attacks(s)), "--data and --attacks"),
     "steps": Needs(lambda s: _spending(s, "steps"), f"--data and, in --attacks, {_by_spending('steps')}"),

@@ -60,7 +60,7 @@ def tell(seconds: dict[str | None, float], processes: int = 1) -> str:
     told = f"about {clock(total)} of passes through the models to come, reading and corrupting pictures aside"
     if processes > 1:
         told += f"; shared by {processes} processes, about {clock(total / processes)}"
-    name = max(seconds, key=seconds.get)
+    name = max(seconds, key=seconds.__getitem__)
     if name is None or total <= LONG or seconds[name] <= total / 2:
         return told
     less = " or ".join(LOWERED_BY[ATTACKS[name].spends])

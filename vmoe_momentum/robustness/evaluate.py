@@ -72,7 +72,8 @@ def evaluate(
     ]
     if passes > 1 and not any(model.random for model in models):
         raise ValueError(f"--eot={passes}: every model answers the same again, so one pass is enough; leave it out")
-    store, memory, named = Store(out / "cells"), Memory(), {model.name: model for model in models}
+    store, memory = Store(out / "cells"), Memory()
+    named: dict[str | None, Model] = {model.name: model for model in models}  # None names none
     paths = {
         (model.name, number): store.path(cell, model, batch_size, device, named.get(cell.source))
         for number, cell in enumerate(cells) for model in models

@@ -7,6 +7,7 @@ from .rows import Row
 from .summary import BEFORE
 
 METRICS = ("top1", "top5", "robust_top1")
+Key = tuple[str, str, str, str, str]  # dataset, condition, severity or eps, metric, model
 
 
 class Fall(NamedTuple):
@@ -33,20 +34,24 @@ def make_falls(rows: Iterable[Row]) -> list[Fall]:
     Places as timm's results/generate_csv_results.py gives them, among the models that have both numbers.
     """
     found = {(row.dataset, row.condition, row.severity_or_eps, row.metric, row.model): row.value for row in rows}
-    groups: dict[tuple[str, str, str, str], dict[str, tuple[float, float]]] = {}
-    for (*place, metric, model), value in found.items():
-        base = _base(found, tuple(place), metric, model)
+    groups: dict[tuple[str, str, str, str], dict[str, Key]] = {}  # model -> what is its number on clean pictures
+    for key in found:
+        base = _base(found, key)
         if base is not None:
-            groups.setdefault((*place, metric), {})[model] = (value, found[base])
+            groups.setdefault(key[:4], {})[key[4]] = base
     falls = []
-    for (*place, metric), pairs in groups.items():
-        values, clean = ({model: pair[i] for model, pair in pairs.items()} for i in (0, 1))
+    for (dataset, condition, severity, metric), bases in groups.items():
+        place = (dataset, condition, severity)
+        values = {model: found[*place, metric, model] for model in bases}
+        clean = {model: found[base] for model, base in bases.items()}
         seconds = [
-            {model: found.get((*where, "top5", model), 0.0) for model in pairs}
-            for where in (place, _base(found, tuple(place), metric, next(iter(pairs)))[:3])
+            {model: found.get((*where, "top5", model), 0.0) for model in bases}
+            for where in (place, next(iter(bases.values()))[:3])
         ]
         ranks, before = ranked(values, seconds[0]), ranked(clean, seconds[1])
-        falls += [Fall(model, *place, metric, *pairs[model], ranks[model], before[model]) for model in pairs]
+        falls += [
+            Fall(model, *place, metric, values[model], clean[model], ranks[model], before[model]) for model in bases
+        ]
     return falls
 
 
@@ -56,16 +61,14 @@ def ranked(values: dict[str, float], seconds: dict[str, float]) -> dict[str, int
     return {model: place for place, model in enumerate(order, start=1)}
 
 
-def _base(
-    found: dict[tuple[str, ...], float], place: tuple[str, str, str], metric: str, model: str
-) -> tuple[str, ...] | None:
-    """Key of the clean number; None for what is clean itself, one of several severities, or has none beside it."""
-    dataset, condition, severity = place
+def _base(found: dict[Key, float], key: Key) -> Key | None:
+    """Of the clean number; None for what is clean itself, one of several severities, or has none beside it."""
+    dataset, condition, severity, metric, model = key
     if metric not in METRICS or condition == "clean" or (metric != "robust_top1" and severity not in ("", "mean")):
         return None
     candidates = [
-        (*place, BEFORE, model),  # the part that was attacked
+        (dataset, condition, severity, BEFORE, model),  # the part that was attacked
         (f"data on {dataset.partition(' ')[0]}'s classes", "clean", "", metric, model),
         ("data", "clean", "", metric.removeprefix("robust_"), model),
     ]
-    return next((key for key in candidates if key in found), None)
+    return next((each for each in candidates if each in found), None)

@@ -60,6 +60,4 @@ def choose(pictures: Pictures, file: str, setting: str, part: bool = False) -> P
         )
     if not wanted:
         raise ValueError(f"--ids={file}: none of its pictures is of the {len(set(pictures.labels))} classes that count")
-    order = sorted(wanted)
-    paths, labels = ([values[i] for i in order] for values in (pictures.paths, pictures.labels))
-    return pictures._replace(paths=paths, labels=labels)
+    return pictures.only(sorted(wanted))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -183,5 +183,5 @@ def _places(names: Iterable[str]) -> dict[str, int]:
     return {name: place for place, name in enumerate(names)}
 
 
-def _numbers(names: Iterable[str] | None) -> bool:
-    return bool(names) and all(name.isdecimal() for name in names)
+def _numbers(names: Collection[str] | None) -> bool:
+    return all(name.isdecimal() for name in names) if names else False

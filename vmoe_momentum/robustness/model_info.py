@@ -8,7 +8,7 @@ from typing import Any
 from .cells import Cell
 from .evaluate import Evaluation
 from .models import Model
-from .summary import at, clean_of, eps_text, robust, standing
+from .summary import at, before_attacks, eps_text, robust, standing
 from .versions import versions
 from .wide import dataset_of
 
@@ -31,14 +31,14 @@ def model_info(evaluation: Evaluation, doubted: Collection[str]) -> dict[str, st
             eps = eps_text(cell.condition, cell.severity)
             name = names[model.name] + (f"_eps_{eps.replace('/', '_')}" if several else "")
             entry = _entry(evaluation, model, number, cell) | {"unreliable": model.name in doubted}
-            path = f"model_info/{entry['dataset']}/{cell.budget.norm}/{name}.json"
+            path = f"model_info/{entry['dataset']}/{cell.allowance.norm}/{name}.json"
             files[path] = json.dumps(entry, indent=2) + "\n"
     return files
 
 
 def _entry(evaluation: Evaluation, model: Model, number: int, cell: Cell) -> dict[str, Any]:
     own = [(each, evaluation.outcomes[model.name, i]) for i, each in enumerate(evaluation.cells)]
-    clean, outcome = clean_of(own), evaluation.outcomes[model.name, number]
+    clean, outcome = before_attacks(own), evaluation.outcomes[model.name, number]
     right, left = float(at(clean, outcome.index).mean()), float(robust(outcome, clean).mean())
     worst = next((float(kept.mean()) for (_, eps), kept in standing(own).items() if eps == cell.severity), left)
     entry = {

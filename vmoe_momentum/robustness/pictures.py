@@ -1,7 +1,7 @@
 """Pictures from disk: decoded once a cell, corrupted, and cut for every model's view. uint8 [B, 3, H, W]."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +40,14 @@ class Pictures(NamedTuple):
         """How many; None for all of the model's classes."""
         return None if self.classes is None else len(set(self.merged or self.classes))
 
+    def only(self, order: Sequence[int]) -> "Pictures":
+        """Those of these numbers."""
+        return self._replace(paths=[self.paths[i] for i in order], labels=[self.labels[i] for i in order])
+
 
 class Batch(NamedTuple):
-    index: Tensor  # [B] number of the picture
+    # [B] number of the picture
+    index: Tensor  # type: ignore[assignment]  # hides the tuple's method
     labels: Tensor  # [B]
     views: dict[View, Tensor]  # uint8
     clean: dict[View, Tensor] | None  # the same pictures before a corruption made here
@@ -56,21 +61,24 @@ class Change(NamedTuple):
     seed: int
 
 
-class _Files(Dataset):
+_Item = tuple[int, int, list[Tensor], list[Tensor]]  # number, label, the picture for each view, and before a change
+
+
+class _Files(Dataset[_Item | str]):
     def __init__(self, pictures: Pictures, views: list[View], change: Change | None, order: list[int]) -> None:
         self.pictures, self.views, self.change, self.order = pictures, views, change, order
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> tuple[int, int, list[Tensor], list[Tensor]] | str:
+    def __getitem__(self, place: int) -> _Item | str:
         """A message where the picture is damaged: an exception out of a worker would come with the worker's stack."""
         try:
             return self._read(place)
         except ValueError as error:
             return str(error)
 
-    def _read(self, place: int) -> tuple[int, int, list[Tensor], list[Tensor]]:
+    def _read(self, place: int) -> _Item:
         index = self.order[place]
         path = self.pictures.paths[index]
         clean: dict[View, Tensor] = {}
@@ -85,8 +93,8 @@ class _Files(Dataset):
                 made = corrupt(np.asarray(base), self.change.name, self.change.severity, self.change.seed, key)
                 picture, whole = Image.fromarray(made), True
             cut |= {view: as_tensor(fit(picture, view) if whole else show(picture, view)) for view in views}
-        ordered = [[made[view] for view in self.views] if made else [] for made in (cut, clean)]
-        return index, self.pictures.labels[index], *ordered
+        shown, before = ([found[view] for view in self.views] if found else [] for found in (cut, clean))
+        return index, self.pictures.labels[index], shown, before
 
 
 def batches(

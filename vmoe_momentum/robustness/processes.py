@@ -20,7 +20,7 @@ class Place(NamedTuple):
     """Of a process among those that were started together; the first one tells how far all are, and writes."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides the tuple's method
     local_rank: int = 0  # on its machine
     local_count: int = 1
     name: str = ""  # for messages; "" where it was started by itself
@@ -89,7 +89,7 @@ class Helpers:
     def __init__(self, argv: list[str], count: int) -> None:
         """argv: of `robustness`, without --processes."""
         self.argv, self.count = argv, count
-        self.running: dict[int, subprocess.Popen] = {}
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Helpers":
         for rank in range(1, self.count):
@@ -123,7 +123,9 @@ class Helpers:
         ]
 
     def _forget(self, rank: int) -> None:
-        self.running.pop(rank).stdin.close()
+        pipe = self.running.pop(rank).stdin
+        assert pipe is not None  # __enter__ asks for one
+        pipe.close()
 
     def __exit__(self, *_: object) -> None:
         for helper in self.running.values():

@@ -17,7 +17,7 @@ def cost(cell: Cell, models: int = 1) -> float:
     """
     if cell.attack is None:
         return 1
-    needed = passes(cell.attack, cell.budget, cell.router_aware)
+    needed = passes(cell.attack, cell.allowance, cell.router_aware)
     return 1 + (needed if cell.source is None else needed / models)
 
 
@@ -35,22 +35,24 @@ def protocols(cells: list[Cell]) -> list[dict[str, Any]]:
         if cell.kind not in ("attack", "noise"):
             continue
         told = {"condition": told_condition(cell), "severity_or_eps": cell.severity, "pictures": count_pictures(cell)}
-        found.append(told | (_protocol(cell.attack, cell.budget) if cell.attack else {
-            "norm": cell.budget.norm, "eps": cell.budget.eps, "seed": cell.budget.seed, "dtype": "float32",
+        budget = cell.allowance
+        found.append(told | (_protocol(cell.attack, budget) if cell.attack else {
+            "norm": budget.norm, "eps": budget.eps, "seed": budget.seed, "dtype": "float32",
         }))  # fmt: skip
     return found
 
 
 def _protocol(name: str, budget: Budget) -> dict[str, str | int | float]:
     found = ATTACKS[name]
-    told = {"norm": budget.norm, "eps": budget.eps, "loss": found.loss, "step": found.step}
-    told["start"] = _start(name, budget)
+    told: dict[str, str | int | float] = {
+        "norm": budget.norm, "eps": budget.eps, "loss": found.loss, "step": found.step, "start": _start(name, budget),
+    }  # fmt: skip
     if found.step in (FIXED, "eps"):
         told["step_size"] = budget.eps if found.step == "eps" else step_size(budget)
     if found.spends is not None:
         told[found.spends] = getattr(budget, found.spends)
-    options = {"restarts": budget.restarts, "eot": budget.eot, "seed": budget.seed, "dtype": "float32"}
-    return told | options | {"package": found.package or ""}
+    told |= {"restarts": budget.restarts, "eot": budget.eot, "seed": budget.seed, "dtype": "float32"}
+    return told | {"package": found.package or ""}
 
 
 def _start(name: str, budget: Budget) -> str:

@@ -61,6 +61,7 @@ def verify_regenerated(root: str, sample: int | None, num_workers: int) -> str:
     """
     folder = Path(root)
     told = read_mark(folder, f"root={root}")
+    assert told is not None  # `holds` said so
     listed = (folder / CHECKSUMS).read_bytes() if (folder / CHECKSUMS).is_file() else b""
     if hashlib.sha256(listed).hexdigest() != told["checksums"]:
         raise ValueError(f"{folder / CHECKSUMS}: missing, or changed since it was prepared; prepare it again")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +213,13 @@ class _Jobs:
         self.work, self.targets, self.seed, self.upright = work, targets, seed, upright
         self.conditions = [(name, level) for name in names for level in levels]
 
-    def run(self, workers: int) -> Any:
+    def run(self, workers: int) -> Iterator[list[tuple[str, str]]]:
         """(name, sha256) of every file, picture by picture in order. Raises ValueError: one does not decode."""
         from torch.utils.data import DataLoader
 
-        alone = workers == 1
-        for made in DataLoader(self, None, num_workers=0 if alone else min(workers, len(self.targets))):
+        processes = 0 if workers == 1 else min(workers, len(self.targets))
+        # no Dataset, whose class would import torch here; what has a length and places does
+        for made in DataLoader(self, None, num_workers=processes):  # type: ignore[arg-type]
             if isinstance(made, str):
                 raise ValueError(made)
             yield made

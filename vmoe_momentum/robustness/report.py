@@ -50,7 +50,7 @@ def write_report(
     lines, warnings = compare(evaluation), warnings_of(evaluation, rows)
     pictures = {name: _png(figure) for name, figure in draw(evaluation, rows).items()}
     sets = [cell.pictures for cell in evaluation.cells]
-    classes = {each.name: each.labels_that_count for each in sets if each.classes is not None}
+    classes = {each.name: count for each in sets if (count := each.labels_that_count) is not None}
     labels, falls = {model.name: model.label for model in evaluation.models}, make_falls(rows)
     heads = [comparison_table(lines), *transfer_tables(rows, labels)]
     heads += metric_tables(rows, HEADLINES, classes, labels)

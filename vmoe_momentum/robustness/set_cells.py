@@ -126,7 +126,8 @@ def _check_imagenet(models: Sequence[Model], setting: str) -> None:
 
 def _index(folders: list[str], order: labels.Order | None, models: Sequence[Model], setting: str) -> labels.Index:
     """Each model labels the folders by its own rule. Raises ValueError: two of them do not agree."""
-    first, found, rules = models[0], None, {}
+    first, found = models[0], None
+    rules: dict[str, list[str]] = {}
     for model in models:
         index = labels.class_index(model.class_names, model.num_classes, set(folders), model.class_ids, order)
         index.check(folders, setting if len(models) == 1 else f"{setting}, --model={model.name}")
@@ -139,6 +140,7 @@ def _index(folders: list[str], order: labels.Order | None, models: Sequence[Mode
                 f"{found.labels[differs]} of {first.name} ({found.rule}) and {index.labels[differs]} of {model.name} "
                 f"({index.rule}); compare them in separate reports, or let a callable say its class_ids"
             )
+    assert found is not None  # there is a model
     told = [rule if len(rules) == 1 else f"{', '.join(names)}: {rule}" for rule, names in rules.items()]
     return found._replace(rule="; ".join(told))
 
@@ -152,7 +154,7 @@ def pictures_of(
     )  # one order for a model that has none of its own
     index = _index(list(folders), order, models, f"--{name}={root}")
     pictures = _labelled(name, folders, index, counted)
-    if not pictures.paths:
+    if counted is not None and not pictures.paths:
         raise ValueError(f"--{name}={root}: none of its pictures is of the {len(counted.classes)} classes that count")
     return pictures
 
@@ -180,9 +182,7 @@ def limited(pictures: Pictures, settings: Settings, listed: str | None = None, p
         return pictures if listed is None else choose(pictures, settings.ids, listed, part)
     if settings.limit is None or settings.limit >= len(pictures.paths):
         return pictures
-    order = subset(len(pictures.paths), settings.limit, settings.seed)
-    paths, chosen = ([values[i] for i in order] for values in (pictures.paths, pictures.labels))
-    return pictures._replace(paths=paths, labels=chosen)
+    return pictures.only(subset(len(pictures.paths), settings.limit, settings.seed))
 
 
 def _named(pictures: Pictures) -> Pictures:

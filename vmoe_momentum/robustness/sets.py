@@ -33,7 +33,8 @@ class PublishedSet(NamedTuple):
 
     title: str
     layout: str
-    count: int | None  # pictures, of a corruption and severity in a set of such; None where no source states it
+    # pictures, of a corruption and severity in a set of such; None where no source states it
+    count: int | None  # type: ignore[assignment]  # hides the tuple's method
     corruptions: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
@@ -120,8 +121,9 @@ def check_set(name: str, setting: str, folders: dict[str, list[Path]], found: It
     and the 200 classes of -A, -R and -O that is told by the classes and the names.
     """
     own, looks = SETS[name], recognise(folders)
-    other = looks is not None and looks not in (name, own.looks_like)
-    told = f"; it looks like {SETS[looks].title if looks in SETS else _OTHERS[looks]}" if other else ""
+    told = ""
+    if looks is not None and looks not in (name, own.looks_like):
+        told = f"; it looks like {SETS[looks].title if looks in SETS else _OTHERS[looks]}"
     if own.classes:
         counted = set(subset(own.classes))
         others = sorted(set(found) - counted)

@@ -1,7 +1,7 @@
 """What a report is asked for, checked before any model is opened."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..ranges import check_all
 from .asked import RANGES, TRANSFER_NAMES
@@ -90,14 +90,15 @@ def all_attacks(settings: Settings) -> tuple[str, ...]:
 
 def budget_of(settings: Settings, eps: float, attack: str | None = None) -> Budget:
     """With what the attack follows and nothing else, so that a kept cell goes on being it; None: noise."""
-    plain, known = Budget(eps, settings.norm, seed=settings.seed), ATTACKS.get(attack or "")
-    if known is None:  # noise, or no attack, as check_budget will say
+    plain = Budget(eps, settings.norm, seed=settings.seed)
+    if attack is None or attack not in ATTACKS:  # noise, or no attack, as check_budget will say
         return plain
-    spent = {} if known.spends is None else {known.spends: getattr(settings, known.spends)}
-    return plain._replace(**spent, **options_of(attack, settings))
+    spends = ATTACKS[attack].spends
+    taken: dict[str, Any] = {} if spends is None else {spends: getattr(settings, spends)}
+    return plain._replace(**taken, **options_of(attack, settings))
 
 
-def options_of(attack: str, settings: Settings) -> dict[str, int]:
+def options_of(attack: str, settings: Settings) -> dict[str, Any]:
     """Those of PLAIN that it takes; none where there is no such attack, as check_budget will say."""
     return {name: getattr(settings, name) for name in PLAIN if getattr(ATTACKS.get(attack), name, None)}
 

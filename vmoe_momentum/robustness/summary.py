@@ -82,6 +82,13 @@ def clean_of(own: Iterable[tuple[Cell, Outcome]]) -> Outcome | None:
     return next((outcome for cell, outcome in own if cell.kind == "clean"), None)
 
 
+def before_attacks(own: Iterable[tuple[Cell, Outcome]]) -> Outcome:
+    """What the pictures of attacks were before: a plan with attacks has clean pictures."""
+    found = clean_of(own)
+    assert found is not None
+    return found
+
+
 def _cell_rows(model: str, cell: Cell, outcome: Outcome) -> list[Row]:
     start = (model, cell.pictures.name, told_condition(cell), cell.severity)
     n = len(outcome.correct)
@@ -170,8 +177,10 @@ def part_of(count: int, dataset: str) -> str:
 
 def _worst_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
     """Robust accuracy per attack, and per eps the share that stands every attack made on all images."""
-    clean, rows = clean_of(own), []
     attacks = [(cell, outcome) for cell, outcome in own if cell.kind == "attack"]
+    if not attacks:
+        return []
+    clean, rows = before_attacks(own), []
     for cell, outcome in attacks:
         kept = robust(outcome, clean)
         start = (model, cell.pictures.name, told_condition(cell), cell.severity)
@@ -190,9 +199,11 @@ def standing(own: list[tuple[Cell, Outcome]]) -> dict[tuple[str, str], np.ndarra
     one is the same in every report.
     """
     attacks = [(cell, outcome) for cell, outcome in own if cell.kind == "attack" and cell.condition != SANITY]
-    plain = [(cell, outcome) for cell, outcome in attacks if cell.source is None]
-    found = _standing(plain, clean_of(own), WORST)
-    return found if len(plain) == len(attacks) else found | _standing(attacks, clean_of(own), WORST + ALSO_TRANSFER)
+    if not attacks:
+        return {}
+    plain, clean = [(cell, outcome) for cell, outcome in attacks if cell.source is None], before_attacks(own)
+    found = _standing(plain, clean, WORST)
+    return found if len(plain) == len(attacks) else found | _standing(attacks, clean, WORST + ALSO_TRANSFER)
 
 
 def _standing(attacks: list[tuple[Cell, Outcome]], clean: Outcome, name: str) -> dict[tuple[str, str], np.ndarray]:
@@ -204,7 +215,8 @@ def _standing(attacks: list[tuple[Cell, Outcome]], clean: Outcome, name: str) ->
     for cell, outcome in attacks:  # a query attack counts on its pictures
         if cell.order is not None and cell.severity in found:
             found[cell.severity][np.searchsorted(clean.index, outcome.index)] &= outcome.correct
-    before, ordered = True, {}
+    before: np.ndarray | bool = True
+    ordered: dict[tuple[str, str], np.ndarray] = {}
     for eps, kept in sorted(found.items(), key=lambda item: float(item[0])):
         before = kept & before  # what fell to a smaller eps falls to a larger one
         ordered[name + (L2 if attacks[0][0].condition.endswith(L2) else ""), eps] = before
@@ -217,9 +229,9 @@ def _real_rows(model: str, own: list[tuple[Cell, Outcome]]) -> list[Row]:
         if cell.kind != "clean":
             continue
         names = [re.fullmatch(r"ILSVRC2012_val_(\d{8})", path.stem) for path in cell.pictures.paths]
-        if not names or not all(names):
+        numbers, known = [int(name[1]) for name in names if name], real_labels()
+        if not numbers or len(numbers) < len(names):
             return []
-        numbers, known = [int(name[1]) for name in names], real_labels()
         if not 1 <= min(numbers) <= max(numbers) <= len(known):
             return []
         sets, start = [known[numbers[i] - 1] for i in outcome.index], (model, cell.pictures.name, "real labels", "")

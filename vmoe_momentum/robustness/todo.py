@@ -157,6 +157,7 @@ class Todo:
 
     def _patience(self, key: Key) -> float:
         kind, each = self._cost(key)
+        assert self.meter.work is not None  # of a plan one knows how much there is
         seconds = self.meter.work.seconds_of({kind: each * count_pictures(self.cells[key[1]])})
         return PATIENCE * 10 if seconds is None else max(PATIENCE, 3 * seconds)
 

@@ -64,8 +64,9 @@ def timm_csvs(evaluation: Evaluation, rows: Iterable[Row]) -> dict[str, str]:
     order = {name: _sorted(found) for name, found in sets.items()}
     files = {}
     for name in sets:
-        base = next((b for b in (f"{name}-clean", own) if b in sets and b != name), None)
-        plain = name == own or name.endswith("-clean") or base is None
+        plain = name == own or name.endswith("-clean")
+        bases = () if plain else (f"{name}-clean", own)
+        base = next((b for b in bases if b in sets and b != name), None)
         lines = []
         for rank, model in enumerate(order[name]):
             opened = next(each for each in evaluation.models if each.name == model)
@@ -73,12 +74,12 @@ def timm_csvs(evaluation: Evaluation, rows: Iterable[Row]) -> dict[str, str]:
             view = opened.view
             line = [model, *texts, f"{parameters(opened) / 1e6:.2f}", view.size, f"{view.crop_pct:.3f}"]
             line.append(view.interpolation)
-            if not plain:
+            if base is not None:
                 known = model in sets[base]
                 line += _differences(texts, _texts(sets[base][model])) if known else ["", ""]
                 line.append(_signed(order[base].index(model) - rank) if known else "")
             lines.append(line)
-        files[f"results-{name}.csv"] = _csv([[*TIMM, *(() if plain else DIFFERENCES)], *lines])
+        files[f"results-{name}.csv"] = _csv([[*TIMM, *(() if base is None else DIFFERENCES)], *lines])
     return files
 
 

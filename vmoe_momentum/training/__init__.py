@@ -20,6 +20,7 @@ from .robustness import RobustnessCheck
 from .routing_guard import RouterGuard
 from .sharding import FSDP2Strategy, refuse_unsharded
 from .stopping import JobCheckpoints, SaveOnStop, StopSignals
+from .trainers import callbacks_of
 
 __all__ = [
     "MonitorCheck",
@@ -47,6 +48,7 @@ __all__ = [
     "SeededSteps",
     "StopSignals",
     "add_keepers",
+    "callbacks_of",
     "create_on_meta",
     "check_apart",
     "check_callbacks",

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ..configs import short
 from ..names import did_you_mean
+from .trainers import callbacks_of
 
 _SCHEDULE = "it puts a schedule of its own in the place of model.schedule"
 REFUSED = {  # those that Lightning ships and cannot work, with the reason and the way out
@@ -56,7 +57,7 @@ class MonitorCheck(Callback):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        strangers = [c for c in trainer.callbacks if not type(c).__module__.startswith(("lightning.", _package()))]
+        strangers = [c for c in callbacks_of(trainer) if not type(c).__module__.startswith(("lightning.", _package()))]
         for what, metric in _watched(trainer):
             if metric.startswith("val/") and (never := _never_validates(trainer)):
                 raise ValueError(f"{what}={short(metric)}: {never}, so it is never logged; watch train/loss_epoch")
@@ -80,7 +81,7 @@ def _watched(trainer: pl.Trainer) -> list[tuple[str, str]]:
     """[trainer.callbacks: Class.monitor, metric], but for the counts that a ModelCheckpoint has by itself."""
     found = [
         (type(c).__name__, getattr(c, "monitor", None))
-        for c in trainer.callbacks
+        for c in callbacks_of(trainer)
         if not (isinstance(c, ModelCheckpoint) and c.monitor in ("epoch", "step"))
     ]
     return [(f"trainer.callbacks: {name}.monitor", metric) for name, metric in found if isinstance(metric, str)]
@@ -89,7 +90,7 @@ def _watched(trainer: pl.Trainer) -> list[tuple[str, str]]:
 def _logged(trainer: pl.Trainer, module: Any) -> list[str]:
     """By the module and by our callbacks in every run, but for the routers'."""
     train = [f"train/{name}" for name in ("loss", "loss_step", "loss_epoch", "epoch_seconds")]
-    robust = any(getattr(callback, "val_attack", None) is not None for callback in trainer.callbacks)
+    robust = any(getattr(callback, "val_attack", None) is not None for callback in callbacks_of(trainer))
     return [*train, *module.logged(), *["val/robust_top1"] * robust]
 
 

@@ -14,6 +14,8 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from ..files.staging import draft_of
 from ..models.saved import read_checkpoint
@@ -77,8 +79,8 @@ def join_attempt(strategy: Any) -> None:
         return
     backend = strategy._process_group_backend or strategy._get_process_group_backend()
     timeout = getattr(strategy, "_timeout", None)
-    store, rank, size = next(dist.rendezvous("env://", **({"timeout": timeout} if timeout else {})))
-    own = dist.PrefixStore(f"attempt{restarts}", store)
+    store, rank, size = next(rendezvous("env://", **({"timeout": timeout} if timeout else {})))
+    own = PrefixStore(f"attempt{restarts}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
 
 
@@ -108,7 +110,9 @@ def newest_of_job(trainer: pl.Trainer, argv: list[str]) -> str | None:
 
 
 def _note(trainer: pl.Trainer) -> Path:
-    return Path(trainer.default_root_dir) / f".{job()[0]}.attempts.json"
+    known = job()
+    assert known is not None  # only of a job that may be started again
+    return Path(trainer.default_root_dir) / f".{known[0]}.attempts.json"
 
 
 def _folders(trainer: pl.Trainer, argv: list[str]) -> list[str]:

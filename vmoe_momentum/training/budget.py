@@ -12,6 +12,7 @@ from torch import nn
 
 from ..moe.experts import Experts
 from .sharding import FSDP2Strategy, blocks
+from .trainers import callbacks_of, data_of
 
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "nesterov": 1, "lion": 1, "sgd": 1}  # tensors as large as the weights
 
@@ -41,15 +42,15 @@ def budget(trainer: pl.Trainer, module: Any) -> Budget:
     parameters = _bytes(net)
     shares = trainer.world_size if isinstance(strategy, FSDP2Strategy) else 1
     moments = MOMENTS.get(module.optimizer_settings.name)
-    averaged = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    averaged = any(isinstance(callback, WeightAveraging) for callback in callbacks_of(trainer))
     own = -(-parameters // shares)
     gathered = 0
-    if shares > 1:
+    if isinstance(strategy, FSDP2Strategy) and shares > 1:
         sizes = [_gathered(block, strategy.expert_parallel) for block in blocks(net.net)]
         around = parameters - sum(_gathered(block, 1) for block in blocks(net.net))  # stays until the backward pass
         kept = sorted(sizes)[-2:] if strategy.reshard_after_forward else sizes  # the next one comes while one computes
         gathered = around + sum(kept)
-    kept = module.saved_bytes(trainer.datamodule)
+    kept = module.saved_bytes(data_of(trainer))
     return Budget(own, own, None if moments is None else moments * own, averaged * own, gathered, kept)
 
 

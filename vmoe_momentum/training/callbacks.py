@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..specs import describe
 from .budget import budget, refuse_too_large, shape_of
 from .instruments import RouterWatch, watch_routers
+from .trainers import data_of
 
 
 class RouterStats(Callback):
@@ -89,7 +90,7 @@ class RunSummary(Callback):
         rows["devices"] = shape_of(trainer)
         rows["memory"] = self.budget.line() + (", on each of them" if trainer.world_size > 1 else "")
         rows["steps"] = f"{steps:,}"
-        data = trainer.datamodule
+        data = data_of(trainer)
         if data is not None and not isinstance(pl_module.model, FSDPModule):  # sharded ones have no passes to time
             batches = steps * trainer.accumulate_grad_batches
             hours = batches * pl_module.seconds_per_batch(data) / 3600

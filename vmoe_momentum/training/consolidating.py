@@ -1,11 +1,10 @@
 """The command line `vmoe-momentum consolidate`: a checkpoint that many devices wrote, as one file."""
 
-import inspect
 from pathlib import Path
 
 from ..models.saved import read_checkpoint
 from ..models.sharded import is_sharded
-from ..parsers import new_parser
+from ..parsers import new_parser, summary_of
 from .resuming import AtomicCheckpointIO
 
 _EXAMPLES = """examples:
@@ -35,9 +34,7 @@ def consolidate(ckpt_path: str, out: str, overwrite: bool = False) -> Path:
 
 def run(argv: list[str]) -> None:
     """Mistakes come out as exceptions."""
-    parser = new_parser(
-        inspect.getdoc(consolidate).split("Args:")[0].rstrip(), _EXAMPLES, prog="vmoe-momentum consolidate"
-    )
+    parser = new_parser(summary_of(consolidate), _EXAMPLES, prog="vmoe-momentum consolidate")
     parser.add_function_arguments(consolidate, as_group=False, as_positional=False, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="Replace a file of that name.")
     found = parser.parse_args(argv)

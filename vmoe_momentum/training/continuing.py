@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ..models.saved import KEY
 from .resuming import SeededSteps
+from .trainers import callbacks_of
 
 TRAINING = f"{KEY}_training"  # where checkpoints keep them, beside the network's
 STEPS = "steps of the whole run"
@@ -81,7 +82,7 @@ class ResumedSettings(Callback):
                 f"ckpt_path: the checkpoint's optimizer cannot go on under this config: {told}; use its settings, or "
                 "start a new run"
             )
-        seed = next((c.seed for c in trainer.callbacks if isinstance(c, SeededSteps)), None)
+        seed = next((c.seed for c in callbacks_of(trainer) if isinstance(c, SeededSteps)), None)
         if seed is not None and seed != torch.initial_seed():
             raise ValueError(
                 f"ckpt_path: seed_everything: checkpoint {seed}, config {torch.initial_seed()}; a run draws with one "
@@ -91,7 +92,8 @@ class ResumedSettings(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self._resumed:
             return
-        optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+        optimizer = trainer.optimizers[0]
+        scheduler: Any = trainer.lr_scheduler_configs[0].scheduler  # timm's, none of torch's
         groups, schedule = self._fresh
         ours, saved = self._ours, self._saved
         if trainer.strategy.restore_checkpoint_after_setup:  # sharded weights: it was not there before
@@ -131,7 +133,7 @@ def is_training_setting(name: str) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]

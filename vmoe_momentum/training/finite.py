@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ranges import COUNT_OR_NONE, in_range
 from .resuming import SeededSteps
+from .trainers import callbacks_of
 
 # float16's loss scale is halved at each overflow; that gradients overflow at a smaller one than this has another cause
 _SMALLEST_SCALE = 2.0**-8
@@ -96,13 +97,18 @@ class FiniteTraining(Callback):
             return
         raise NotFinite(f"{found.told}; {_way_out(trainer, pl_module)}", found.rank)
 
+    def _latest(self) -> tuple[Any, int]:
+        """The batch that runs or ran last, and its number."""
+        assert self._current is not None  # one has begun
+        return self._current
+
     def _keep(self, loss: Any) -> None:
         if self._bad is None and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
-            self._bad = (*self._current, float(loss.detach().float().mean()))
+            self._bad = (*self._latest(), float(loss.detach().float().mean()))
 
     def _where(self, trainer: pl.Trainer, module: Any, gradients: bool) -> Finding:
         """What, step, batch and layer, in words, the same on all ranks."""
-        batch, number, loss = self._bad or (*self._current, None)
+        batch, number, loss = self._bad or (*self._latest(), None)
         weights, layer = _state_or_layer(trainer, module, batch, number, training=True)
         what = "gradient" if loss is None else f"loss ({loss})"
         if layer is None and loss is None and not gradients:
@@ -125,7 +131,7 @@ class FiniteTraining(Callback):
     def _decide(self, trainer: pl.Trainer, module: Any, what: str) -> None:
         if self._current is None or trainer.strategy.reduce_boolean_decision(self._bad is None, all=True):
             return
-        batch, number, loss = self._bad or (*self._current, None)
+        batch, number, loss = self._bad or (*self._latest(), None)
         weights, layer = _state_or_layer(trainer, module, batch, number, training=False)
         value = "" if loss is None else f" ({loss})"
         told = f"step {trainer.global_step}, {what} batch {number}: its result{value} is not finite"
@@ -219,7 +225,8 @@ def _first_layer(trainer: pl.Trainer, module: Any, batch: Any, number: int, trai
     images = batch[0]
     if not finite([images]):
         return "the images"
-    found, handles = [], []
+    found: list[str] = []
+    handles = []
 
     def hook(name: str) -> Any:
         def look(layer: nn.Module, inputs: Any, output: Any) -> None:
@@ -232,7 +239,7 @@ def _first_layer(trainer: pl.Trainer, module: Any, batch: Any, number: int, trai
         if name:  # inner layers are done first
             handles.append(layer.register_forward_hook(hook(name)))
     if training:
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             if isinstance(callback, SeededSteps):
                 callback.on_train_batch_start(trainer, module, batch, number)
     try:

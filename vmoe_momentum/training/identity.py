@@ -19,7 +19,7 @@ def describe_network(net: nn.Module) -> dict[str, Any]:
     return {
         "architecture": config.get("architecture") or type(net).__name__,
         "model_args": build_arguments(net),
-        "settings": net.function_settings() if hasattr(net, "function_settings") else {},
+        "settings": getattr(net, "function_settings", dict)(),
     }
 
 

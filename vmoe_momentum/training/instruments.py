@@ -4,14 +4,16 @@ B images, N tokens, D width; E experts; a network is watched while it runs on ev
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..momentum import ThreadsCarry
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 class BlockStats(NamedTuple):
@@ -59,7 +61,7 @@ def watch_routers(net: nn.Module) -> Iterator[RouterWatch]:
     for name, block in net.named_modules():
         if isinstance(block, ThreadsCarry):
             label = "block" + name.rpartition(".")[2]
-            handles.append(block.mlp.router.register_forward_hook(_router_hook(watch, label)))
+            handles.append(block.mlp.get_submodule("router").register_forward_hook(_router_hook(watch, label)))
             updates: list[Tensor] = []  # of one step; a rule may evaluate u twice, and the last makes the step
             handles.append(block.ls2.register_forward_hook(_update_hook(updates)))
             handles.append(block.register_forward_hook(_block_hook(watch, label, updates)))
@@ -76,10 +78,11 @@ def watch_choices(net: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Nothing of blocks where all reach all, as under soft routing.
     """
-    chosen, handles = {}, []
+    chosen: dict[str, Tensor] = {}
+    handles = []
 
-    def hook_of(label: str):
-        def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
+    def hook_of(label: str) -> Hook:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
             reached = output[0].assigned()
             if not bool(reached.all()):
                 chosen[label] = reached.reshape(*inputs[0].shape[:2], -1)
@@ -89,7 +92,7 @@ def watch_choices(net: nn.Module) -> Iterator[dict[str, Tensor]]:
     for name, block in net.named_modules():
         if isinstance(block, ThreadsCarry):
             label = "block" + name.rpartition(".")[2]
-            handles.append(block.mlp.router.register_forward_hook(hook_of(label)))
+            handles.append(block.mlp.get_submodule("router").register_forward_hook(hook_of(label)))
     try:
         yield chosen
     finally:
@@ -97,8 +100,8 @@ def watch_choices(net: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _router_hook(watch: RouterWatch, label: str):
-    def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
+def _router_hook(watch: RouterWatch, label: str) -> Hook:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         plan, _ = output
         gates = plan.gates.flatten(0, 1)  # [T, E]
         watch.add(label, "load", plan.load())
@@ -109,15 +112,15 @@ def _router_hook(watch: RouterWatch, label: str):
     return hook
 
 
-def _update_hook(updates: list[Tensor]):
-    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+def _update_hook(updates: list[Tensor]) -> Hook:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         updates.append(output)
 
     return hook
 
 
-def _block_hook(watch: RouterWatch, label: str, updates: list[Tensor]):
-    def hook(module: nn.Module, inputs: tuple, output: tuple) -> None:
+def _block_hook(watch: RouterWatch, label: str, updates: list[Tensor]) -> Hook:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         x, carry = output
         if module.step and carry.momentum:
             watch.add(label, "momentum_norm", carry.momentum[0].float().norm(dim=-1).sum())

@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, WeightAveraging
 
+from .trainers import callbacks_of
+
 
 class KeepLast(Callback):
     """Unmonitored checkpoints end at the run's last step, whatever its validation and saving intervals."""
@@ -31,7 +33,7 @@ class RawUntilAveraged(Callback):
     """
 
     def _follow(self, trainer: pl.Trainer, module: Any) -> None:
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             average = getattr(callback, "_average_model", None) if isinstance(callback, WeightAveraging) else None
             if average is not None and int(average.n_averaged) == 0:
                 with torch.no_grad():

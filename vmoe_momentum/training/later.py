@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -20,10 +20,11 @@ class Later:
         self._saving: Future[None] | None = None
         self._after: list[Future[None]] = []
 
-    def write(self, checkpoint: dict[str, Any], path: Path, writing: AbstractContextManager) -> None:
+    def write(self, checkpoint: dict[str, Any], path: Path, writing: AbstractContextManager[Any]) -> None:
         """Once the one before is whole. Raises OSError: that one could not be written, or this one not begun."""
         self.finish()
-        self._group = self._group or dist.new_group(backend="gloo")
+        if self._group is None:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # all ranks are in it
         self._ends = self._ends or ThreadPoolExecutor(1, "checkpoints")
         self._saving = write_sharded_later(checkpoint, path, self._group, self._ends, writing)
 
@@ -33,6 +34,7 @@ class Later:
         if saving is None:
             action()
         else:
+            assert self._ends is not None  # what is being written was begun in it
             self._after.append(self._ends.submit(lambda: None if saving.exception() else action()))
 
     def check(self) -> None:

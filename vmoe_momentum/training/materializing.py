@@ -51,6 +51,7 @@ def materialize(net: nn.Module, device: torch.device, scalars: bool = False) -> 
     """
     if not any(p.is_meta for p in net.parameters()):
         return
+    assert isinstance(net, MomentumVisionTransformer)  # no others are built on the meta device
     with seeded(net.initial_seed):
         for module, draw in initializers(net):
             held = {name: p for name, p in module._parameters.items() if p is not None and p.is_meta}
@@ -70,7 +71,9 @@ def _materialize_one(module: nn.Module, absent: list[str], draw: Callable[[], No
     finally:
         module._parameters.update(own)
     for name in absent:
-        keep_share(own[name], whole[name])
+        parameter, drawn = own[name], whole[name]
+        assert parameter is not None and drawn is not None  # the absent ones are on the meta device
+        keep_share(parameter, drawn)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def clip_gradients(weights: list[Tensor], value: float, algorithm: str | None) -
         for part in parts:
             nn.utils.clip_grad_value_(part, value)
         return
-    norms = [nn.utils.get_total_norm([weight.grad for weight in part]) for part in parts]
+    norms = [nn.utils.get_total_norm([w.grad for w in part if w.grad is not None]) for part in parts]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     total = torch.linalg.vector_norm(torch.stack(whole))
     for part in parts:

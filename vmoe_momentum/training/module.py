@@ -25,6 +25,7 @@ from .pairs import Attacked, pairing
 from .profile import Cost, measure_cost, saved_bytes
 from .timing import seconds_per_batch
 from .trained import Trained
+from .trainers import data_of, steps_between_logs
 
 Batch = tuple[Tensor, Tensor]
 
@@ -69,6 +70,8 @@ class ImageClassifier(Trained):
             networks train faster so; a ViT has one such layer. Checkpoints hold the same numbers.
         override_model: Load a checkpoint although it was trained with other model settings than these.
     """
+
+    model: PixelModel
 
     def __init__(
         self,
@@ -125,7 +128,7 @@ class ImageClassifier(Trained):
             self.forward_with_gates = torch.compile(forward_with_gates)
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
+        data = data_of(self.trainer)
         if data is not None:
             self.check_sizes(data.sizes())
         if data is not None and stage == "fit":
@@ -134,7 +137,8 @@ class ImageClassifier(Trained):
 
     def check_sizes(self, sizes: list[int]) -> None:
         """Raises ValueError: the network takes one size of images only, or not in whole patches."""
-        net, others = self.model.net, [size for size in sizes if size != self.image_size]
+        net: Any = self.model.net  # of any maker
+        others = [size for size in sizes if size != self.image_size]
         if not others:
             return
         what = f"data.progressive or data.eval_image_size: images of {', '.join(map(str, others))} pixels"
@@ -170,7 +174,8 @@ class ImageClassifier(Trained):
 
     def check_groups(self, sizes: list[int], batch_size: int) -> None:
         """Raises ValueError: routers group so many tokens as do not divide those of a training batch of some size."""
-        net, was_training = self.model.net, self.model.training
+        net: Any = self.model.net
+        was_training = self.model.training
         try:
             together = {size: images_together(self.model.train().net, size) for size in sizes}
         finally:
@@ -195,7 +200,7 @@ class ImageClassifier(Trained):
         for name in ("main_loss", "aux_loss", "trades_loss", "consistency_loss"):
             if getattr(losses, name) is not None:
                 self.log(f"train/{name}", getattr(losses, name))
-        if pair is not None and (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if pair is not None and (self.global_step + 1) % steps_between_logs(self.trainer) == 0:
             self._log_attack(pair)
         return losses.loss
 
@@ -269,7 +274,8 @@ class ImageClassifier(Trained):
 
     def logged(self) -> list[str]:
         more = [] if self.pairing is None else self.pairing.logged()
-        return [*(f"train/{name}" for name in ("main_loss", "aux_loss", *more)), "val/loss", *self.val_accuracy.keys()]
+        validated = map(str, self.val_accuracy.keys())
+        return [*(f"train/{name}" for name in ("main_loss", "aux_loss", *more)), "val/loss", *validated]
 
     def cost(self) -> Cost:
         return measure_cost(self.model, self.image_size)

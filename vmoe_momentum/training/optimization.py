@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
@@ -51,10 +51,12 @@ class OptimizerSettings:
 
     def build(self, net: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
         """fused: False where gradients must be unscaled before the step, as Lightning wants it under 16-mixed."""
-        if self.name not in list_optimizers():
-            raise ValueError(f"model.optimizer.name={self.name}{did_you_mean(self.name, list_optimizers())}")
+        names: list[Any] = list_optimizers()  # strings, as no descriptions are asked for
+        if self.name not in names:
+            raise ValueError(f"model.optimizer.name={self.name}{did_you_mean(self.name, names)}")
         self._check_name()
-        told = {"opt": self.name, "lr": self.lr} | ({} if self.betas is None else {"betas": tuple(self.betas)})
+        told: dict[str, Any] = {"opt": self.name, "lr": self.lr}
+        told |= {} if self.betas is None else {"betas": tuple(self.betas)}
         known = FUSED_SHARDED if any(isinstance(p, DTensor) for p in net.parameters()) else FUSED
         told |= {"fused": True} if fused and self.name in known else {}
         try:
@@ -64,7 +66,7 @@ class OptimizerSettings:
             raise ValueError(f"model.optimizer.name={self.name}: {error}{WAY_OUT}") from error
         if told.get("fused"):
             # It could unscale gradients itself, so Lightning will not clip them; but nobody scales them here.
-            optimizer._step_supports_amp_scaling = False
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # fused ones have it
         if not views:
             return ByMesh(optimizer) if len(by_mesh(weights_of(optimizer))) > 1 else optimizer
         if self.name.startswith("kron"):
@@ -125,7 +127,7 @@ class ScheduleSettings:
                 f"use fewer, or train longer (trainer.max_epochs)"
             )
         decay_steps = total_steps - self.warmup_steps
-        shared = {
+        shared: dict[str, Any] = {
             "warmup_t": self.warmup_steps, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False,
         }  # fmt: skip
         if self.decay == "constant":

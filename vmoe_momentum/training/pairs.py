@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,25 +47,27 @@ class Pairing:
         """P of a batch of so many images."""
         if self.adversarial is None:
             return batch
-        paired = self._trades or self.consistency is not None
+        paired = self._trades is not None or self.consistency is not None
         return self.adversarial.count(batch) if paired else 0
 
     def views(self, model: PixelModel, images: Tensor, targets: Tensor, step: int) -> Views:
         """images: [B, 3, H, W], normalised; targets: [B, K]; step: optimizer steps done."""
         if self.adversarial is None:
+            assert self.consistency is not None  # one of both is set
             return Views(images, model.normalize(self.consistency.augmented(_pixels(model, images))), None)
         few, paired = self.adversarial.count(len(images)), self.others(len(images))
-        pair = self._attack(model, images[:few], targets[:few], step)
+        pair = self._attack(self.adversarial, model, images[:few], targets[:few], step)
         found = model.normalize(pair.found)
-        if self._trades:
+        if self._trades is not None:
             return Views(images, found, pair)
         return Views(torch.cat([found, images[few:]]), images[:paired], pair)
 
     def losses(self, model: PixelModel, plain: Forward, with_gates: Forward, views: Views, targets: Tensor) -> Losses:
         """plain, with_gates: the training pass, without and with the gates of sparse blocks."""
         count, together = len(views.images), torch.cat([views.images, views.others])
+        gates: tuple[Tensor, ...] = ()
         if self.consistency is None:
-            (logits, aux_loss), gates = plain(model, together), ()
+            logits, aux_loss = plain(model, together)
         else:
             logits, aux_loss, gates = with_gates(model, together)
         first, second = logits[:count], logits[count:]
@@ -74,27 +76,31 @@ class Pairing:
         else:
             main_loss = classification_loss(first, targets, self.loss)
         loss, trades_loss, consistency_loss = main_loss + self.aux_loss_weight * aux_loss, None, None
-        if self._trades:
+        if (trades := self._trades) is not None:
             trades_loss = divergence(first[: len(second)], second, self.loss) / len(second)
-            loss = loss + self.adversarial.weight * trades_loss
+            loss = loss + trades.weight * trades_loss
         if self.consistency is not None:
-            consistency_loss = sum(router_consistency(g[: len(second)], g[count:]) for g in gates)
+            each = (router_consistency(g[: len(second)], g[count:]) for g in gates)
+            consistency_loss = cast(Tensor, sum(each))  # `pairing` has seen to it that there are gates
             loss = loss + self.consistency.weight * consistency_loss
         return Losses(loss, main_loss, aux_loss, trades_loss, consistency_loss)
 
     def logged(self) -> list[str]:
         """Names of what a training step logs more for it, but for the routers'."""
         found = ["clean_top1", "robust_top1"] if self.adversarial is not None else []
-        found += ["trades_loss"] if self._trades else []
+        found += ["trades_loss"] if self._trades is not None else []
         return found + (["consistency_loss"] if self.consistency is not None else [])
 
     @property
-    def _trades(self) -> bool:
-        return self.adversarial is not None and self.adversarial.method == "trades"
+    def _trades(self) -> AdversarialSettings | None:
+        """The attack's settings, where its method is TRADES."""
+        return self.adversarial if self.adversarial is not None and self.adversarial.method == "trades" else None
 
-    def _attack(self, model: PixelModel, images: Tensor, targets: Tensor, step: int) -> Attacked:
+    def _attack(
+        self, settings: AdversarialSettings, model: PixelModel, images: Tensor, targets: Tensor, step: int
+    ) -> Attacked:
         pixels = _pixels(model, images)
-        if self._trades:
+        if self._trades is not None:
             with evaluated(model, 0), torch.no_grad():
                 clean = model(pixels)
             torch.clear_autocast_cache()  # weights that were cast here have no gradient
@@ -102,8 +108,8 @@ class Pairing:
         else:
             objective = partial(classification_loss, targets=targets, loss=self.loss, reduction="sum")
         # SeededSteps gives each batch a seed of its own; without it each step has one
-        seed, budget = (torch.initial_seed() + step) % 2**63, self.adversarial.budget(step)
-        how = (budget, self.adversarial.size(budget), self.adversarial.start, seed)
+        seed, budget = (torch.initial_seed() + step) % 2**63, settings.budget(step)
+        how = (budget, settings.size(budget), settings.start, seed)
         return Attacked(pixels, attacked(model, pixels, objective, *how), targets)
 
 

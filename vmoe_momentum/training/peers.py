@@ -27,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 _LOST = re.compile(r"gloo|nccl|c10d|TCPStore|Connection (reset|closed|refused)|Broken pipe|recvValue", re.IGNORECASE)
 _END = "vmoe_momentum/end"
@@ -63,7 +63,7 @@ class Watch(threading.Thread):
         saving: Any = None,
         way_out: Callable[[], str] = str,
         stopping: Callable[[], int] = int,
-        children: list[subprocess.Popen] | None = None,
+        children: list[subprocess.Popen[Any]] | None = None,
         patience: Patience = Patience(),  # noqa: B008  (a tuple)
     ) -> None:
         super().__init__(daemon=True, name="peers")
@@ -216,7 +216,7 @@ class Watch(threading.Thread):
             return self.store.get(key) if self.store.check([key]) else None
 
 
-def end_children(children: list[subprocess.Popen], seconds: float = 10.0) -> None:
+def end_children(children: list[subprocess.Popen[Any]], seconds: float = 10.0) -> None:
     """Waits for them to follow by themselves, then kills what is left."""
     until = time.monotonic() + seconds
     for child in children:

@@ -37,7 +37,8 @@ def measure_cost(model: PixelModel, image_size: int) -> Cost:
         if isinstance(layer, SparseMlp):
             experts = sum(p.numel() for p in layer.experts.parameters())
             num_experts = layer.experts.fc1.weight.shape[0]
-            tokens = model.net.patch_embed.num_patches + model.net.num_prefix_tokens
+            net: Any = model.net  # ours, or another maker's with the same names
+            tokens = net.patch_embed.num_patches + net.num_prefix_tokens
             idle += round(experts * (1 - layer.router.experts_per_token(num_experts, tokens) / num_experts))
     was_training = model.training
     model.eval()

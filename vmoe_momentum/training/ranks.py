@@ -40,7 +40,7 @@ class EndTogether(Callback):
             agent=os.getppid() if dist.is_torchelastic_launched() else None,
             saving=getattr(trainer.strategy.checkpoint_io, "writing", None),
             way_out=lambda: way_out(trainer, self.argv),
-            stopping=lambda: trainer._signal_connector.stop,
+            stopping=lambda: _asked(trainer),
             children=list(children),
         )
         children.clear()  # or Lightning's observer kills this process, too, and its exit code says nothing of the cause
@@ -77,6 +77,12 @@ class EndTogether(Callback):
         if self._watch is not None:
             self._watch.gather()
         return self._code
+
+
+def _asked(trainer: pl.Trainer) -> int:
+    """The signal that told this process to stop, or 0."""
+    signals: Any = trainer._signal_connector  # StopSignals, whose file imports this one
+    return signals.stop
 
 
 def follow_first_rank(trainer: pl.Trainer) -> None:

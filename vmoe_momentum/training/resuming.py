@@ -31,6 +31,7 @@ class SeededSteps(Callback):
             self.seed = torch.initial_seed()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self.seed is not None  # since the run began
         # ranks that share their images (tensor parallel) must share their draws
         share = getattr(getattr(trainer, "strategy", None), "distributed_sampler_kwargs", None) or {}
         key = (self.seed, trainer.current_epoch, batch_idx, share.get("rank", trainer.global_rank))

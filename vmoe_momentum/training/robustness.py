@@ -32,6 +32,7 @@ from ..robustness.evaluate import evaluate
 from ..robustness.versions import versions
 from .adversarial import attacked, in_pixels
 from .losses import classification_loss
+from .trainers import data_of
 
 
 @in_range(
@@ -91,7 +92,7 @@ class RobustnessCheck(Callback):
             return
         images, labels = batch
         if self.val_limit is not None:  # all ranks attack in as many batches: sharded weights make them wait
-            left = math.ceil(self.val_limit / trainer.world_size) - batch_idx * trainer.datamodule.eval_batch_size
+            left = math.ceil(self.val_limit / trainer.world_size) - batch_idx * data_of(trainer).eval_batch_size
             images, labels = images[: max(left, 0)], labels[: max(left, 0)]
         if not len(images):
             return
@@ -110,7 +111,7 @@ class RobustnessCheck(Callback):
 
     @rank_zero_only
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        data, folder = trainer.datamodule, Path(trainer.log_dir or trainer.default_root_dir) / "robustness"
+        data, folder = data_of(trainer), Path(trainer.log_dir or trainer.default_root_dir) / "robustness"
         view = View(data.eval_image_size, float(data.eval_crop_ratio), "bilinear", data.upright)
         label = type(pl_module.model.net).__name__
         # weights change and cells are known by their source: none is kept for another call

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from ..momentum import ThreadsCarry
 from ..ranges import COUNT_OR_NONE, SHARE, in_range
 
+_BIAS = "experts.fc2.bias"  # of a SparseMlp
 _EVERY = 50  # steps between two looks, each of which waits for the device
 
 
@@ -40,7 +41,7 @@ class RouterGuard(Callback):
         if not self.unused_steps or "unused" in self._told:
             return
         for name, block in _blocks(pl_module.model.net):
-            grad = block.mlp.experts.fc2.bias.grad  # [E, D], exactly zero where no row came through
+            grad = block.mlp.get_parameter(_BIAS).grad  # [E, D], exactly zero where no row came through
             if grad is not None:
                 reached = grad.detach().abs().amax(dim=1) != 0
                 self._since[name] = (self._since.get(name, 0) + 1) * ~reached
@@ -68,7 +69,7 @@ class RouterGuard(Callback):
         found = []
         for name, block in _blocks(pl_module.model.net):
             entropy = trainer.callback_metrics.get(f"val/{name}/entropy")  # RouterStats's, over all ranks
-            most = math.log(block.mlp.experts.fc2.bias.shape[0])
+            most = math.log(block.mlp.get_parameter(_BIAS).shape[0])
             if entropy is not None and most and float(entropy) < self.entropy_floor * most:
                 found.append(f"{name}: {float(entropy):.2g} of {most:.2g} nats")
         if found:

@@ -14,8 +14,10 @@ def keep_scalars(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
     group = mesh.get_group()
 
     def average(weight: Tensor) -> None:
-        dist.all_reduce(weight.grad, group=group)
-        weight.grad /= group.size()
+        grad = weight.grad
+        assert grad is not None  # it has just been accumulated
+        dist.all_reduce(grad, group=group)
+        grad /= group.size()
 
     for weight in scalars:
         if weight.requires_grad:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -31,6 +31,7 @@ from .later import Later
 from .materializing import materialize
 from .module import ImageClassifier, forward_normalized, forward_with_gates
 from .scalars import keep_scalars
+from .trainers import callbacks_of
 
 
 @in_range("trainer.strategy.init_args.", expert_parallel=COUNT)
@@ -70,6 +71,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._later = Later() if checkpoints == "sharded_async" else None
         self.reshard_after_forward, self.expert_parallel = reshard_after_forward, expert_parallel
 
+    @property
+    def _trained(self) -> ImageClassifier:
+        """What is trained, once the trainer knows it; no other kind of module is taken."""
+        return cast(ImageClassifier, self.lightning_module)
+
+    @property
+    def _set_up(self) -> nn.Module:
+        """What torch's state dicts are of: the same, as `setup` has left it."""
+        assert self.model is not None
+        return self.model
+
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
@@ -78,9 +90,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         mesh, experts = self.device_mesh["data_parallel"], None
         if self.expert_parallel > 1:
             experts = experts_mesh(self.root_device.type, mesh.size(), self.expert_parallel)
-        module = self.lightning_module
+        module = self._trained
         models = [module.model]
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             average = getattr(callback, "_average_model", None) if isinstance(callback, WeightAveraging) else None
             if average is not None:
                 models.append(average.module.model)
@@ -90,7 +102,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for model in models:
             shard(model, mesh, self.reshard_after_forward, matrices, experts)
             materialize(model.net, self.root_device)
-        module.configure_model = lambda: None  # Lightning wants one; what it is for is done
+        module.configure_model = lambda: None  # type: ignore[method-assign]  # Lightning wants one; it is done
         super().setup(trainer)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +113,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def reshard(self) -> None:
         """Gives back all weights that were gathered."""
-        for part in self.lightning_module.modules():
+        for part in self._trained.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
 
@@ -109,7 +121,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """As torch numbers parameters, by the optimizer's groups; Lightning's numbers them by the network."""
         inner = getattr(optimizer, "_optimizer", optimizer)
         options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
-        named = get_optimizer_state_dict(self.model, inner, options=options)
+        named: dict[str, Any] = get_optimizer_state_dict(self._set_up, inner, options=options)
         if not named:  # not the first rank
             return named
         return self._numbered(named)
@@ -160,23 +172,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.reshard()
         self.finish_saving()
         path = Path(self.broadcast(checkpoint_path))
-        ours = [get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers]
-        weights = self.lightning_module.state_dict()
+        ours: list[dict[str, Any]] = [get_optimizer_state_dict(self._set_up, each) for each in self.optimizers]
+        weights = self._trained.state_dict()
         if is_sharded(path):
             checkpoint = read_into(path, self._places(weights, ours))
         else:
             checkpoint = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
         for key in _STATES & checkpoint.keys():
             checkpoint[key] = _as_sharded(checkpoint[key], weights)
-        strict = self.lightning_module.strict_loading
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=StateDictOptions(strict=strict))
+        strict = self._trained.strict_loading
+        set_model_state_dict(self._set_up, checkpoint["state_dict"], options=StateDictOptions(strict=strict))
         for optimizer, own, state in zip(self.optimizers, ours, checkpoint.get("optimizer_states", ()), strict=False):
             names = _names(own)
             groups = [{**group, "params": [names[n] for n in group["params"]]} for group in state["param_groups"]]
             moments = {names[n]: value for n, value in state["state"].items()}
             moments = {n: _as_sharded(value, own["state"].get(n, {})) for n, value in moments.items()}
-            named = {"state": moments, "param_groups": groups}
-            set_optimizer_state_dict(self.model, optimizer, named)
+            named: dict[str, Any] = {"state": moments, "param_groups": groups}
+            set_optimizer_state_dict(self._set_up, optimizer, named)
         return checkpoint
 
     def _places(self, weights: Mapping[str, Any], optimizers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -228,7 +240,7 @@ def shard(
         policy = MixedPrecisionPolicy(matrices, torch.float32, cast_forward_inputs=False)  # the carry is float32
     if experts is not None:
         shard_experts(model.net, experts, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-    how = {
+    how: dict[str, Any] = {
         "mesh": mesh, "ignored_params": keep_scalars(model, mesh),
         "shard_placement_fn": lambda weight: Shard(cut_axis(weight, mesh.size())),
     }  # fmt: skip

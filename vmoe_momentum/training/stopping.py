@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -25,6 +25,7 @@ from .attempts import newest_of_job, slurm_job
 from .partial import keeps_gradients
 from .ranks import resume_command
 from .sharding import FSDP2Strategy
+from .trainers import callbacks_of
 
 _SAME_PRESS = 0.5  # seconds: launchers pass on the Ctrl-C that their children have got already
 _VAL = "epoch_loop.val_loop.batch_progress"
@@ -52,7 +53,7 @@ class StopSignals(_SignalConnector):
                 self._register_signal(asked, in_own_process(self._note_requeue))
 
     def _stop(self, signum: int) -> None:
-        launcher = self.trainer.strategy.launcher
+        launcher: Any = self.trainer.strategy.launcher  # only those that start processes have a `kill`
         if self.stop:
             if signum == signal.SIGINT and time.monotonic() - self._pressed > _SAME_PRESS:
                 if hasattr(launcher, "kill"):
@@ -87,13 +88,14 @@ class JobCheckpoints(_CheckpointConnector):
             rank_zero_warn(f"{foreign[-1]}: which job saved it is unknown, so it is not loaded; ask with --ckpt_path")
         return str(path) if is_checkpoint(path) else None
 
-    def hpc_save_path(self, folderpath: Any) -> str:
+    @staticmethod
+    def hpc_save_path(folderpath: Any) -> str:
         return str(Path(folderpath) / f"slurm_{slurm_job() or 0}.ckpt")
 
-    def _select_ckpt_path(self, state_fn: Any, ckpt_path: Any, **kwargs: Any) -> Any:
+    def _select_ckpt_path(self, state_fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
         """An earlier attempt of this very run went on from what --ckpt_path says."""
         earlier = newest_of_job(self.trainer, self.argv) if state_fn == TrainerFn.FITTING else None
-        return super()._select_ckpt_path(state_fn, earlier or ckpt_path, **kwargs)
+        return super()._select_ckpt_path(state_fn, earlier or ckpt_path, *args, **kwargs)
 
 
 class SaveOnStop(Checkpoint):
@@ -109,9 +111,10 @@ class SaveOnStop(Checkpoint):
     # Where a checkpoint is what an unbroken run would have saved.
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        trainer._signal_connector.wait = True
-        loop = trainer.fit_loop.epoch_loop
-        if loop._num_ready_batches_reached() or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        _signals(trainer).wait = True
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        assert fetcher is not None  # amid an epoch
+        if loop._num_ready_batches_reached() or loop._should_check_val_fx(fetcher):
             return  # saved at the validation or the end of the epoch, which follow at once
         if loop._should_accumulate() and not keeps_gradients(trainer):
             return
@@ -126,7 +129,7 @@ class SaveOnStop(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._save_if_asked(trainer)
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._raise()
 
     on_train_epoch_start = on_train_end = on_train_batch_start
@@ -136,14 +139,14 @@ class SaveOnStop(Checkpoint):
             raise self._leave
 
     def _save_if_asked(self, trainer: pl.Trainer, validating: bool = False) -> None:
-        signals = trainer._signal_connector
+        signals = _signals(trainer)
         asked = torch.tensor([signals.stop, signals.requeue], device=trainer.strategy.root_device)
         if trainer.world_size > 1:  # not all ranks need have been told
             asked = trainer.strategy.reduce(asked, reduce_op="max")
         stop, requeue = asked.tolist()
         if requeue:
-            path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
-            self._save(trainer, Path(path), validating)
+            kept = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+            self._save(trainer, Path(kept), validating)
             signals.requeue = 0
             if trainer.is_global_zero:
                 _ask_for_requeue()
@@ -154,7 +157,7 @@ class SaveOnStop(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, path: Path, validating: bool) -> None:
         if validating:
-            for callback in trainer.callbacks:
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, WeightAveraging):  # it validates the average in place of the weights
                     callback.on_validation_epoch_end(trainer, trainer.lightning_module)
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
@@ -166,7 +169,7 @@ class SaveOnStop(Checkpoint):
             trainer.strategy.finish_saving()  # it is about to be named, and the job to end
         if validating:
             progress.load_state_dict(before)
-            for callback in trainer.callbacks:
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, WeightAveraging):
                     callback.on_validation_epoch_start(trainer, trainer.lightning_module)
 
@@ -175,6 +178,11 @@ class SaveOnStop(Checkpoint):
         savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
         folder = savers[0].dirpath if savers else None
         return Path(folder or trainer.log_dir or trainer.default_root_dir) / "stopped.ckpt"
+
+
+def _signals(trainer: pl.Trainer) -> StopSignals:
+    """The command line gives every trainer both these and SaveOnStop."""
+    return cast(StopSignals, trainer._signal_connector)
 
 
 def _counts(total: tuple[int, ...], current: tuple[int, ...]) -> dict[str, Any]:

@@ -61,14 +61,15 @@ class Trained(pl.LightningModule, ABC):
         on_meta = any(parameter.is_meta for parameter in self.parameters())
         return self if on_meta else super().to(*args, **kwargs)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:  # timm's schedulers are none of torch's, which Lightning's type names
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise ValueError(
                 f"trainer.max_epochs={self.trainer.max_epochs}: the schedule decays to the last step, so there must be "
                 "one; set trainer.max_epochs or trainer.max_steps"
             )
-        optimizer = self.optimizer_settings.build(self.model.net, fused=self.trainer.precision != "16-mixed")
+        net, fused = self.model.get_submodule("net"), self.trainer.precision != "16-mixed"
+        optimizer = self.optimizer_settings.build(net, fused=fused)
         scheduler = self.schedule_settings.build(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -12,6 +12,8 @@ kind: gradients.py follows gradients, queries.py asks for answers only, packages
 chooses classes, routing.py moves tokens to other experts, transferable.py makes pictures that fool other models, too.
 """
 
+from ..asked import Norm
+
 # they register themselves
 from . import ensemble, gradients, packages, queries, routing, targeted, transferable  # noqa: F401
 from .budget import Budget, Stages
@@ -27,7 +29,6 @@ from .registry import (
     MARGIN,
     PLAIN,
     Attack,
-    Norm,
     Spends,
     attack,
     check_attack,

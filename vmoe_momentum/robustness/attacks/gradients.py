@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from .losses import Loss, cross_entropy, direction, input_gradient, margin, mean
 from .registry import CE, FIXED, MARGIN, attack, load_package
 from .wrapping import project, starting_point
 
-OPTIONS = {"random_start": True, "restarts": True, "eot": "gradients"}  # of all in this file
+OPTIONS: dict[str, Any] = {"random_start": True, "restarts": True, "eot": "gradients"}  # of all in this file
 
 
 @attack("Linf", "L2", package="torchattacks", router=True, loss=CE, step="eps", **OPTIONS)

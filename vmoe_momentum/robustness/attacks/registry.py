@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from .wrapping import Classifier, frozen, project
 Spends = Literal["steps", "queries"] | None  # None: its own
 
 
+Run = Callable[[nn.Module, Tensor, Tensor, Budget], Tensor]  # classifier, images, labels -> images
+
+
 class Attack(NamedTuple):
-    run: Callable[[nn.Module, Tensor, Tensor, Budget], Tensor]
+    run: Run
     norms: tuple[Norm, ...]
     spends: Spends  # what its budget is counted in; by queries it needs no gradient
     package: str | None  # what it is made with
@@ -63,10 +67,10 @@ def attack(
     per_step: int = 3,
     passes: int = 0,
     parts: bool = False,
-) -> Callable[[Callable], Callable]:
+) -> Callable[[Run], Run]:
     """Registers a function under its own name, underscores as hyphens."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Run) -> Run:
         ATTACKS[function.__name__.replace("_", "-")] = Attack(
             function, norms, spends, package, min_classes, min_queries, router, not_in_l2, loss, step, start,
             random_start, restarts, eot, needs_router, per_step, passes, parts,
@@ -154,7 +158,7 @@ def check_attack(name: str, side: int, classes: int, norm: Norm) -> None:
         raise ValueError(f"attacks={name}: in L2 it cannot cut up {side}-pixel images; leave it out, or use norm=Linf")
 
 
-def load_package(name: str):
+def load_package(name: str) -> ModuleType:
     """Raises ValueError: it is not installed, or another version."""
     try:
         return importlib.import_module(name)

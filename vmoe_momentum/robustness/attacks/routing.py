@@ -35,6 +35,8 @@ def pgd_routing(model: nn.Module, images: Tensor, labels: Tensor, budget: Budget
 
 def router_gradient(images: Tensor, labels: Tensor, budget: Budget) -> Tensor:
     """Of the routers' loss alone, averaged over the passes of the budget."""
+    assert budget.router_loss is not None  # run_attack refuses models without routers
     images = images.detach().requires_grad_()
-    total = sum(budget.router_loss(images, labels) for _ in range(budget.eot)) / budget.eot
+    losses = [budget.router_loss(images, labels) for _ in range(budget.eot)]
+    total = sum(losses[1:], losses[0]) / budget.eot
     return torch.autograd.grad(total * len(images), images)[0]

@@ -1,5 +1,7 @@
 """Attacks towards chosen classes, from pyautoattack: the targeted parts of AutoAttack, and better targets for one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +86,7 @@ def nearest_classes(model: nn.Module, images: Tensor, labels: Tensor, budget: Bu
     return likely.gather(1, distances.argsort(dim=1, stable=True)[:, :TARGETS])
 
 
-def _apgd(model: nn.Module, images: Tensor, budget: Budget):
+def _apgd(model: nn.Module, images: Tensor, budget: Budget) -> Any:
     package = load_package("pyautoattack.autopgd_base")
     options = {"norm": budget.norm, "eps": budget.eps, "n_iter": budget.steps, "seed": budget.seed}
     return package.APGDAttack_targeted(

@@ -29,9 +29,12 @@ class Draws(Protocol):
     def random(self, size: Any = None) -> Any: ...
 
 
+Apply = Callable[[np.ndarray, Any, Draws], np.ndarray]  # image, parameters of a severity
+
+
 class Corruption(NamedTuple):
     group: str  # noise, blur, weather, digital; extra: never part of mCE
-    apply: Callable[[np.ndarray, Any, Draws], np.ndarray]
+    apply: Apply
     large: Sequence[Any]  # parameters of severities 1 to 5 at 224 pixels: ImageNet-C
     small: Sequence[Any]  # below 64 pixels: CIFAR-10-C
 
@@ -39,10 +42,10 @@ class Corruption(NamedTuple):
 REGISTRY: dict[str, Corruption] = {}
 
 
-def corruption(group: str, large: Sequence[Any], small: Sequence[Any]) -> Callable[[Callable], Callable]:
+def corruption(group: str, large: Sequence[Any], small: Sequence[Any]) -> Callable[[Apply], Apply]:
     """Registers a function under its own name."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Apply) -> Apply:
         REGISTRY[function.__name__] = Corruption(group, function, large, small)
         return function
 
