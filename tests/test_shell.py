@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMAND = re.compile(r"(?:^|`|\$ )\s*(?:\.venv/bin/)?((?:vmoe-momentum|python|make|torchrun|srun|pip|git|ffmpeg)\s[^`]*)")
+PROGRAMS = "vmoe-momentum|python|make|torchrun|srun|pip|git|ffmpeg"
+COMMAND = re.compile(rf"(?:^|`|\$ )\s*(?:\.venv/bin/)?((?:{PROGRAMS})\s[^`]*)")
 FOLDERS = ("vmoe_momentum", "benchmarks", "configs", "data", "docs", "scripts", "tests")
 
 
