@@ -45,16 +45,15 @@ from .training import (
     ScheduleSettings,
     SeededSteps,
     StopSignals,
-    add_keepers,
-    callbacks_of,
-    check_apart,
-    check_callbacks,
-    check_experts,
-    create_on_meta,
-    follow_first_rank,
-    join_attempt,
-    refuse_unsharded,
 )
+from .training.accepted import check_apart, check_callbacks
+from .training.attempts import join_attempt
+from .training.experts import check_experts
+from .training.keeping import add_keepers
+from .training.materializing import create_on_meta
+from .training.ranks import follow_first_rank
+from .training.sharding import refuse_unsharded
+from .training.trainers import callbacks_of
 
 TRAINER = {  # numbers of Lightning's that it does not check, or in other words
     "gradient_clip_val": NOT_NEGATIVE.or_(None), "accumulate_grad_batches": COUNT, "num_nodes": COUNT,

@@ -9,7 +9,7 @@ from test_module import batches, classifier, trainer
 
 from vmoe_momentum import ExpertChoiceRouter, SoftRouter, TopKRouter, create_model
 from vmoe_momentum.models.saved import open_saved
-from vmoe_momentum.training import add_keepers
+from vmoe_momentum.training.keeping import add_keepers
 from vmoe_momentum.training.profile import measure_cost
 from vmoe_momentum.training.timing import seconds_per_batch
 

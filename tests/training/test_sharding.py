@@ -10,7 +10,8 @@ from test_interrupted import start
 from torch import Tensor
 
 from vmoe_momentum import cli
-from vmoe_momentum.training import FSDP2Strategy, RobustnessCheck, refuse_unsharded
+from vmoe_momentum.training import FSDP2Strategy, RobustnessCheck
+from vmoe_momentum.training.sharding import refuse_unsharded
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EMA = "lightning.pytorch.callbacks.EMAWeightAveraging"
