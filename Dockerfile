@@ -4,7 +4,7 @@
 #   docker run --rm --gpus all --shm-size 8g -v /path/to/data:/app/data -v "$PWD/runs:/app/runs" vmoe_momentum \
 #       fit --config configs/imagenet/vmoe_small_patch32.yaml --config configs/gpu.yaml
 #
-# Built and tried without a GPU (CONTRIBUTING.md says how); 7 GB, most of them torch's.
+# Built and tried without a GPU (CONTRIBUTING.md says how): 9 GB, most of them torch's.
 FROM debian:bookworm-slim
 
 # python3.11 with headers, and what FFCV compiles against
