@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with stoppable():
             run(argv)
+        _leave_group()
     except Told as told:
         if debug:
             traceback.print_exception(told.__cause__)
@@ -197,6 +198,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.flush()
         print(f"vmoe-momentum: {line}", file=sys.stderr, flush=True)
         raise SystemExit(code) from None
+
+
+def _leave_group() -> None:
+    """Of a run on several ranks that is done: gloo's threads abort an interpreter that they outlive (pytorch pull
+    179291); for NCCL Lightning does the same."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _leave(code: int) -> NoReturn:
