@@ -360,3 +360,13 @@ def test_a_bug_says_so(capsys, monkeypatch) -> None:
 def test_debug_restores_the_traceback(digits: Path, here: Path) -> None:
     with pytest.raises(ValueError, match="past depth"):
         cli.main(["fit", *arguments(digits), "--model.net.init_args.moe_layers=[9]", "--debug"])
+
+
+def test_a_rank_that_is_done_leaves_its_group(tmp_path: Path, capsys) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        cli.main(["--version"])
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
