@@ -157,12 +157,12 @@ FILE = {
     "predict": [f"--config={CONFIG}", "--data.root={d}", "--ckpt_path={c}"],
     "robustness": ["--model={c}", "--data={d}", "--out={t}/o"],
     "export": ["--ckpt_path={c}", "--to=state-dict", "--data={d}", "--out={t}/o"],
-    "analyze load": ["--data=FFCVDataModule", "--data.root={d}", "--model={c}", "--out={t}/o"],
+    "analyze load": ["--data=FolderDataModule", "--data.root={d}", "--model={c}", "--out={t}/o"],
 }
 FOLDER = {
     "robustness": ["--model=local-dir:{c}", "--data={d}", "--out={t}/o"],
     "export": ["--ckpt_path=local-dir:{c}", "--to=state-dict", "--data={d}", "--out={t}/o"],
-    "analyze load": ["--data=FFCVDataModule", "--data.root={d}", "--model=local-dir:{c}", "--out={t}/o"],
+    "analyze load": ["--data=FolderDataModule", "--data.root={d}", "--model=local-dir:{c}", "--out={t}/o"],
     "import timm": ["--source=local-dir:{c}", "--out={t}/o"],
 }
 

@@ -138,6 +138,7 @@ def test_every_reader_makes_the_same_of_every_suffix_and_mode(tmp_path):
             continue
         assert first.dtype == np.uint8 and first.shape == (SIDE, SIDE, 3), name
         assert 40 < first.astype(float).mean() < 215 and first.std() > 15, f"{name} became white or black"
+    refused -= {".tif YCbCr", ".tiff YCbCr"}  # which Pillow before 13 cannot read again
     assert refused == {".tif I", ".tif F", ".tiff I", ".tiff F", ".pgm F", ".ppm F"}
 
 

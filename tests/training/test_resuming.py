@@ -98,12 +98,14 @@ def test_killed_while_saving(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["last", "hpc"])
 def test_words_for_checkpoints_that_find_none_are_refused(word: str, digits: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = ["fit", "--config", str(TESTS.parent / "configs/digits.yaml"), f"--data.root={digits}"]
+    config = str(TESTS.parent / "configs/digits.yaml")
+    argv = ["fit", "--config", config, "--data=FolderDataModule", f"--data.root={digits}"]
     assert f"ckpt_path={word}: no " in fails([*argv, f"--ckpt_path={word}"], capsys)
 
 
 def test_fit_uses_both(digits: Path) -> None:
-    argv = ["--config", str(TESTS.parent / "configs/digits.yaml"), f"--data.root={digits}", "--data.num_workers=1"]
+    config = str(TESTS.parent / "configs/digits.yaml")
+    argv = ["--config", config, "--data=FolderDataModule", f"--data.root={digits}", "--data.num_workers=1"]
     trainer = lightning_cli.run_lightning([*argv, "--trainer.logger=false"], start=False).trainer
     assert type(trainer.strategy.checkpoint_io) is AtomicCheckpointIO is not TorchCheckpointIO
     assert sum(isinstance(callback, SeededSteps) for callback in trainer.callbacks) == 1
