@@ -35,7 +35,7 @@ def _rank(rank: int, number: int, work: Callable[..., None], meeting: str, args:
         dist.destroy_process_group()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    # While an interpreter is cleared up, gloo's threads may still let go of tensors, and abort it (pytorch pull 179291).
+    # While an interpreter is cleared up gloo's threads may still let go of tensors, and abort it (pytorch pull 179291).
     os._exit(0)
 
 

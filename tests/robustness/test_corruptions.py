@@ -88,8 +88,9 @@ def test_stochastic_corruptions_with_the_references_draws(cell: str) -> None:
 def test_stochastic_corruptions_pixel_by_pixel(path: Path) -> None:
     made = apply(path.stem.removesuffix("_s3_seed0"), 3, Legacy(0))
     difference = made.astype(int) - np.asarray(Image.open(path)).astype(int)
-    most = 2 if cv2.__version__ < "5" else 1  # OpenCV 4 warps in whole numbers
-    assert np.abs(difference).max() <= most and (difference != 0).mean() <= 0.005 and abs(difference.mean()) <= 0.1
+    rough = cv2.__version__ < "5" and path.stem.startswith("elastic")  # OpenCV 4 warps in whole numbers
+    most, share = (2, 0.1) if rough else (1, 0.005)
+    assert np.abs(difference).max() <= most and (difference != 0).mean() <= share and abs(difference.mean()) <= 0.1
 
 
 def psnr(made: np.ndarray) -> float:

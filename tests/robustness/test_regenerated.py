@@ -186,7 +186,8 @@ def test_workers_and_interruptions_change_no_byte(tmp_path: Path, capsys) -> Non
     expected = tree_of(tmp_path / "whole")
     bad = source / "cat" / "0.jpg"
     content = bad.read_bytes()
-    bad.write_bytes(content[: content.index(b"\xff\xda") + 20])  # it opens, and ends within its pixels
+    table = content.index(b"\xff\xc4") + 5  # of a Huffman table: it opens, as large as before, and does not decode
+    bad.write_bytes(content[:table] + b"\xff" * 16 + content[table + 16 :])
     out, work = tmp_path / "c", tmp_path / "c.unfinished"
     assert "cat/0.jpg: not a readable image" in fails([*words, f"--out={out}", "--num_workers=2"], capsys)
     assert not out.exists()
