@@ -20,7 +20,7 @@ import vmoe_momentum
 ROOT = Path(__file__).parent.parent
 
 project, author = "vmoe_momentum", "the authors of vmoe_momentum"
-copyright = f"{author}, Apache-2.0"  # noqa: A001 - sphinx calls it so
+copyright = f"{author}, Apache-2.0"
 version = release = vmoe_momentum.__version__
 
 extensions = [

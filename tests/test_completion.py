@@ -33,7 +33,7 @@ def script(tmp_path_factory) -> Path:
         ("export --to ''", {"hf", "pt2", "onnx", "state-dict"}),
         ("fit --trainer.max_e", {"--trainer.max_epochs"}),
         ("robustness --norm ''", {"Linf", "L2"}),
-        ("completion z", set()),
+        ("completion z", {"zsh"}),
     ],
 )
 def test_bash_completes(words: str, expected: set[str], script: Path) -> None:

@@ -114,7 +114,7 @@ def test_commands_and_code_run(page: str, tmp_path: Path, monkeypatch, capsys, t
             name = command.split()[1]
             assert name in (*cli.LIGHTNING, *cli.COMMANDS) or name.startswith("--"), command
         elif added == "--print_config":
-            with pytest.raises(SystemExit, match="0"):
+            with pytest.raises(SystemExit, match="^0$"):
                 cli.run([*words_of(command), added])
         else:
             cli.run([*words_of(command), *shlex.split(added)])

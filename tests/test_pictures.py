@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from dataset_helpers import HAS_FFCV
 from PIL import Image
@@ -138,8 +139,8 @@ def test_every_reader_makes_the_same_of_every_suffix_and_mode(tmp_path):
             continue
         assert first.dtype == np.uint8 and first.shape == (SIDE, SIDE, 3), name
         assert 40 < first.astype(float).mean() < 215 and first.std() > 15, f"{name} became white or black"
-    refused -= {".tif YCbCr", ".tiff YCbCr"}  # which Pillow before 13 cannot read again
-    assert refused == {".tif I", ".tif F", ".tiff I", ".tiff F", ".pgm F", ".ppm F"}
+    older = {".tif YCbCr", ".tiff YCbCr"} if int(PIL.__version__.split(".")[0]) < 13 else set()
+    assert refused == {".tif I", ".tif F", ".tiff I", ".tiff F", ".pgm F", ".ppm F"} | older
 
 
 def test_listings_agree_on_every_suffix(tmp_path):

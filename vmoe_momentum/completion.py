@@ -28,6 +28,7 @@ example:
 """
 _CHOICES = re.compile(r"\{([\w,.-]+)\}")
 _OPTION = re.compile(r"^  (?:-\w, )?(--[\w.]+)[ ,]?(.*)$", re.MULTILINE)
+_WORDS = re.compile(r"usage: .* \{([\w,-]+)\}$", re.MULTILINE)  # which a command takes and ends with
 _SUBCOMMAND = re.compile(r"^    ([a-z][\w-]*)(?:  |$)", re.MULTILINE)
 
 
@@ -55,6 +56,8 @@ def _fill(parser: ArgumentParser, path: list[str], command: Callable[[list[str]]
             if option != "--help":
                 choices = _CHOICES.match(rest)
                 own.add_argument(option, choices=choices[1].split(",") if choices else None)
+        if words := _WORDS.match(told):
+            own.add_argument("word", choices=words[1].split(","))
         _, found, listed = told.partition("Available subcommands:\n")
         if found:
             _fill(own, [*path, name], command, _SUBCOMMAND.findall(listed.split("\n\n\n")[0].split("examples:")[0]))
