@@ -1,11 +1,13 @@
 """Gloo ranks as processes of one test: what takes a second or two to start, and no program."""
 
+import faulthandler
 import os
 import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 from unittest.mock import patch
 
 import lightning.pytorch as pl
@@ -23,7 +25,7 @@ def on_ranks(number: int, work: Callable[..., None], folder: Path, *args: object
 
 
 def _rank(rank: int, number: int, work: Callable[..., None], meeting: str, args: tuple[object, ...]) -> None:
-    torch.set_num_threads(1)
+    _begin()
     torch.manual_seed(0)
     # a rank that waits in vain fails, rather than the test's time running out
     wait = timedelta(seconds=60)
@@ -33,9 +35,19 @@ def _rank(rank: int, number: int, work: Callable[..., None], meeting: str, args:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    _end()
+
+
+def _begin() -> None:
+    faulthandler.enable()  # where a rank was, should a signal end it
+    torch.set_num_threads(1)
+
+
+def _end() -> NoReturn:
+    """While an interpreter is cleared up gloo's threads may still let go of tensors, and abort it (pytorch issue
+    190489; the command ends its ranks in the same way)."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    # While an interpreter is cleared up gloo's threads may still let go of tensors, and abort it (pytorch pull 179291).
     os._exit(0)
 
 
@@ -48,12 +60,14 @@ def run_on_ranks(number: int, folder: Path, programs: list[Program]) -> None:
 
 
 def _programs(rank: int, number: int, port: int, folder: str, programs: list[Program]) -> None:
-    torch.set_num_threads(1)
+    _begin()
     told = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     with patch.dict(os.environ, {name: str(value) for name, value in told.items()}), patch.object(sys, "argv", [""]):
         for name, words in programs:
             run_in(Path(folder) / name, words)
+        dist.destroy_process_group()
+    _end()
 
 
 def run_in(folder: Path, words: list[str]) -> None:

@@ -362,7 +362,47 @@ def test_debug_restores_the_traceback(digits: Path, here: Path) -> None:
         cli.main(["fit", *arguments(digits), "--model.net.init_args.moe_layers=[9]", "--debug"])
 
 
-def test_a_rank_that_is_done_leaves_its_group(tmp_path: Path, capsys) -> None:
+ENDING = """
+import atexit, os, sys, threading, time
+import torch
+from vmoe_momentum import cli
+
+class Cleared:  # what a module holds goes while the interpreter is cleared up
+    def __del__(self, write=os.write):
+        write(1, b"cleared up\\n")
+
+def late():
+    time.sleep(0.5)
+    print("thread done")
+
+def run(words):
+    atexit.register(print, "library done")
+    threading.Thread(target=late).start()
+    if "alone" not in words:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+    if "fails" in words:
+        raise ValueError("data.root=3: no such folder")
+    if "leaves" in words:
+        raise SystemExit(7)
+
+kept, cli.run = Cleared(), run
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("where", ["rank", "alone"])
+@pytest.mark.parametrize(("how", "code"), [("works", 0), ("fails", 2), ("leaves", 7), ("fails --debug", 1)])
+def test_a_rank_ends_before_its_interpreter_is_cleared_up(how: str, code: int, where: str, tmp_path: Path) -> None:
+    """gloo's threads may abort it then: threads and what libraries registered come first, and the exit code stays."""
+    words = [sys.executable, "-c", ENDING, str(tmp_path / "meeting"), *how.split(), where]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    assert "thread done" in done.stdout and "library done" in done.stdout
+    assert ("cleared up" in done.stdout) == (where == "alone")
+    assert ("data.root=3" in done.stderr) == ("fails" in how)
+
+
+def test_who_calls_the_command_goes_on_without_a_group(tmp_path: Path, capsys) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
         cli.main(["--version"])

@@ -5,6 +5,7 @@ The first four are Lightning's (configs, merging, `--print_config`); the others 
 first word. Lightning, torch and timm take seconds to import, so each command imports what it needs once it is known.
 """
 
+import atexit
 import logging
 import math
 import multiprocessing
@@ -12,6 +13,8 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .messages.endings import Told, ending
@@ -169,8 +172,19 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The console script. A mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """The console script. A mistake ends with one line on stderr and exit code 2; `--debug` shows the traceback.
+
+    argv: by default the words of this process, which then ends with the command; else the caller goes on.
+    """
+    if argv is None:
+        with _ranks_end_at_once():
+            _main(sys.argv[1:])
+    else:
+        _main(list(argv))
+        _leave_group()
+
+
+def _main(argv: list[str]) -> None:
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
     quieten()
@@ -178,7 +192,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with stoppable():
             run(argv)
-        _leave_group()
     except Told as told:
         if debug:
             traceback.print_exception(told.__cause__)
@@ -200,12 +213,42 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(code) from None
 
 
-def _leave_group() -> None:
-    """Of a run on several ranks that is done: gloo's threads abort an interpreter that they outlive (pytorch pull
-    179291); for NCCL Lightning does the same."""
+def _in_group() -> bool:
     dist: Any = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def _leave_group() -> None:
+    """Of a run on several ranks that is done: gloo ends what it still sends; for NCCL Lightning does the same."""
+    if _in_group():
+        sys.modules["torch.distributed"].destroy_process_group()
+
+
+@contextmanager
+def _ranks_end_at_once() -> Iterator[None]:
+    """A rank's process ends without clearing up its interpreter: a thread of gloo's that lets go of a tensor meanwhile
+    aborts it, and torchrun calls a finished run failed (pytorch issue 190489).
+
+    Threads are waited for and what libraries registered for the end is done as always: this is registered before
+    theirs, so it is called last.
+    """
+    told = {"code": 1, "rank": False}
+
+    def end() -> None:
+        if told["rank"]:
+            if told["code"] == 0:
+                _leave_group()
+            _leave(int(told["code"]))
+
+    atexit.register(end)
+    try:
+        yield
+        told["code"] = 0
+    except SystemExit as leaving:
+        told["code"] = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        raise
+    finally:
+        told["rank"] = _in_group()
 
 
 def _leave(code: int) -> NoReturn:
