@@ -53,8 +53,10 @@ def status(rows: list[Row]) -> str:
             missing.setdefault(cell.arm.name, []).append(cell.seed)
     lost = sum(bool(row["diverged"]) for row in rows)
     told = f"{len(every) - sum(map(len, missing.values()))} of {len(every)} runs are there; {lost} became not finite."
-    made = sorted({makers(row) for row in rows})
-    told += f" Made with {'; '.join(made)}."
+    made: dict[str, set[str]] = {}
+    for row in rows:
+        made.setdefault(maker(row), set()).add(row["revision"])
+    told += " Made with " + "; ".join(f"{name}, code {', '.join(sorted(made[name]))}" for name in sorted(made)) + "."
     if not missing:
         return told
     return f"{told}\n\n**Not complete.** Missing: {'; '.join(listed(missing))}."
@@ -88,9 +90,14 @@ def conclusion(rows: list[Row]) -> str:
     )
     lines = []
     for place, (topic, numbers) in enumerate(topics, 1):
-        asked = [answer for number in numbers for answer in found if answer.question.number == number]
-        clauses = [told(answer) for answer in asked if answer.found is not None]
-        left = {f"{a.question.number} ({a.seeds} of {a.wanted} seeds)": None for a in asked if a.found is None}
+        asked = {number: [a for a in found if a.question.number == number] for number in numbers}
+        clauses = []
+        for number, own in asked.items():
+            question, known = own[0].question, [told(answer) for answer in own if answer.found is not None]
+            if known:
+                clauses.append(f"{question.arm} against {question.control} (question {number}): {', '.join(known)}")
+        left = {f"{a.question.number} ({a.seeds} of {a.wanted} seeds)": None
+                for own in asked.values() for a in own if a.found is None}  # fmt: skip
         clauses += [f"not answered yet: question {', '.join(left)}"] if left else []
         lines.append(f"{place}. {topic}: {'; '.join(clauses)}.")
     return "\n".join(lines)
@@ -98,8 +105,7 @@ def conclusion(rows: list[Row]) -> str:
 
 def told(answer: Answer) -> str:
     """One clause, of an answer that was found. No more than the interval says."""
-    question, measure = answer.question, answer.measure
-    start = f"question {question.number}, {question.arm} against {question.control}, {measure.told}:"
+    measure = answer.measure
     assert answer.found is not None
     mean = f"{answer.found.mean:+.2f} {measure.unit}"
     counts = f"{measure.counts:g} {measure.unit.removesuffix('s') if measure.counts == 1 else measure.unit}"
@@ -111,7 +117,7 @@ def told(answer: Answer) -> str:
         "undecided": f"undecided, {mean}",
     }[answer.verdict]
     doubt = "" if answer.found.agree else "; the bootstrap disagrees about 0"
-    return f"{start} {words} ({interval(answer.found)}{doubt})"
+    return f"{measure.told} {words} ({interval(answer.found)}{doubt})"
 
 
 def interval(found: Difference) -> str:
@@ -189,12 +195,15 @@ def repeats(rows: list[Row], again: list[Row]) -> str:
         if other:
             before, after = 100 * value(old, "top1"), 100 * value(row, "top1")
             told = f"clean top-1 {after:.2f} % where the row has {before:.2f} %, {len(other)} of {len(REPEATED)} differ"
-        lines.append(f"- {row['arm']}, seed {row['seed']}: {told}; made with {makers(row)}, the row with {makers(old)}")
+        lines.append(
+            f"- {row['arm']}, seed {row['seed']}: {told}; made with {maker(row)}, code {row['revision']}, the row with "
+            f"{maker(old)}, code {old['revision']}"
+        )
     return "\n".join(lines) or "No run has been repeated yet."
 
 
-def makers(row: Row) -> str:
-    return f"{row['machine']}, torch {row['torch']}, code {row['revision']}"
+def maker(row: Row) -> str:
+    return f"{row['machine']}, torch {row['torch']}"
 
 
 CAPTIONS = (
