@@ -1,7 +1,8 @@
-"""The page benchmarks/results/evidence/README.md: every number and sentence of it from the rows."""
+"""The page benchmarks/results/evidence/README.md: every number and sentence of it from the rows; and its summary."""
 
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from evidence_answers import Answer, answers, shown_apart, table_of, value
@@ -14,6 +15,7 @@ from evidence_statistics import Difference
 from vmoe_momentum.files.staging import write_together
 
 PAGE = ROOT / "benchmarks" / "results" / "evidence" / "README.md"
+WITH_SUMMARY = (ROOT / "README.md", ROOT / "docs" / "results.md")
 ARM_COLUMNS = (
     ("top1", "clean top-1, %", 100.0), ("corrupted_top1", "75 corruptions, %", 100.0), ("nll", "NLL", 1.0),
     ("ece", "ECE, %", 100.0), ("pgd_2", "PGD 2/255, %", 100.0), ("pgd_8", "PGD 8/255, %", 100.0),
@@ -25,12 +27,15 @@ NOTHING = "Nothing has been run yet: there is no row, so there is no result."
 def write_page(rows: list[Row], again: list[Row], folder: Path) -> None:
     """Pictures and README.md of the folder; the text between the markers is that of the committed page.
 
-    again: rows of runs that were made once more.
+    The summary in other pages follows the committed folder only. again: rows of runs that were made once more.
     """
     draw(rows, folder)
     place = folder / "README.md"
     text = (place if place.exists() else PAGE).read_text()
     write_together(folder, {"README.md": fill(text, rows, again).encode()})
+    if folder.resolve() == PAGE.parent:
+        for page in WITH_SUMMARY:
+            write_together(page.parent, {page.name: fill(page.read_text(), rows, again).encode()})
 
 
 def fill(text: str, rows: list[Row], again: list[Row]) -> str:
@@ -101,6 +106,24 @@ def conclusion(rows: list[Row]) -> str:
         clauses += [f"not answered yet: question {', '.join(left)}"] if left else []
         lines.append(f"{place}. {topic}: {'; '.join(clauses)}.")
     return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """How the questions came out, and what was shown."""
+    if not rows:
+        return NOTHING
+    found = answers(rows)
+    words = {
+        "gain": "a gain", "loss": "a loss", "small": "a difference too small to count",
+        "none": "neither a gain nor a loss that counts", "undecided": "undecided", "missing": "still missing",
+    }  # fmt: skip
+    counts = Counter(answer.verdict for answer in found)
+    verdicts = ", ".join(f"{counts[verdict]} {word}" for verdict, word in words.items() if counts[verdict])
+    text = f"{len(table_of(rows))} of {len(cells(list(PARTS)))} runs are there. "
+    text += f"Of {len(found)} answers asked for: {verdicts}."
+    shown = [answer for answer in found if answer.verdict in ("gain", "loss")]
+    told_ = "; ".join(f"{a.question.arm} against {a.question.control}: {told(a)}" for a in shown)
+    return f"{text} {told_}." if shown else text
 
 
 def told(answer: Answer) -> str:
@@ -226,5 +249,5 @@ def pictures(rows: list[Row]) -> str:
 
 SECTIONS = {
     "status": status, "conclusion": conclusion, "questions": questions, "arms": arms, "secondary": secondary,
-    "pictures": pictures,
+    "pictures": pictures, "summary": summary,
 }  # fmt: skip

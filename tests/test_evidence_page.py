@@ -212,6 +212,19 @@ def test_the_committed_page_is_that_of_the_committed_rows() -> None:
     assert page.fill(text, rows, again) == text, "run `python benchmarks/evidence.py --pictures`"
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (page.PAGE.parent / name).exists()
+    for other in page.WITH_SUMMARY:
+        assert (
+            "<!-- summary -->" in other.read_text() and page.fill(other.read_text(), rows, again) == other.read_text()
+        )
+
+
+def test_the_summary_counts_every_answer_once() -> None:
+    for rows in (planted(), planted(noise=0.004, skip=("adam",)), planted(noise=0.0001)):
+        told, found = page.summary(rows), answers_of.answers(rows)
+        counts = re.findall(r"(\d+) (?:a gain|a loss|a diff|neither|undecided|still)", told.split(". ")[1])
+        assert sum(map(int, counts)) == len(found)
+        assert told.count(" against ") == sum(answer.verdict in ("gain", "loss") for answer in found)
+    assert " against " in told and "missing" not in told
 
 
 def test_the_protocol_was_committed_before_the_first_row() -> None:
