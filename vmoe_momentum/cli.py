@@ -229,16 +229,21 @@ def _ranks_end_at_once() -> Iterator[None]:
     """A rank's process ends without clearing up its interpreter: a thread of gloo's that lets go of a tensor meanwhile
     aborts it, and torchrun calls a finished run failed (pytorch issue 190489).
 
-    Threads are waited for and what libraries registered for the end is done as always: this is registered before
-    theirs, so it is called last.
+    Threads and processes are waited for and what libraries registered for the end is done as always: this is registered
+    before theirs, so it is called last.
     """
     told = {"code": 1, "rank": False}
 
     def end() -> None:
-        if told["rank"]:
-            if told["code"] == 0:
-                _leave_group()
-            _leave(int(told["code"]))
+        if not told["rank"]:
+            return
+        if told["code"] == 0:
+            _leave_group()
+            for child in multiprocessing.active_children():
+                if not child.daemon:
+                    child.join()
+        logging.shutdown()
+        _leave(int(told["code"]))
 
     atexit.register(end)
     try:
