@@ -5,10 +5,10 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from evidence_answers import Answer, answers, shown_apart, table_of, value
-from evidence_arms import ARMS, ON_GPU, PARTS, cells
+from evidence_answers import Answer, answers, borne, shown_apart, table_of, value
+from evidence_arms import ARMS, GAMMAS, ON_GPU, PARTS, cells
 from evidence_pictures import draw
-from evidence_questions import MAIN, SECONDARY
+from evidence_questions import MAIN, MARGIN, SECONDARY, Question
 from evidence_rows import REPEATED, ROOT, Row
 from evidence_statistics import Difference
 
@@ -104,8 +104,19 @@ def conclusion(rows: list[Row]) -> str:
         left = {f"{a.question.number} ({a.seeds} of {a.wanted} seeds)": None
                 for own in asked.values() for a in own if a.found is None}  # fmt: skip
         clauses += [f"not answered yet: question {', '.join(left)}"] if left else []
+        clauses += [untold] if (untold := beyond(rows, [own[0].question for own in asked.values()])) else []
         lines.append(f"{place}. {topic}: {'; '.join(clauses)}.")
     return "\n".join(lines)
+
+
+def beyond(rows: list[Row], asked: list[Question]) -> str:
+    """What the grid of gammas cannot tell: a clause where runs bear all of it."""
+    rules = {name: None for question in asked if question in MARGIN for name in (question.arm, question.control)}
+    runs = [borne(table_of(rows), rule, seed) for rule in rules for seed in range(3)]
+    known = [one for one in runs if one is not None]
+    at_end = sum(one == GAMMAS[-1] for one in known)
+    told = f"{at_end} of {len(known)} runs bear gamma {GAMMAS[-1]:g}, the end of the grid: their limit was not met"
+    return told if at_end else ""
 
 
 def summary(rows: list[Row]) -> str:

@@ -227,6 +227,16 @@ def test_the_summary_counts_every_answer_once() -> None:
     assert " against " in told and "missing" not in told
 
 
+def test_runs_that_bear_the_whole_grid_are_told() -> None:
+    """Planted rules bear 1.5 and 2.5; here Residual's last ones are as good as its first."""
+    rows = planted()
+    assert "the end of the grid" not in page.conclusion(rows)
+    for row in rows:
+        if row["arm"].startswith("margin_residual_") and row["seed"] != "2":
+            row["top1"] = "0.88"
+    assert "; 2 of 9 runs bear gamma 4, the end of the grid: their limit was not met." in page.conclusion(rows)
+
+
 def test_the_protocol_was_committed_before_the_first_row() -> None:
     """The first commit that has rows comes after one that has the questions, and rows are of later code."""
 
