@@ -284,7 +284,7 @@ def network_facts(model: PixelModel) -> dict:
 
 
 @pytest.mark.parametrize("kind", list(FORMATS))
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_every_format_on_a_gpu(kind: str, tmp_path) -> None:
     """Written on the CPU, as always."""
     model, request = by_name(), Request()

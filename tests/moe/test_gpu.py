@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from vmoe_momentum.moe import ExpertChoiceRouter, M6TRouter, Router, SoftRouter, SparseMlp, TopKRouter
 from vmoe_momentum.moe.paths import fill
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ROUTERS: dict[str, Router] = {
     "dropless": TopKRouter(capacity_factor="dropless"),
     "capacity": TopKRouter(capacity_factor=0.6),
@@ -33,7 +32,7 @@ def both_ways(made: SparseMlp, x: Tensor, noise: Tensor | None) -> list[Tensor]:
     return [outputs, loss, *torch.autograd.grad(outputs.float().sin().sum() + loss, [x, *made.parameters()])]
 
 
-@pytest.mark.parametrize("there", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("there", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_as_on_a_cpu(name: str, there: str) -> None:
     results = []
@@ -45,7 +44,7 @@ def test_as_on_a_cpu(name: str, there: str) -> None:
     torch.testing.assert_close(results[1], results[0], atol=2e-4, rtol=1e-4)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_nothing_waits_for_the_gpu(name: str, dtype: torch.dtype) -> None:
@@ -64,7 +63,7 @@ def test_nothing_waits_for_the_gpu(name: str, dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dropless", "capacity", "expert choice"])
 def test_compiled_as_eager(name: str, dtype: torch.dtype) -> None:
@@ -78,7 +77,7 @@ def test_compiled_as_eager(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(results[1], results[0], **near)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_fused_optimizer_moves_weights_as_on_a_cpu() -> None:
     from vmoe_momentum import create_model
     from vmoe_momentum.training import OptimizerSettings

@@ -23,10 +23,9 @@ from vmoe_momentum.training.materializing import build_on_meta, materialize
 from vmoe_momentum.training.sharding import shard
 
 RULES, ROUTERS = registered(MomentumRule), {n: c for n, c in registered(Router).items() if not c.__abstractmethods__}
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
-@pytest.fixture(params=["cpu", GPU])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def mesh(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[DeviceMesh]:
     """One device, by gloo or NCCL."""
     backend = {"cpu": "gloo", "cuda": "nccl"}[request.param]
