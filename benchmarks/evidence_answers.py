@@ -108,12 +108,19 @@ def _family(asked: list[tuple[Question, Measure, dict[int, float], int]]) -> lis
 
 
 def shown_apart(
-    rows: list[Row], measures: tuple[Measure, ...]
+    rows: list[Row], questions: tuple[Question, ...], measures: tuple[Measure, ...]
 ) -> list[tuple[Question, Measure, int, Difference | None]]:
-    """The main questions in other measures, without Holm; None with fewer than two pairs."""
+    """Without Holm; None with fewer than two pairs."""
     table, found = table_of(rows), []
-    for question in MAIN:
+    for question in questions:
         for measure in measures:
             values = tuple(paired(table, question.arm, question.control, measure).values())
             found.append((question, measure, len(values), single(values) if len(values) > 1 else None))
     return found
+
+
+def unasked() -> tuple[Question, ...]:
+    """Every arm of full length that no question is about, against the network without momentum, norm or not."""
+    about = {question.arm for question in MAIN} | {"residual"}
+    arms = [arm for arm in ARMS.values() if arm.part == "main" and arm.name not in about]
+    return tuple(Question(0, "", arm.name, "residual_norm" if arm.post_norm else "residual") for arm in arms)

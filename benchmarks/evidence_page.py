@@ -1,14 +1,15 @@
 """The page benchmarks/results/evidence/README.md: every number and sentence of it from the rows; and its summary."""
 
+import math
 import re
 import statistics
 from collections import Counter
 from pathlib import Path
 
-from evidence_answers import Answer, answers, borne, shown_apart, table_of, value
+from evidence_answers import Answer, answers, borne, shown_apart, table_of, unasked, value
 from evidence_arms import ARMS, GAMMAS, ON_GPU, PARTS, cells
 from evidence_pictures import draw
-from evidence_questions import MAIN, MARGIN, SECONDARY, Question
+from evidence_questions import MAIN, MARGIN, PRIMARY, SECONDARY, SMALL, Question
 from evidence_rows import REPEATED, ROOT, Row
 from evidence_statistics import Difference
 
@@ -200,20 +201,40 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(known):.2f}" + (f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else "")
 
 
+def others(rows: list[Row]) -> str:
+    """A row an arm that no question is about: primary measures, mean difference and plain 95 % interval."""
+    if not rows:
+        return NOTHING
+    found = {(q.arm, m.column): told for q, m, *told in shown_apart(rows, unasked(), PRIMARY)}
+    lines = ["| arm - control | " + " | ".join(f"{m.told}, {m.unit}" for m in PRIMARY) + " |", "|---|---|---|"]
+    for question in unasked():
+        row = [plain(*found[question.arm, measure.column]) for measure in PRIMARY]
+        lines.append(f"| {question.arm} - {question.control} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
 def secondary(rows: list[Row]) -> str:
     """Mean difference and plain 95 % interval; a column a question."""
     if not rows:
         return NOTHING
-    found = {(q.number, m.column): (n, d) for q, m, n, d in shown_apart(rows, SECONDARY)}
-    lines = [f"| measure | {' | '.join(str(q.number) for q in MAIN)} |", "|---" * (len(MAIN) + 1) + "|"]
+    asked = (*MAIN, *SMALL)
+    found = {(q.number, m.column): told for q, m, *told in shown_apart(rows, asked, SECONDARY)}
+    lines = [f"| measure | {' | '.join(str(q.number) for q in asked)} |", "|---" * (len(asked) + 1) + "|"]
     for measure in SECONDARY:
         row = [f"{measure.told}{', ' * bool(measure.unit)}{measure.unit}"]
-        for question in MAIN:
-            count, difference = found[question.number, measure.column]
-            row.append("" if difference is None else f"{difference.mean:+.3g} ({difference.low:+.3g} to "
-                       f"{difference.high:+.3g}), {count} pairs")  # fmt: skip
+        row += [plain(*found[question.number, measure.column]) for question in asked]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def plain(pairs: int, found: Difference | None) -> str:
+    """Mean and interval, to three digits of the interval's half: the rounding of rows is no difference."""
+    if found is None:
+        return "not in two pairs"
+    reach = (found.high - found.low) / 2
+    places = max(0, 2 - math.floor(math.log10(reach))) if reach else 2
+    mean, low, high = (f"{round(one, places) + 0.0:+.{places}f}" for one in (found.mean, found.low, found.high))
+    return f"{mean} ({low} to {high}), {pairs} pairs"
 
 
 def repeats(rows: list[Row], again: list[Row]) -> str:
@@ -259,6 +280,6 @@ def pictures(rows: list[Row]) -> str:
 
 
 SECTIONS = {
-    "status": status, "conclusion": conclusion, "questions": questions, "arms": arms, "secondary": secondary,
-    "pictures": pictures, "summary": summary,
+    "status": status, "conclusion": conclusion, "questions": questions, "arms": arms, "others": others,
+    "secondary": secondary, "pictures": pictures, "summary": summary,
 }  # fmt: skip

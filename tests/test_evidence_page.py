@@ -150,7 +150,7 @@ def test_missing_cells_are_named_and_have_no_verdict() -> None:
 
 def test_without_rows_nothing_is_said() -> None:
     text = page.fill(page.PAGE.read_text(), [], [])
-    assert text.count(page.NOTHING) == 5 and "png" not in text
+    assert text.count(page.NOTHING) == 6 and "png" not in text
     assert not re.search(r"[+-]\d+\.\d", text)
 
 
@@ -169,6 +169,31 @@ def test_every_number_of_the_questions_is_that_of_the_rows() -> None:
             reach = edges[5] * differences.std(ddof=1) / 5**0.5
             assert line[6] == f"{differences.mean() - reach:+.2f} to {differences.mean() + reach:+.2f}"
     assert sum(line[8] == "99.50 %" for line in lines[:20]) == 2
+
+
+def test_every_arm_is_in_a_question_or_told_beside_them() -> None:
+    """The protocol: other arms are shown with plain 95 % t intervals; here anew by scipy."""
+    rows = planted(noise=0.004)
+    told = dict(line.split(" | ")[:2] for line in page.others(rows).splitlines()[2:])
+    told = {name.removeprefix("| "): text for name, text in told.items()}
+    asked = {question.arm for question in questions.MAIN}
+    assert {name.split(" - ")[0] for name in told} | asked == {arm.name for arm in arms.main_arms()} - {"residual"}
+    top = {(row["arm"], row["seed"]): 100 * float(row["top1"]) for row in rows}
+    for name, text in told.items():
+        arm, control = name.split(" - ")
+        assert control == ("residual_norm" if arm.endswith("_norm") else "residual")
+        seeds = [str(seed) for seed in range(arms.ARMS[arm].seeds)]
+        own = ttest_1samp([top[arm, seed] - top[control, seed] for seed in seeds], 0.0).confidence_interval()
+        mean, low, high, pairs = map(float, re.findall(r"[+-]?\d+\.?\d*", text))
+        assert (low, high, pairs) == pytest.approx((*own, len(seeds)), abs=6e-3)
+        assert mean == pytest.approx((low + high) / 2, abs=0.01)
+
+
+def test_rounding_of_rows_is_no_difference() -> None:
+    found = statistics.single((-0.004, 0.004, 1e-15))
+    assert page.plain(3, found) == "+0.00000 (-0.00994 to +0.00994), 3 pairs"
+    assert page.plain(2, statistics.single((0.0, 0.0))) == "+0.00 (+0.00 to +0.00), 2 pairs"
+    assert page.plain(1, None) == "not in two pairs"
 
 
 def test_no_sentence_claims_more_than_its_interval() -> None:
