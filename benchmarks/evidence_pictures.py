@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 NAMES = ("forest", "depth", "margin", "mechanism")
+COLORS = {"gain": "tab:blue", "loss": "tab:red"}  # of verdicts; grey says neither
 RULES = ("residual", "heavy_ball_07", "heavy_ball_09", "complex")
 
 
@@ -34,21 +35,21 @@ def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]
 
 def forest(rows: list[Row]) -> Figure:
     found = answers(rows)
-    figure, axes = panels(len(PRIMARY), 6.4, 4.6)
+    figure, axes = panels(len(PRIMARY), 6.0, 5.2)
     for axis, measure in zip(axes, PRIMARY, strict=True):
         own = [answer for answer in found if answer.measure is measure]
         axis.axvspan(-measure.counts, measure.counts, color="grey", alpha=0.15, linewidth=0)
         axis.axvline(0, color="grey", linewidth=0.8)
         for place, answer in enumerate(own):
             if answer.found is not None:
-                low, high = answer.found.low, answer.found.high
-                axis.plot([low, high], [place, place], color="tab:blue", linewidth=1.6)
-                axis.plot(answer.found.mean, place, "s", color="tab:blue", markersize=6)
+                low, high, color = answer.found.low, answer.found.high, COLORS.get(answer.verdict, "dimgrey")
+                axis.plot([low, high], [place, place], color=color, linewidth=1.6)
+                axis.plot(answer.found.mean, place, "s", color=color, markersize=6)
                 axis.plot(answer.found.values, [place] * answer.wanted, ".", color="black", alpha=0.5, markersize=4)
         labels = [f"{a.question.number}  {a.question.arm}\n- {a.question.control}" for a in own]
-        axis.set_yticks(range(len(own)), labels, fontsize=7)
-        axis.invert_yaxis()
-        axis.set(title=measure.told, xlabel=f"difference, {measure.unit}")
+        axis.set_yticks(range(len(own)), labels if axis is axes[0] else [""] * len(own), fontsize=7)
+        axis.set(title=measure.told, xlabel=f"difference, {measure.unit}", ylim=(len(own) - 0.5, -0.5))
+        axis.grid(axis="y", linewidth=0.3)
     return figure
 
 

@@ -18,6 +18,7 @@ import evidence_page as page  # noqa: E402
 import evidence_questions as questions  # noqa: E402
 import evidence_rows as rows_of  # noqa: E402
 import evidence_statistics as statistics  # noqa: E402
+import evidence_tables as tables  # noqa: E402
 
 ROWS = page.PAGE.parent / "rows.csv"
 
@@ -150,14 +151,14 @@ def test_missing_cells_are_named_and_have_no_verdict() -> None:
 
 def test_without_rows_nothing_is_said() -> None:
     text = page.fill(page.PAGE.read_text(), [], [])
-    assert text.count(page.NOTHING) == 6 and "png" not in text
+    assert text.count(page.NOTHING) == 7 and "png" not in text
     assert not re.search(r"[+-]\d+\.\d", text)
 
 
 def test_every_number_of_the_questions_is_that_of_the_rows() -> None:
     """Means and intervals anew, by numpy and the table of t, from the rows as a reader would take them."""
     rows = planted(noise=0.004)
-    lines = [line.split(" | ") for line in page.questions(rows).splitlines()[2:]]
+    lines = [line.split(" | ") for line in tables.questions(rows).splitlines()[2:]]
     edges = {5: 5.597568, 3: 8.860244}  # at Holm's first step
     for line in lines[:20]:
         arm, control = line[2].split(" - ")
@@ -174,7 +175,7 @@ def test_every_number_of_the_questions_is_that_of_the_rows() -> None:
 def test_every_arm_is_in_a_question_or_told_beside_them() -> None:
     """The protocol: other arms are shown with plain 95 % t intervals; here anew by scipy."""
     rows = planted(noise=0.004)
-    told = dict(line.split(" | ")[:2] for line in page.others(rows).splitlines()[2:])
+    told = dict(line.split(" | ")[:2] for line in tables.others(rows).splitlines()[2:])
     told = {name.removeprefix("| "): text for name, text in told.items()}
     asked = {question.arm for question in questions.MAIN}
     assert {name.split(" - ")[0] for name in told} | asked == {arm.name for arm in arms.main_arms()} - {"residual"}
@@ -189,11 +190,26 @@ def test_every_arm_is_in_a_question_or_told_beside_them() -> None:
         assert mean == pytest.approx((low + high) / 2, abs=0.01)
 
 
+def test_every_depth_is_told_with_its_difference() -> None:
+    rows = planted()
+    last = tables.depths(rows).splitlines()[-1].removeprefix("| ").split(" | ")
+    tops = {row["arm"]: [] for row in rows}
+    for row in rows:
+        tops[row["arm"]].append(100 * float(row["top1"]))
+    control, arm = tops["depth_56_residual_norm"], tops["depth_56_heavy_ball_07_norm"]
+    assert last[0] == "56" and last[4] == f"{np.mean(control):.2f} ± {np.std(control, ddof=1):.2f}"
+    assert last[5] == f"{np.mean(arm):.2f} ± {np.std(arm, ddof=1):.2f}"
+    told = ttest_1samp(np.subtract(arm, control), 0.0).confidence_interval()
+    mean, low, high, pairs = map(float, re.findall(r"[+-]?\d+\.?\d*", last[6]))
+    assert (low, high, pairs) == pytest.approx((*told, 3), abs=6e-3)
+    assert mean == pytest.approx(np.mean(arm) - np.mean(control), abs=6e-3)
+
+
 def test_rounding_of_rows_is_no_difference() -> None:
     found = statistics.single((-0.004, 0.004, 1e-15))
-    assert page.plain(3, found) == "+0.00000 (-0.00994 to +0.00994), 3 pairs"
-    assert page.plain(2, statistics.single((0.0, 0.0))) == "+0.00 (+0.00 to +0.00), 2 pairs"
-    assert page.plain(1, None) == "not in two pairs"
+    assert tables.plain(3, found) == "+0.00000 (-0.00994 to +0.00994), 3 pairs"
+    assert tables.plain(2, statistics.single((0.0, 0.0))) == "+0.00 (+0.00 to +0.00), 2 pairs"
+    assert tables.plain(1, None) == "not in two pairs"
 
 
 def test_no_sentence_claims_more_than_its_interval() -> None:
