@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..configs import read_config
-from ..models.saved import SavedNetwork, open_saved
+from ..models.saved import Saved, open_saved
 from ..parsers import DEVICE, Parser, new_parser, pick_device
 from ..ranges import COUNT, SEED, Range
 from .ablate import Fit, ablate, parse_axis
@@ -47,8 +47,8 @@ class Looked(NamedTuple):
     """A kind of data that networks are looked at on."""
 
     data: type[LightningDataModule]  # base of the classes that --data may be
-    opened: Callable[[str], SavedNetwork]  # a checkpoint of a network for it
-    check: Callable[[SavedNetwork, Any], None]  # raises ValueError: not one for this data
+    opened: Callable[[str], Saved]  # a checkpoint of a network for it
+    check: Callable[[Saved, Any], None]  # raises ValueError: not one for this data
     batches: Callable[[Any, int], list[Tensor]]  # at most so many pictures, or blocks of text
     instruments: tuple[str, ...]
 
@@ -117,7 +117,7 @@ def _missing(option: str, value: str) -> list[str]:
 def pictures(data_class: type[LightningDataModule]) -> Looked:
     """Image classifiers on the validation pictures of data_class, which has image_size, num_classes, count("val")."""
 
-    def check(saved: SavedNetwork, data: Any) -> None:
+    def check(saved: Saved, data: Any) -> None:
         check_classifier(saved, data.image_size, data.num_classes)
 
     def batches(data: Any, images: int) -> list[Tensor]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from ..models import PixelModel
+from ..models.pixels import Wrapped
 from ..moe import Plan, SoftRouter
 from ..momentum import ThreadsCarry
 from ..progress import track
@@ -118,7 +118,7 @@ def _check(subject: Subject) -> None:
 @torch.no_grad()
 def _answers(subject: Subject, batches: list[Tensor], tokens: int, device: str) -> dict[int, Answers]:
     """Block -> at the tokens sampled."""
-    model: PixelModel = subject.build(device)
+    model: Wrapped = subject.build(device)
     parts: dict[int, list[Answers]] = {}
     picked, start = None, 0
     for _, visits in walk(model, batches, subject.name):
@@ -138,7 +138,7 @@ def _pick(total: int, tokens: int) -> Tensor:
     return picked
 
 
-def _answer(subject: Subject, model: PixelModel, visit: Visit, picked: Tensor) -> Answers:
+def _answer(subject: Subject, model: Wrapped, visit: Visit, picked: Tensor) -> Answers:
     block, tokens = sparse_blocks(model.net)[visit.block], visit.tokens.flatten(0, 1)
     weights = combine_weights(visit.plan, len(tokens), sparse_mlp(block).experts.fc1.weight.shape[0])[picked]
     outputs = torch.cat([_outputs(subject, visit.block, block, part) for part in tokens[picked].split(CHUNK)])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models import PixelModel
+from ..models.pixels import Wrapped
 from .output import Files, grid, show
 from .subjects import Subject, latest
 from .trace import walk
@@ -67,7 +67,7 @@ def expert_set_change(before: Tensor, after: Tensor) -> Tensor:
     return 1.0 - torch.where(either > 0, both / either.clamp_min(1), 1.0)
 
 
-def _answers(model: PixelModel, batches: list[Tensor], size: float, what: str) -> Iterator[Answer]:
+def _answers(model: Wrapped, batches: list[Tensor], size: float, what: str) -> Iterator[Answer]:
     generator = torch.Generator().manual_seed(0)
     disturbed = []
     for images in batches:

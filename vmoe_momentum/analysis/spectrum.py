@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..models import PixelModel
+from ..models.pixels import Wrapped
 from ..momentum import ThreadsCarry
 from ..progress import track
 from .eigenvalues import Eigenvalues, Points, has_post_norm, image_spectrum, token_spectrum, update_of
@@ -119,7 +119,7 @@ def _alone(block: ThreadsCarry, num_tokens: int) -> bool:
     return mlp.router.takes_tokens_alone(num_tokens, mlp.experts.fc1.weight.shape[0])
 
 
-def _points(model: PixelModel, batches: list[Tensor], what: str) -> dict[int, Points]:
+def _points(model: Wrapped, batches: list[Tensor], what: str) -> dict[int, Points]:
     """Block -> [B, N, D] where it evaluates u."""
     blocks = sparse_blocks(model.net)
     found: dict[int, list[Points]] = {}

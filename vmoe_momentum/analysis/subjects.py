@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..models import PixelModel
-from ..models.saved import SavedNetwork, open_saved, read_checkpoint
+from ..models.pixels import Wrapped
+from ..models.saved import Saved, open_saved, read_checkpoint
 
 
 class Subject(NamedTuple):
     label: str
-    saved: SavedNetwork
+    saved: Saved
 
     @property
     def epoch(self) -> int | None:
@@ -29,12 +29,12 @@ class Subject(NamedTuple):
         """For pictures that show several epochs of one label."""
         return self.label if self.epoch is None else f"{self.label}, epoch {self.epoch}"
 
-    def build(self, device: str = "cpu") -> PixelModel:
+    def build(self, device: str = "cpu") -> Wrapped:
         return self.saved.build().to(device)
 
 
 def open_subjects(
-    models: list[str], check: Callable[[SavedNetwork], None], opened: Callable[[str], SavedNetwork] = open_saved
+    models: list[str], check: Callable[[Saved], None], opened: Callable[[str], Saved] = open_saved
 ) -> list[Subject]:
     """Everything that `models` names, checked before anything is computed; by label, then epoch.
 
@@ -122,7 +122,7 @@ def labelled(texts: list[str], setting: str) -> list[tuple[str, str]]:
     return found
 
 
-def _open(source: str, opened: Callable[[str], SavedNetwork]) -> list[SavedNetwork]:
+def _open(source: str, opened: Callable[[str], Saved]) -> list[Saved]:
     path = Path(source)
     if not path.is_dir():
         return [opened(source)]
@@ -136,7 +136,7 @@ def _open(source: str, opened: Callable[[str], SavedNetwork]) -> list[SavedNetwo
     return list(by_step.values())
 
 
-def check_classifier(saved: SavedNetwork, image_size: int, num_classes: int | None = None) -> None:
+def check_classifier(saved: Saved, image_size: int, num_classes: int | None = None) -> None:
     """Raises ValueError: no MoE layers, pictures of another size or number of classes than the data's."""
     if not saved.facts["settings"].get("moe_layers"):
         raise ValueError(f"--model={saved.source}: this network has no MoE layers, so there is nothing to look at")
@@ -149,5 +149,5 @@ def check_classifier(saved: SavedNetwork, image_size: int, num_classes: int | No
         raise ValueError(f"--data: {num_classes} classes, but {saved.source} was trained on {classes}")
 
 
-def _rule(saved: SavedNetwork) -> str:
+def _rule(saved: Saved) -> str:
     return saved.facts["settings"]["rule"]["class_path"]

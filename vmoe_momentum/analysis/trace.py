@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..models import PixelModel
 from ..models.groups import images_together
+from ..models.pixels import Wrapped
 from ..moe import Plan, SparseMlp
 from ..momentum import Carry, ThreadsCarry
 from ..progress import track
@@ -97,7 +97,7 @@ def sample(loader: Iterable[tuple[Tensor, Tensor]], images: int, count: int) -> 
 
 
 @torch.no_grad()
-def walk(model: PixelModel, batches: list[Tensor], what: str) -> Iterator[tuple[Tensor, list[Visit]]]:
+def walk(model: Wrapped, batches: list[Tensor], what: str) -> Iterator[tuple[Tensor, list[Visit]]]:
     """Logits and visits, batch by batch, behind a progress bar.
 
     Where routers group tokens of several images, whole groups only. Raises ValueError: there is none.

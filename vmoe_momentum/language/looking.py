@@ -4,16 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.saved import KEY, RAW, SavedNetwork, completed_settings, read_checkpoint
+from ..models.pixels import Wrapped
+from ..models.saved import KEY, RAW, Saved, completed_settings, read_checkpoint
 from ..models.sharded import is_checkpoint
 from .module import vocabulary_hash
 from .network import SparseLanguageModel
 
 
-class Reader(nn.Module):
-    """Words [B, N] -> log-probabilities [B, N, V]; the network is `net`."""
+class Reader(Wrapped):
+    """Words [B, N] -> log-probabilities [B, N, V]."""
+
+    net: SparseLanguageModel
 
     def __init__(self, net: SparseLanguageModel) -> None:
         super().__init__()
@@ -23,23 +26,10 @@ class Reader(nn.Module):
         return self.net(words)
 
 
-class SavedLanguageModel(SavedNetwork):
-    """What a checkpoint says of a language model; `build` makes it."""
-
-    # of words, where SavedNetwork's are of pixels: who opens one knows which
-    def build(self, raw: bool = False) -> Reader:  # type: ignore[override]
-        """With its weights, in eval mode, on the CPU. raw: not the averaged ones, where there are both.
-
-        Raises ValueError: its tensors do not fit.
-        """
+class SavedLanguageModel(Saved):
+    def build(self, raw: bool = False) -> Reader:
         model = Reader(rebuild(self.facts))
-        checkpoint = read_checkpoint(Path(self.source), trust_pickle=self.trust_pickle)
-        tensors = checkpoint[RAW if RAW in checkpoint and (raw or not self.averaged) else "state_dict"]
-        own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        try:
-            model.load_state_dict(own)
-        except RuntimeError as error:
-            raise ValueError(f"{self.source}: its tensors do not fit the network it describes ({error})") from error
+        self.load_into(model, raw)
         return model.eval()
 
 
@@ -63,7 +53,7 @@ def open_language_model(source: str) -> SavedLanguageModel:
     return SavedLanguageModel(source, facts, checkpoint["epoch"] + 1, checkpoint["global_step"], averaged)
 
 
-def check_words(saved: SavedNetwork, data: Any) -> None:
+def check_words(saved: Saved, data: Any) -> None:
     """Raises ValueError: trained on other words than the data's."""
     if saved.facts["vocabulary"] not in (None, vocabulary_hash(data.vocabulary)):
         raise ValueError(

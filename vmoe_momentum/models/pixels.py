@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from .networks import Gated
 
 
-class PixelModel(nn.Module):
+class Wrapped(nn.Module):
+    """A network as `net`, behind what makes its inputs of pixels or words."""
+
+    net: nn.Module
+
+
+class PixelModel(Wrapped):
     """uint8 [0, 255] or float [0, 1] images [B, 3, H, W] -> normalise -> network -> logits [B, K].
 
     mean and std, in units of [0, 1], come from the network's timm `pretrained_cfg`. They are buffers outside the state

@@ -18,15 +18,15 @@ from .directory import as_json, read_facts
 from .factory import create_model
 from .loading import fit_to_data
 from .networks import as_classifier
-from .pixels import PixelModel
+from .pixels import PixelModel, Wrapped
 from .sharded import is_checkpoint, is_sharded, read_rest, read_sharded
 
 KEY = "vmoe_momentum"
 RAW = "current_model_state"  # where Lightning's weight averaging keeps what it averages over
 
 
-class SavedNetwork(NamedTuple):
-    """What a checkpoint says of its network; `build` makes it."""
+class Saved(NamedTuple):
+    """What a checkpoint says of its network; `build` of a subclass makes it."""
 
     source: str
     facts: dict[str, Any]  # as a module's `facts` wrote them
@@ -35,14 +35,15 @@ class SavedNetwork(NamedTuple):
     averaged: bool = False  # the weights are a running average (EMAWeightAveraging), kept beside the raw ones
     trust_pickle: bool = False
 
-    def build(self, raw: bool = False) -> PixelModel:
+    def build(self, raw: bool = False) -> Wrapped:
         """The network with its weights, in eval mode, on the CPU. raw: not the averaged ones, where there are both.
 
         Raises ValueError: it cannot be rebuilt, or its tensors do not fit.
         """
-        if self.epoch is None:
-            return PixelModel(create_model(self.source)).eval()
-        model = rebuild(self.source, self.facts)
+        raise NotImplementedError
+
+    def load_into(self, model: nn.Module, raw: bool) -> None:
+        """The checkpoint's weights of what `fit` called `model`. Raises ValueError: its tensors do not fit."""
         checkpoint = read_checkpoint(Path(self.source), trust_pickle=self.trust_pickle)
         tensors = checkpoint[RAW if RAW in checkpoint and (raw or not self.averaged) else "state_dict"]
         try:  # a compiled network of another program may have put its prefix in
@@ -51,6 +52,16 @@ class SavedNetwork(NamedTuple):
             )
         except RuntimeError as error:
             raise ValueError(f"{self.source}: its tensors do not fit the network it describes ({error})") from error
+
+
+class SavedNetwork(Saved):
+    """Of an image classifier."""
+
+    def build(self, raw: bool = False) -> PixelModel:
+        if self.epoch is None:
+            return PixelModel(create_model(self.source)).eval()
+        model = rebuild(self.source, self.facts)
+        self.load_into(model, raw)
         return model.eval()
 
 
