@@ -32,7 +32,7 @@ Arms (evidence_arms.py has their settings).
   Small, five seeds, on a GPU: small_residual, small_residual_norm, small_heavy_ball_07 and small_heavy_ball_09_norm,
   the authors' network V-MoE-S/32, every 2, 8 experts, in its own shapes (49 patches, width 512), on the same pictures:
   configs/fashion_small.yaml, 3 epochs, bfloat16 autocast; measured as the main arms, in float32 (eigenvalues of 2
-  tokens a block). This part was added on 2026-11-27, before any run of it, once seed 0 of the others was there; its
+  tokens a block). This part was added on 2026-11-27, before any run of it, when 57 runs of the others were there; its
   recipe was written down untried.
 
 Pairs. Runs of one seed share initial weights (all that both networks have) and the order and flips of pictures.
@@ -90,12 +90,14 @@ as top-1 of 10 %, chance, in clean and corrupted top-1, and has no other measure
 No run is excluded or repeated for what it gave.
 
 Stopping. When every cell is there, or the time is up; verdicts are given only for questions all of whose seeds are
-there, and the page names the cells that are missing. Nobody chooses an arm, a measure or a threshold after this.
+there, and the page names the cells that are missing. Nobody chooses an arm, a measure or a threshold after this. What
+was done otherwise than written here, the page lists under "Deviations".
 
 A GPU's sums come in another order each time: there a run made once more gives other digits.
 
 Time, estimated from CPU seconds of one thread on two busy cores: 600 for a main run (some 75 of them for measures),
-48 for margin, 62 for depth, there times blocks over 8: 234 runs, 21 hours of one core, about ten of two.
+48 for margin, 62 for depth, there times blocks over 8: 234 runs without the part small, 21 hours of one core, about
+ten of two.
 """
 
 import shutil
@@ -162,10 +164,15 @@ def main(
         raise ValueError(f"--fit={fit}: other runs than the protocol's have no place among its rows; give --results")
     if not Path(data).is_dir():
         raise FileNotFoundError(f"--data={data}: no such folder; vmoe-momentum data prepare idx --out {data}")
-    if any(cell.arm.part in ON_GPU for cell in left) and not torch.cuda.is_available() and not fit:
+    again = not left and arm is not None and seed is not None
+    on_gpu = any(cell.arm.part in ON_GPU for cell in (wanted if again else left))
+    if on_gpu and not torch.cuda.is_available() and not fit:
         raise ValueError("--parts=[small]: torch finds no GPU here; leave it out")
-    if not left and arm is not None and seed is not None:
+    if again:
         return repeat(wanted[0], rows, folder, Path(data), Path(out), fit or [])
+    if not left:
+        Console(stderr=True).print(f"all {len(wanted)} runs are there", highlight=False)
+        return write_page(rows, folder) if processes else None
     made = provenance(commit)
     if folder.resolve() == RESULTS and made["revision"].endswith("+"):
         raise ValueError(f"{', '.join(CODE)}: changed since the last commit; commit first, as rows name their code")

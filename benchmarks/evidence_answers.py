@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from evidence_arms import ARMS, DEPTHS, GAMMAS
 from evidence_questions import (
+    BLIND,
     BORNE,
     CHANCE,
     DEPTH,
@@ -67,14 +68,14 @@ def grown(table: Table, question: Question) -> dict[int, float]:
 
 
 def borne(table: Table, rule: str, seed: int) -> float | None:
-    """The largest gamma that the rule bears, 1 at least; None where a run is missing."""
+    """The largest gamma that the rule bears, 0 where it bears not even 1; None where a run is missing."""
     rows = {gamma: table.get((f"margin_{rule}_{gamma:g}", seed)) for gamma in GAMMAS if gamma >= 1}
     if None in rows.values():
         return None
     tops = {gamma: value(row, "top1") for gamma, row in rows.items()}
-    best = 1.0
+    best = 0.0
     for gamma in sorted(rows):
-        if rows[gamma]["diverged"] or tops[1.0] - tops[gamma] > LOST:
+        if rows[gamma]["diverged"] or round(tops[1.0] - tops[gamma], 9) > LOST:
             break
         best = gamma
     return best
@@ -115,7 +116,8 @@ def shown_apart(
     for question in questions:
         for measure in measures:
             values = tuple(paired(table, question.arm, question.control, measure).values())
-            found.append((question, measure, len(values), single(values) if len(values) > 1 else None))
+            difference = single(values, step=measure.step) if len(values) > 1 else None
+            found.append((question, measure, len(values), difference))
     return found
 
 
@@ -123,4 +125,16 @@ def unasked() -> tuple[Question, ...]:
     """Every arm of full length that no question is about, against the network without momentum, norm or not."""
     about = {question.arm for question in MAIN} | {"residual"}
     arms = [arm for arm in ARMS.values() if arm.part == "main" and arm.name not in about]
-    return tuple(Question(0, "", arm.name, "residual_norm" if arm.post_norm else "residual") for arm in arms)
+    return tuple(pair(arm.name, "residual_norm" if arm.post_norm else "residual") for arm in arms)
+
+
+def pair(arm: str, control: str) -> Question:
+    """A difference that nobody asked about before."""
+    return Question(0, "", arm, control)
+
+
+def blind(table: Table, question: Question) -> tuple[int, int]:
+    """Of the runs of most blocks that the question compares: how many learned nothing, and how many are there."""
+    names = [f"depth_{DEPTHS[-1]}_{name}" for name in (question.arm, question.control)]
+    rows = [table[name, seed] for name in names for seed in range(ARMS[name].seeds) if (name, seed) in table]
+    return sum(value(row, "top1") <= BLIND for row in rows), len(rows)

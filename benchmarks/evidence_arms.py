@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 NET = "--model.net.init_args"
 GAMMAS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 DEPTHS = (8, 16, 32, 56)
+RULES = ("residual", "heavy_ball_07", "heavy_ball_09", "complex")  # of margin, the control first
 PARTS = ("main", "margin", "depth", "small")
 ON_GPU = ("small",)  # run only where they are asked for
 SHORT = {"margin": 200, "depth": 300}  # steps of 64 pictures; the learning rate decays to the last one
@@ -88,7 +89,7 @@ def main_arms() -> list[Arm]:
 def short(part: str) -> tuple[str, ...]:
     steps = SHORT[part]
     length = ("--trainer.max_epochs=1", f"--trainer.limit_train_batches={steps}")
-    return (*length, f"--model.schedule.warmup_steps={steps // 10}")  # a tenth, as in the recipe
+    return (*length, f"--model.schedule.warmup_steps={steps // 10}")  # a tenth; the recipe's are a twentieth
 
 
 def margin_arms() -> list[Arm]:

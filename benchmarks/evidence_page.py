@@ -4,12 +4,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from evidence_answers import Answer, answers, borne, table_of, value
-from evidence_arms import ARMS, GAMMAS, PARTS, cells
+from evidence_answers import Answer, answers, blind, borne, table_of, value
+from evidence_arms import ARMS, DEPTHS, GAMMAS, PARTS, cells
 from evidence_pictures import draw
-from evidence_questions import MARGIN, Question
+from evidence_questions import BLIND, DEPTH, MARGIN, Question
 from evidence_rows import REPEATED, ROOT, Row
-from evidence_tables import NOTHING, arms, depths, interval, others, questions, secondary
+from evidence_statistics import leaves_out_zero, spread_of
+from evidence_tables import NOTHING, arms, depths, differences, interval, margins, others, questions, secondary
 
 from vmoe_momentum.files.staging import write_together
 
@@ -25,7 +26,8 @@ def write_page(rows: list[Row], again: list[Row], folder: Path) -> None:
     draw(rows, folder)
     place = folder / "README.md"
     text = (place if place.exists() else PAGE).read_text()
-    write_together(folder, {"README.md": fill(text, rows, again).encode()})
+    made = {"README.md": fill(text, rows, again), "differences.csv": differences(rows)}
+    write_together(folder, {name: told.encode() for name, told in made.items()})
     if folder.resolve() == PAGE.parent:
         for page in WITH_SUMMARY:
             write_together(page.parent, {page.name: fill(page.read_text(), rows, again).encode()})
@@ -34,6 +36,7 @@ def write_page(rows: list[Row], again: list[Row], folder: Path) -> None:
 def fill(text: str, rows: list[Row], again: list[Row]) -> str:
     """`text` with what stands between `<!-- NAME -->` and `<!-- /NAME -->` made anew."""
     made = {name: make(rows) for name, make in SECTIONS.items()} | {"repeats": repeats(rows, again)}
+    made["instead"] = instead(rows, again)
     for name, told in made.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda match, told=told: f"{match[1]}{told}\n{match[2]}", text, flags=re.DOTALL)
@@ -103,13 +106,25 @@ def conclusion(rows: list[Row]) -> str:
 
 
 def beyond(rows: list[Row], asked: list[Question]) -> str:
-    """What the grid of gammas cannot tell: a clause where runs bear all of it."""
+    """What the short runs cannot tell: clauses where networks learned nothing, and where all of the grid is borne."""
+    clauses = []
+    for question in asked:
+        lost, there = blind(table_of(rows), question) if question in DEPTH else (0, 0)
+        if lost:
+            clauses.append(
+                f"{lost} of the {there} runs of question {question.number} at {DEPTHS[-1]} blocks learned nothing "
+                f"(top-1 of {100 * BLIND:g} % at most): its answer is little more than the gain at {DEPTHS[0]} blocks"
+            )
     rules = {name: None for question in asked if question in MARGIN for name in (question.arm, question.control)}
     runs = [borne(table_of(rows), rule, seed) for rule in rules for seed in range(3)]
     known = [one for one in runs if one is not None]
     at_end = sum(one == GAMMAS[-1] for one in known)
-    told = f"{at_end} of {len(known)} runs bear gamma {GAMMAS[-1]:g}, the end of the grid: their limit was not met"
-    return told if at_end else ""
+    if at_end:
+        clauses.append(
+            f"{at_end} of {len(known)} pairs of rule and seed bear gamma {GAMMAS[-1]:g}, the end of the grid: their "
+            "limit was not met"
+        )
+    return "; ".join(clauses)
 
 
 def summary(rows: list[Row]) -> str:
@@ -118,7 +133,7 @@ def summary(rows: list[Row]) -> str:
         return NOTHING
     found = answers(rows)
     words = {
-        "gain": "a gain", "loss": "a loss", "small": "a difference too small to count",
+        "gain": "a gain", "loss": "a loss", "small": "a difference whose mean is too small to count",
         "none": "neither a gain nor a loss that counts", "undecided": "undecided", "missing": "still missing",
     }  # fmt: skip
     counts = Counter(answer.verdict for answer in found)
@@ -139,11 +154,15 @@ def told(answer: Answer) -> str:
     words = {
         "gain": f"a gain of {mean}",
         "loss": f"a loss, {mean}",
-        "small": f"a difference of {mean}, less than the {counts} that count",
+        "small": f"a difference, its mean of {mean} less than the {counts} that count",
         "none": f"neither a gain nor a loss of {counts}, {mean}",
         "undecided": f"undecided, {mean}",
     }[answer.verdict]
     doubt = "" if answer.found.agree else "; the bootstrap disagrees about 0"
+    if answer.verdict == "undecided" and leaves_out_zero(answer.found.low, answer.found.high):
+        doubt += "; its own interval leaves out 0, but a step before it in Holm's order was not shown"
+    if spread_of(answer.found.values, 0) < spread_of(answer.found.values, measure.step):
+        doubt += "; the interval is the rounding's alone"
     return f"{measure.told} {words} ({interval(answer.found)}{doubt})"
 
 
@@ -167,14 +186,27 @@ def repeats(rows: list[Row], again: list[Row]) -> str:
     return "\n".join(lines) or "No run has been repeated yet."
 
 
+def instead(rows: list[Row], again: list[Row]) -> str:
+    """What the questions say with the repeated runs in place of their rows, where that changes one of their values."""
+    first = {(row["arm"], row["seed"]): row for row in rows}
+    second = {key: row for row in again if (key := (row["arm"], row["seed"])) in first}
+    pairs = zip(answers(rows), answers(list((first | second).values())), strict=True)
+    lines = [
+        f"- question {one.question.number}: {told(other)}, where the rows say {told(one)}"
+        for one, other in pairs
+        if one.found is not None and other.found is not None and one.found.values != other.found.values
+    ]
+    return "\n".join(lines) or "No question's values change."
+
+
 def maker(row: Row) -> str:
     return f"{row['machine']}, torch {row['torch']}"
 
 
 CAPTIONS = (
     ("forest", "main", """Paired differences over seeds, a dot a seed. Bars are the intervals at each question's own
-step in Holm's order: blue a gain, red a loss, grey neither; the band is what does not count. Questions with a missing
-seed have no bar."""),
+step in Holm's order: blue a gain, red a loss, grey anything else; the band is what does not count. A question has a
+bar once all its seeds are there."""),
     ("mechanism", "main", """Mean over seeds, a dot a seed: share of eigenvalues inside the rule's region, expert load,
 how many choose the expert with the largest output, routing change under noise."""),
     ("depth", "depth", "Clean top-1 over the number of blocks; a dot a seed, the line is their mean."),
@@ -192,5 +224,6 @@ def pictures(rows: list[Row]) -> str:
 
 SECTIONS = {
     "status": status, "conclusion": conclusion, "summary": summary, "pictures": pictures,
-    "questions": questions, "arms": arms, "others": others, "depths": depths, "secondary": secondary,
+    "questions": questions, "arms": arms, "others": others, "depths": depths, "margins": margins,
+    "secondary": secondary,
 }  # fmt: skip

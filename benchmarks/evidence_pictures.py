@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evidence_answers import answers, table_of, value
-from evidence_arms import ARMS, DEPTHS, GAMMAS
+from evidence_arms import ARMS, DEPTHS, GAMMAS, RULES
 from evidence_questions import PRIMARY
 from evidence_rows import INSIDE, RANKS, Row, value_of
 from matplotlib.axes import Axes
@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 NAMES = ("forest", "depth", "margin", "mechanism")
 COLORS = {"gain": "tab:blue", "loss": "tab:red"}  # of verdicts; grey says neither
-RULES = ("residual", "heavy_ball_07", "heavy_ball_09", "complex")
 
 
 def draw(rows: list[Row], folder: Path) -> None:

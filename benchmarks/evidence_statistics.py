@@ -23,7 +23,7 @@ class Difference(NamedTuple):
     p: float
     adjusted: float  # Holm's p
     shown: bool  # Holm rejects 0
-    smallest: float  # that so many seeds could have shown at `level`, with power 80 %
+    smallest: float  # that so many seeds could have shown with power 80 %, the other answers being as they are
 
     @property
     def agree(self) -> bool:
@@ -41,11 +41,13 @@ def family(samples: list[tuple[float, ...] | None], steps: list[float] | None = 
     shown, adjusted, *_ = multipletests(ps, alpha=LEVEL, method="holm")
     place = np.argsort(np.argsort(ps, kind="stable"), kind="stable")
     levels = [LEVEL / (len(ps) - int(rank)) for rank in place]
+    failed = LEVEL / max(1, len(ps) - int(np.sum(shown)))  # of the first step that was not shown
     rest = zip(samples, steps, adjusted, shown, levels, strict=True)
     return [
-        None if values is None else single(values, level, step, float(holm), bool(is_shown))
+        None if values is None
+        else single(values, level, step, float(holm), bool(is_shown), level if is_shown else failed)
         for values, step, holm, is_shown, level in rest
-    ]
+    ]  # fmt: skip
 
 
 def single(
@@ -54,11 +56,12 @@ def single(
     step: float = 0.0,
     adjusted: float = math.nan,
     shown: bool = False,
+    needed: float | None = None,
 ) -> Difference:
-    """Of one question by itself, without Holm."""
+    """Of one question by itself, without Holm. needed: the level at which it would have been shown, if not `level`."""
     mean, spread = float(np.mean(values)), spread_of(values, step)
     reach = t.ppf(1 - level / 2, len(values) - 1) * spread / math.sqrt(len(values))
-    smallest = smallest_effect(len(values), level) * spread
+    smallest = smallest_effect(len(values), needed or level) * spread
     about = (mean, mean - reach, mean + reach, resampled(values, level), level)
     return Difference(tuple(values), *about, p_value(values, step), adjusted, shown, smallest)
 

@@ -1,18 +1,21 @@
 """The tables of the page benchmarks/results/evidence/README.md, every number from the rows."""
 
+import csv
+import io
 import math
 import statistics
 
-from evidence_answers import answers, shown_apart, unasked, value
-from evidence_arms import ARMS, DEPTHS, ON_GPU
-from evidence_questions import DEPTH, MAIN, PRIMARY, SECONDARY, SMALL, Question
+from evidence_answers import answers, pair, shown_apart, unasked, value
+from evidence_arms import ARMS, DEPTHS, GAMMAS, ON_GPU, RULES
+from evidence_questions import DEPTH, MAIN, PRIMARY, SECONDARY, SMALL
 from evidence_rows import Row
 from evidence_statistics import Difference
 
 ARM_COLUMNS = (
-    ("top1", "clean top-1, %", 100.0), ("corrupted_top1", "75 corruptions, %", 100.0), ("nll", "NLL", 1.0),
-    ("ece", "ECE, %", 100.0), ("pgd_2", "PGD 2/255, %", 100.0), ("pgd_8", "PGD 8/255, %", 100.0),
-    ("square_2", "Square 2/255, %", 100.0), ("square_8", "Square 8/255, %", 100.0),
+    ("top1", "clean top-1, %", 100.0), ("corrupted_top1", "75 corruptions of 300 pictures, %", 100.0),
+    ("nll", "NLL", 1.0), ("ece", "ECE, %", 100.0), ("pgd_2", "PGD 2/255, 150 pictures, %", 100.0),
+    ("pgd_8", "PGD 8/255, %", 100.0), ("square_2", "Square 2/255, 60 pictures, %", 100.0),
+    ("square_8", "Square 8/255, %", 100.0),
 )  # fmt: skip
 NOTHING = "Nothing has been run yet: there is no row, so there is no result."
 
@@ -64,23 +67,57 @@ def others(rows: list[Row]) -> str:
 
 
 def depths(rows: list[Row]) -> str:
-    """Clean top-1 a number of blocks, and plain 95 % intervals of what momentum makes of it."""
+    """Clean top-1 a number of blocks."""
+    pairs = tuple((question.control, question.arm) for question in DEPTH)
+    return beside(rows, "blocks", {str(blocks): f"depth_{blocks}_{{}}" for blocks in DEPTHS}, pairs)
+
+
+def margins(rows: list[Row]) -> str:
+    """Clean top-1 a gamma."""
+    return beside(rows, "gamma", {f"{gamma:g}": f"margin_{{}}_{gamma:g}" for gamma in GAMMAS}, (RULES,))
+
+
+def beside(rows: list[Row], title: str, names: dict[str, str], groups: tuple[tuple[str, ...], ...]) -> str:
+    """A row each of `names`, what it is called -> pattern of the arms' names; plain 95 % intervals of the differences.
+
+    groups: the control first, then who is held against it.
+    """
     if not rows:
         return NOTHING
-    pairs = [(question.control, question.arm) for question in DEPTH]
-    head = [name for control, arm in pairs for name in (f"{control}, %", f"{arm}, %", "difference, points")]
-    lines = [f"| blocks | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    for blocks in DEPTHS:
-        cells_ = []
-        for names in pairs:
-            control, arm = (f"depth_{blocks}_{name}" for name in names)
-            cells_ += [
-                spread([100 * value(row, "top1") for row in rows if row["arm"] == one]) for one in (control, arm)
-            ]
-            ((_, _, *told),) = shown_apart(rows, (Question(0, "", arm, control),), PRIMARY[:1])
-            cells_.append(plain(*told))
-        lines.append(f"| {blocks} | {' | '.join(cells_)} |")
+    head = [f"{group[0]}, %" + "".join(f" | {arm}, % | difference, points" for arm in group[1:]) for group in groups]
+    columns = sum(2 * len(group) - 1 for group in groups)
+    lines = [f"| {title} | {' | '.join(head)} |", "|---" * (columns + 1) + "|"]
+    for called, pattern in names.items():
+        cells_ = [called]
+        for group in groups:
+            control, *arms_ = (pattern.format(name) for name in group)
+            cells_.append(top1(rows, control))
+            for arm in arms_:
+                ((_, _, *told),) = shown_apart(rows, (pair(arm, control),), PRIMARY[:1])
+                cells_ += [top1(rows, arm), plain(*told)]
+        lines.append(f"| {' | '.join(cells_)} |")
     return "\n".join(lines)
+
+
+def top1(rows: list[Row], arm: str) -> str:
+    return spread([100 * value(row, "top1") for row in rows if row["arm"] == arm])
+
+
+def differences(rows: list[Row]) -> str:
+    """CSV: every arm in every measure against its control, plain 95 % intervals, of two pairs at least."""
+    short = [pair(f"depth_{blocks}_{q.arm}", f"depth_{blocks}_{q.control}") for blocks in DEPTHS for q in DEPTH]
+    short += [
+        pair(f"margin_{rule}_{gamma:g}", f"margin_{RULES[0]}_{gamma:g}") for rule in RULES[1:] for gamma in GAMMAS
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("arm", "control", "measure", "unit", "pairs", "mean", "low", "high"))
+    asked = (*MAIN, *SMALL, *unasked(), *short)
+    for question, measure, pairs, found in shown_apart(rows, asked, (*PRIMARY, *SECONDARY)):
+        if found is not None:
+            numbers = (f"{number:.6g}" for number in (found.mean, found.low, found.high))
+            writer.writerow((question.arm, question.control, measure.column, measure.unit, pairs, *numbers))
+    return text.getvalue()
 
 
 def secondary(rows: list[Row]) -> str:

@@ -219,7 +219,8 @@ def test_rows_find_their_place_and_broken_files_are_told(tmp_path: Path) -> None
         ({"arm": "heavy_ball_7"}, "--arm=heavy_ball_7: no such arm"),
         ({"parts": ["main", "minor"]}, "--parts=.*minor"),
         ({"arm": "nesterov", "seed": 4}, "--seed=4: the protocol has seeds 0 to 2 there"),
-        ({"arm": "small_residual", "data": "."}, r"--parts=\[small\]: torch finds no GPU here"),
+        ({"arm": "small_residual", "data": ".", "results": "nothing"}, r"--parts=\[small\]: torch finds no GPU here"),
+        ({"arm": "small_residual", "data": ".", "seed": 0}, r"--parts=\[small\]: torch finds no GPU here"),
         ({"data": "nowhere"}, "--data=nowhere: no such folder"),
         ({"fit": ["--trainer.max_epochs=1"]}, "--fit=.*give --results"),
     ],
@@ -233,6 +234,24 @@ def test_what_cannot_be_run_is_told(settings: dict, message: str, monkeypatch: p
 def test_list_says_what_is_left(tmp_path: Path, capsys) -> None:
     evidence.main(list=True, results=str(tmp_path))
     assert "234 of 234 runs are left, about 21.0 hours" in capsys.readouterr().out
+
+
+def test_with_nothing_left_the_page_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """No commit is asked for and no picture made: there is no row to come."""
+    monkeypatch.setattr(evidence, "provenance", None)
+    cell = arms.Cell(arms.ARMS["margin_residual_1"], 0)
+    made = dict.fromkeys(rows_of.MADE, "1")
+    rows_of.add_row(tmp_path / "rows.csv", rows_of.make_row(cell, "", {"top1": 0.5}, made), arms.cells())
+    evidence.main(arm=cell.arm.name, seed=None, data=".", results=str(tmp_path), parts=["margin"], list=True)
+    assert "2 of 3 runs are left" in capsys.readouterr().out
+    for seed in (1, 2):
+        row = rows_of.make_row(cell._replace(seed=seed), "", {"top1": 0.5}, made)
+        rows_of.add_row(tmp_path / "rows.csv", row, arms.cells())
+    evidence.main(arm=cell.arm.name, data=".", results=str(tmp_path), processes=0)
+    assert not (tmp_path / "README.md").exists()
+    evidence.main(arm=cell.arm.name, data=".", results=str(tmp_path))
+    assert "all 3 runs are there" in capsys.readouterr().err and (tmp_path / "margin.png").exists()
+    assert "3 of 254 runs are there" in (tmp_path / "README.md").read_text()
 
 
 def test_rows_do_not_name_another_checkouts_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

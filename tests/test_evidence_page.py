@@ -1,5 +1,6 @@
 """The statistics and the page of benchmarks/evidence.py: closed forms, planted rows, and the committed page."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import evidence_answers as answers_of  # noqa: E402
 import evidence_arms as arms  # noqa: E402
+import evidence_measures as measures  # noqa: E402
 import evidence_page as page  # noqa: E402
 import evidence_questions as questions  # noqa: E402
 import evidence_rows as rows_of  # noqa: E402
@@ -137,6 +139,10 @@ def test_a_run_that_is_not_finite_counts_as_chance_and_ends_what_is_borne() -> N
     found = by_number(rows)
     assert found[1].found.values[2] == pytest.approx(100 * (0.1 - float(control["top1"])))
     assert found[13].found.values[0] == 0.0  # both up to 1.5: nothing past a run that did not
+    for row in rows:
+        if (row["arm"], row["seed"]) == ("margin_heavy_ball_07_1", "0"):
+            row |= dict.fromkeys(rows_of.MEASURED, "") | {"diverged": "training"}
+    assert by_number(rows)[13].found.values[0] == -1.5  # not even 1
     measure = next(each for each in questions.SECONDARY if each.column == "nll")
     assert set(answers_of.paired(answers_of.table_of(rows), "heavy_ball_07", "residual", measure)) == {0, 1, 3, 4}
 
@@ -151,7 +157,7 @@ def test_missing_cells_are_named_and_have_no_verdict() -> None:
 
 def test_without_rows_nothing_is_said() -> None:
     text = page.fill(page.PAGE.read_text(), [], [])
-    assert text.count(page.NOTHING) == 7 and "png" not in text
+    assert text.count(page.NOTHING) == 8 and "png" not in text
     assert not re.search(r"[+-]\d+\.\d", text)
 
 
@@ -230,7 +236,8 @@ def test_no_sentence_claims_more_than_its_interval() -> None:
 def test_pictures_and_page_are_made_from_rows_alone(tmp_path: Path) -> None:
     rows = [row for row in planted() if row["part"] != "depth"]
     page.write_page(rows, rows[:1], tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "forest.png", "mechanism.png", "margin.png"}
+    pictures = {"forest.png", "mechanism.png", "margin.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "differences.csv", *pictures}
     text = (tmp_path / "README.md").read_text()
     assert page.fill(text, rows, rows[:1]) == text and "depth.png" not in text
     for name in re.findall(r"\]\((\w+\.png)\)", text):
@@ -253,6 +260,7 @@ def test_the_committed_page_is_that_of_the_committed_rows() -> None:
     assert page.fill(text, rows, again) == text, "run `python benchmarks/evidence.py --pictures`"
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (page.PAGE.parent / name).exists()
+    assert (page.PAGE.parent / "differences.csv").read_text() == tables.differences(rows)
     for other in page.WITH_SUMMARY:
         text = other.read_text()
         assert "<!-- summary -->" in text and page.fill(text, rows, again) == text
@@ -267,6 +275,83 @@ def test_the_summary_counts_every_answer_once() -> None:
     assert " against " in told and "missing" not in told
 
 
+def test_what_would_have_been_needed_is_the_first_step_that_was_not_shown() -> None:
+    """Of four: two are shown, so a third wants 5 % over the two that are left, whatever its own place is."""
+    found = statistics.family([of_p(p) for p in (0.01, 0.9, 0.04, 0.005)])
+    assert [d.shown for d in found] == [True, False, False, True]
+    for difference in found:
+        needed = difference.level if difference.shown else 0.05 / 2
+        assert difference.smallest == pytest.approx(statistics.smallest_effect(3, needed) * 3**0.5)
+
+
+def test_networks_that_learned_nothing_are_told() -> None:
+    rows = planted()
+    assert "learned nothing" not in page.conclusion(rows)
+    for row in rows:
+        if row["arm"] == "depth_56_residual_norm" and row["seed"] != "1":
+            row["top1"] = "0.11"
+    told = page.conclusion(rows)
+    assert "; 2 of the 6 runs of question 12 at 56 blocks learned nothing" in told and told.count("nothing") == 1
+
+
+def test_doubts_are_told_beside_their_intervals() -> None:
+    question, measure = questions.MAIN[0], questions.PRIMARY[0]
+    late = statistics.family([(1.0, 1.1, 0.9), (-0.5, 5.0, 4.0)])[0]._replace(shown=False)
+    assert "but a step before it in Holm's order was not shown" in page.told(
+        answers_of.Answer(question, measure, 3, 3, late)
+    )
+    same = statistics.single((0.0, 0.0, 0.0), step=0.5)
+    told = page.told(answers_of.Answer(question, questions.BORNE, 3, 3, same))
+    assert "the interval is the rounding's alone" in told
+    assert "rounding" not in page.told(answers_of.Answer(question, measure, 3, 3, late))
+
+
+def test_repeated_runs_in_place_of_their_rows() -> None:
+    rows = planted()
+    control = next(row for row in rows if (row["arm"], row["seed"]) == ("residual", "0"))
+    again = control | {"top1": f"{float(control['top1']) + 0.05:.6g}"}
+    lines = page.instead(rows, [again]).splitlines()
+    assert [re.match(r"- question (\d+): clean top-1 ", line)[1] for line in lines] == ["1", "4", "5", "6", "9"]
+    (before,) = [
+        a.found.mean for a in answers_of.answers(rows) if a.question.number == 1 and a.measure.column == "top1"
+    ]
+    assert (
+        f"{before - 1:+.2f} points" in lines[0]
+        and f"where the rows say clean top-1 a gain of {before:+.2f}" in lines[0]
+    )
+    assert page.instead(rows, [control]) == "No question's values change."
+
+
+def test_every_arm_is_in_the_table_of_differences() -> None:
+    rows = planted(noise=0.004)
+    found = list(csv.DictReader(tables.differences(rows).splitlines()))
+    told = {row["arm"] for row in found} | {row["control"] for row in found}
+    assert told == set(arms.ARMS)
+    assert {row["measure"] for row in found} == {m.column for m in (*questions.PRIMARY, *questions.SECONDARY)}
+    values = {(row["arm"], row["seed"]): row for row in rows}
+    for row in found[:: len(found) // 50]:
+        measure = next(m for m in (*questions.PRIMARY, *questions.SECONDARY) if m.column == row["measure"])
+        pairs = [(values[row["arm"], str(s)], values[row["control"], str(s)]) for s in range(int(row["pairs"]))]
+        by_hand = [measure.scale * (float(a[measure.column]) - float(b[measure.column])) for a, b in pairs]
+        if np.std(by_hand, ddof=1) > measure.step:
+            own = ttest_1samp(by_hand, 0.0).confidence_interval()
+            assert (float(row["low"]), float(row["high"])) == pytest.approx(tuple(own), rel=1e-4, abs=1e-6)
+
+
+def test_numbers_of_pictures_are_those_of_the_protocol() -> None:
+    """On the page, in the heads of its tables, and in the grid that each measure has."""
+    text, heads = page.PAGE.read_text(), " ".join(title for _, title, _ in tables.ARM_COLUMNS)
+    counts = measures.PICTURES
+    assert (
+        f"{counts['corrupted']} under the\n  corruptions, {counts['attacked']} under PGD, {counts['square']} un" in text
+    )
+    assert f"of {counts['corrupted']} pictures" in heads and f"PGD 2/255, {counts['attacked']} pictures" in heads
+    assert f"Square 2/255, {counts['square']} pictures" in heads
+    steps = {measure.column: measure.step for measure in questions.SECONDARY}
+    assert steps["pgd_2"] == steps["pgd_8"] == pytest.approx(100 / counts["attacked"])
+    assert steps["square_2"] == steps["square_8"] == pytest.approx(100 / counts["square"])
+
+
 def test_runs_that_bear_the_whole_grid_are_told() -> None:
     """Planted rules bear 1.5 and 2.5; here Residual's last ones are as good as its first."""
     rows = planted()
@@ -274,19 +359,50 @@ def test_runs_that_bear_the_whole_grid_are_told() -> None:
     for row in rows:
         if row["arm"].startswith("margin_residual_") and row["seed"] != "2":
             row["top1"] = "0.88"
-    assert "; 2 of 9 runs bear gamma 4, the end of the grid: their limit was not met." in page.conclusion(rows)
+    assert "; 2 of 9 pairs of rule and seed bear gamma 4, the end of the grid: their limit was" in page.conclusion(rows)
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+
+
+def added(name: str) -> list[str]:
+    """Commits that added a file, the first last; none in a copy without its history."""
+    if git("rev-parse", "--is-shallow-repository").strip() != "false":
+        return []
+    return git("log", "--diff-filter=A", "--format=%H", "--", name).split()
 
 
 def test_the_protocol_was_committed_before_the_first_row() -> None:
     """The first commit that has rows comes after one that has the questions, and rows are of later code."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    protocol = git("log", "--diff-filter=A", "--format=%H", "--", "benchmarks/evidence_questions.py").splitlines()
-    rows = git("log", "--diff-filter=A", "--format=%H", "--", str(ROWS.relative_to(ROOT))).splitlines()
+    protocol, rows = added("benchmarks/evidence_questions.py"), added(str(ROWS.relative_to(ROOT)))
     if not protocol or not rows:
         pytest.skip("no history here, or no rows in it")
     for later in (rows[-1], *{row["revision"] for row in rows_of.read_rows(ROWS)}):
         before = subprocess.run(["git", "merge-base", "--is-ancestor", protocol[-1], later], cwd=ROOT, check=False)
         assert before.returncode == 0 and later != protocol[-1]
+
+
+def test_no_question_or_threshold_has_changed_since_the_first_row() -> None:
+    """Those of V-MoE-S/32: since the first row of theirs."""
+    rows = added(str(ROWS.relative_to(ROOT)))
+    if not rows:
+        pytest.skip("no history here, or no rows in it")
+    first_of_small = git("log", "--reverse", "--format=%H", "-S", "small,small_", "--", str(ROWS))
+    names = [
+        "MAIN",
+        "PRIMARY",
+        "DEPTH",
+        "MARGIN",
+        "GAIN_OF_DEPTH",
+        "BORNE",
+        "CHANCE",
+        "LOST",
+        "LEVEL",
+        "POWER",
+        "DRAWS",
+    ]
+    for commit, fixed in ((rows[-1], names), (first_of_small.split()[0], [*names, "SMALL"])):
+        then: dict[str, object] = {"__name__": "then"}
+        exec(git("show", f"{commit}~1:benchmarks/evidence_questions.py"), then)
+        assert [(name, then[name]) for name in fixed] == [(name, getattr(questions, name)) for name in fixed]
