@@ -113,7 +113,7 @@ def beyond(rows: list[Row], asked: list[Question]) -> str:
         if lost:
             clauses.append(
                 f"{lost} of the {there} runs of question {question.number} at {DEPTHS[-1]} blocks learned nothing "
-                f"(top-1 of {100 * BLIND:g} % at most): its answer is little more than the gain at {DEPTHS[0]} blocks"
+                f"(top-1 of {100 * BLIND:g} % at most): its answer is little more than minus the gain at {DEPTHS[0]} blocks"
             )
     rules = {name: None for question in asked if question in MARGIN for name in (question.arm, question.control)}
     runs = [borne(table_of(rows), rule, seed) for rule in rules for seed in range(3)]
@@ -142,7 +142,8 @@ def summary(rows: list[Row]) -> str:
     text += f"Of {len(found)} answers asked for: {verdicts}."
     shown = [answer for answer in found if answer.verdict in ("gain", "loss")]
     told_ = "; ".join(f"{a.question.arm} against {a.question.control}: {told(a)}" for a in shown)
-    return f"{text} {told_}." if shown else text
+    text += f" {told_}." if shown else ""
+    return text if counts["gain"] or counts["missing"] else f"{text} No gain was shown."
 
 
 def told(answer: Answer) -> str:

@@ -157,7 +157,7 @@ def test_missing_cells_are_named_and_have_no_verdict() -> None:
 
 def test_without_rows_nothing_is_said() -> None:
     text = page.fill(page.PAGE.read_text(), [], [])
-    assert text.count(page.NOTHING) == 8 and "png" not in text
+    assert text.count(page.NOTHING) == 9 and "png" not in text
     assert not re.search(r"[+-]\d+\.\d", text)
 
 
@@ -272,7 +272,9 @@ def test_the_summary_counts_every_answer_once() -> None:
         counts = re.findall(r"(\d+) (?:a gain|a loss|a diff|neither|undecided|still)", told.split(". ")[1])
         assert sum(map(int, counts)) == len(found)
         assert told.count(" against ") == sum(answer.verdict in ("gain", "loss") for answer in found)
-    assert " against " in told and "missing" not in told
+    assert " against " in told and "missing" not in told and "No gain" not in told
+    none = page.summary([row | {"top1": f"{0.8 + 0.01 * int(row['seed'])}"} for row in planted()])
+    assert none.endswith(" No gain was shown.")
 
 
 def test_what_would_have_been_needed_is_the_first_step_that_was_not_shown() -> None:
