@@ -7,7 +7,7 @@ from pathlib import Path
 from evidence_answers import Answer, answers, blind, borne, table_of, value
 from evidence_arms import ARMS, DEPTHS, GAMMAS, PARTS, cells
 from evidence_pictures import draw
-from evidence_questions import BLIND, DEPTH, MARGIN, Question
+from evidence_questions import BLIND, DEPTH, MARGIN, SMALL, Question
 from evidence_rows import REPEATED, ROOT, Row
 from evidence_statistics import leaves_out_zero, spread_of
 from evidence_tables import NOTHING, arms, depths, differences, interval, margins, others, questions, secondary
@@ -96,7 +96,7 @@ def conclusion(rows: list[Row]) -> str:
         for number, own in asked.items():
             question, known = own[0].question, [told(answer) for answer in own if answer.found is not None]
             if known:
-                clauses.append(f"{question.arm} against {question.control} (question {number}): {', '.join(known)}")
+                clauses.append(f"{versus(question)} (question {number}): {', '.join(known)}")
         left = {f"{a.question.number} ({a.seeds} of {a.wanted} seeds)": None
                 for own in asked.values() for a in own if a.found is None}  # fmt: skip
         clauses += [f"not answered yet: question {', '.join(left)}"] if left else []
@@ -141,9 +141,14 @@ def summary(rows: list[Row]) -> str:
     text = f"{len(table_of(rows))} of {len(cells(list(PARTS)))} runs are there. "
     text += f"Of {len(found)} answers asked for: {verdicts}."
     shown = [answer for answer in found if answer.verdict in ("gain", "loss")]
-    told_ = "; ".join(f"{a.question.arm} against {a.question.control}: {told(a)}" for a in shown)
+    told_ = "; ".join(f"{versus(a.question)}: {told(a)}" for a in shown)
     text += f" {told_}." if shown else ""
     return text if counts["gain"] or counts["missing"] else f"{text} No gain was shown."
+
+
+def versus(question: Question) -> str:
+    arm, control = question.arm.removeprefix("small_"), question.control.removeprefix("small_")
+    return f"{arm} against {control}" + " at the shapes of V-MoE-S/32" * (question in SMALL)
 
 
 def told(answer: Answer) -> str:
