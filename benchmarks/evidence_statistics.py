@@ -18,12 +18,16 @@ class Difference(NamedTuple):
     mean: float
     low: float  # the t interval at `level`
     high: float
-    bootstrap: tuple[float, float]  # percentile, at the same level
     level: float  # of error: 0.05 is a 95 % interval
     p: float
     adjusted: float  # Holm's p
     shown: bool  # Holm rejects 0
     smallest: float  # that so many seeds could have shown with power 80 %, the other answers being as they are
+
+    @property
+    def bootstrap(self) -> tuple[float, float]:
+        """The percentile interval, at the same level."""
+        return resampled(self.values, self.level)
 
     @property
     def agree(self) -> bool:
@@ -38,16 +42,23 @@ def family(samples: list[tuple[float, ...] | None], steps: list[float] | None = 
     """
     steps = [0.0] * len(samples) if steps is None else steps
     ps = [1.0 if v is None else p_value(v, step) for v, step in zip(samples, steps, strict=True)]
-    shown, adjusted, *_ = multipletests(ps, alpha=LEVEL, method="holm")
+    shown, adjusted = holm(tuple(ps))
     place = np.argsort(np.argsort(ps, kind="stable"), kind="stable")
     levels = [LEVEL / (len(ps) - int(rank)) for rank in place]
-    failed = LEVEL / max(1, len(ps) - int(np.sum(shown)))  # of the first step that was not shown
+    failed = LEVEL / max(1, len(ps) - sum(shown))  # of the first step that was not shown
     rest = zip(samples, steps, adjusted, shown, levels, strict=True)
     return [
         None if values is None
-        else single(values, level, step, float(holm), bool(is_shown), level if is_shown else failed)
-        for values, step, holm, is_shown, level in rest
+        else single(values, level, step, after, is_shown, level if is_shown else failed)
+        for values, step, after, is_shown, level in rest
     ]  # fmt: skip
+
+
+@cache  # each call collects garbage, and pages ask for the same answers many times
+def holm(ps: tuple[float, ...]) -> tuple[tuple[bool, ...], tuple[float, ...]]:
+    """Whether each is shown, and its p after Holm."""
+    shown, adjusted, *_ = multipletests(ps, alpha=LEVEL, method="holm")
+    return tuple(map(bool, shown)), tuple(map(float, adjusted))
 
 
 def single(
@@ -62,7 +73,7 @@ def single(
     mean, spread = float(np.mean(values)), spread_of(values, step)
     reach = t.ppf(1 - level / 2, len(values) - 1) * spread / math.sqrt(len(values))
     smallest = smallest_effect(len(values), needed or level) * spread
-    about = (mean, mean - reach, mean + reach, resampled(values, level), level)
+    about = (mean, mean - reach, mean + reach, level)
     return Difference(tuple(values), *about, p_value(values, step), adjusted, shown, smallest)
 
 
@@ -82,6 +93,7 @@ def p_value(values: tuple[float, ...], step: float = 0.0) -> float:
     return float(2 * t.sf(mean / (spread / math.sqrt(len(values))), len(values) - 1))
 
 
+@cache
 def resampled(values: tuple[float, ...], level: float) -> tuple[float, float]:
     """Percentiles of the mean over seeds drawn anew."""
     if np.ptp(values) == 0:
