@@ -266,6 +266,13 @@ def test_the_committed_page_is_that_of_the_committed_rows() -> None:
         assert "<!-- summary -->" in text and page.fill(text, rows, again) == text
 
 
+def test_every_state_of_the_code_was_tried_once_more() -> None:
+    rows = {(row["arm"], row["seed"]): row for row in rows_of.read_rows(ROWS)}
+    again = rows_of.read_rows(ROWS.with_name("repeats.csv"), rows_of.AGAIN)
+    tried = {rows[row["arm"], row["seed"]]["revision"] for row in again}
+    assert tried == {row["revision"] for row in rows.values() if row["part"] not in arms.ON_GPU}
+
+
 def test_the_summary_counts_every_answer_once() -> None:
     for rows in (planted(), planted(noise=0.004, skip=("adam",)), planted(noise=0.0001)):
         told, found = page.summary(rows), answers_of.answers(rows)
