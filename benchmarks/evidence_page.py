@@ -113,7 +113,7 @@ def beyond(rows: list[Row], asked: list[Question]) -> str:
         if lost:
             clauses.append(
                 f"{lost} of the {there} runs of question {question.number} at {DEPTHS[-1]} blocks learned nothing "
-                f"(top-1 of {100 * BLIND:g} % at most): little but minus the gain at {DEPTHS[0]} is in its answer"
+                f"(top-1 of {100 * BLIND:g} % at most): its answer is about minus the gain at {DEPTHS[0]} blocks"
             )
     rules = {name: None for question in asked if question in MARGIN for name in (question.arm, question.control)}
     runs = [borne(table_of(rows), rule, seed) for rule in rules for seed in range(3)]
