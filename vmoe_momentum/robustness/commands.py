@@ -91,8 +91,8 @@ def _run(
     helpers = Helpers(words, place.local_count) if given["processes"] > 1 else None
     workers = loader_workers(cells, place.local_count) if given["workers"] is None else given["workers"]
     if not place.rank:
-        told = f"on {picked}, pictures by {workers or 'no'} worker{'s' * (workers != 1)} beside it"
-        Console(stderr=True).print(told, soft_wrap=True, highlight=False)
+        by = f"{workers} worker{'s' * (workers > 1)}" if workers else "this process"
+        Console(stderr=True).print(f"on {picked}, pictures read by {by}", soft_wrap=True, highlight=False)
     with shared_cores(place.local_count):
         evaluation = evaluate(cells, models, out, given["batch_size"], workers, device, place, helpers)
     if place.rank:
