@@ -180,11 +180,12 @@ def repeats(rows: list[Row], again: list[Row]) -> str:
         old = first.get((row["arm"], row["seed"]))
         if old is None:
             continue
-        other = [name for name in REPEATED if old[name] != row[name]]
+        there = [name for name in REPEATED if old[name] or row[name]]
+        other = [name for name in there if old[name] != row[name]]
         told = "the same to the last digit"
         if other:
             before, after = 100 * value(old, "top1"), 100 * value(row, "top1")
-            told = f"clean top-1 {after:.2f} % where the row has {before:.2f} %, {len(other)} of {len(REPEATED)} differ"
+            told = f"clean top-1 {after:.2f} % where the row has {before:.2f} %, {len(other)} of {len(there)} differ"
         lines.append(
             f"- {row['arm']}, seed {row['seed']}: {told}; made with {maker(row)}, code {row['revision']}, the row with "
             f"{maker(old)}, code {old['revision']}"

@@ -104,7 +104,7 @@ def top1(rows: list[Row], arm: str) -> str:
 
 
 def differences(rows: list[Row]) -> str:
-    """CSV: every arm in every measure against its control, plain 95 % intervals, of two pairs at least."""
+    """CSV: every arm against its control in every measure of the page, plain 95 % intervals, of two pairs at least."""
     short = [pair(f"depth_{blocks}_{q.arm}", f"depth_{blocks}_{q.control}") for blocks in DEPTHS for q in DEPTH]
     short += [
         pair(f"margin_{rule}_{gamma:g}", f"margin_{RULES[0]}_{gamma:g}") for rule in RULES[1:] for gamma in GAMMAS
@@ -115,7 +115,7 @@ def differences(rows: list[Row]) -> str:
     asked = (*MAIN, *SMALL, *unasked(), *short)
     for question, measure, pairs, found in shown_apart(rows, asked, (*PRIMARY, *SECONDARY)):
         if found is not None:
-            numbers = (f"{number:.6g}" for number in (found.mean, found.low, found.high))
+            numbers = (f"{round(number, 9) + 0.0:.6g}" for number in (found.mean, found.low, found.high))
             writer.writerow((question.arm, question.control, measure.column, measure.unit, pairs, *numbers))
     return text.getvalue()
 
