@@ -1,11 +1,13 @@
 """Trees that `data prepare imagenet-c` makes: the bytes, whatever happened on the way; and the numbers of --data."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -270,6 +272,26 @@ def test_two_at_once_are_refused(tmp_path: Path, capsys) -> None:
     with resumed(tmp_path / "c", False, "regenerated.json") as work:
         told = fails([*ARGV, f"--source={tmp_path / 'source'}", f"--out={tmp_path / 'c'}"], capsys)
         assert f"another process fills {work}" in told
+
+
+def test_a_lock_that_killed_processes_are_letting_go_of_is_waited_for(tmp_path: Path) -> None:
+    from vmoe_momentum.files.staging import _lock, resumed
+
+    with pytest.raises(RuntimeError), resumed(tmp_path / "c", False, "mark"):
+        raise RuntimeError
+    held = os.open(tmp_path / "c.unfinished" / ".lock", os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.5, os.close, [held]).start()
+    start = time.monotonic()
+    with resumed(tmp_path / "c", False, "mark") as work:
+        assert time.monotonic() - start > 0.3
+        (work / "mark").write_text("")
+    assert (tmp_path / "c" / "mark").exists()
+
+    gone = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)  # whoever held it is done and took it along
+    (tmp_path / "lock").unlink()
+    assert not _lock(gone, close=False)
+    os.close(gone)  # still ours to close
 
 
 def test_hopeless_requests_are_refused_before_any_work(tmp_path: Path, capsys) -> None:

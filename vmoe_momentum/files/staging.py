@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _KEPT_SECONDS = 24 * 3600
+_ENDING = 2.0  # seconds in which the processes of a command that was killed let go of their lock, one after another
 _LOCK, _OLD = "lock", "old"  # in the folder around a draft: the lock, and what is being replaced
 
 
@@ -70,8 +71,11 @@ def resumed(out: Path, overwrite: bool, mark: str) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"--out={out}: {work} cannot be written ({error.strerror}); choose another folder") from error
     try:
-        if not _lock(claim, close=False):
-            raise ValueError(f"--out={out}: another process fills {work}; wait for it, or choose another folder")
+        limit = time.monotonic() + _ENDING
+        while not _lock(claim, close=False):
+            if time.monotonic() > limit:
+                raise ValueError(f"--out={out}: another process fills {work}; wait for it, or choose another folder")
+            time.sleep(0.05)
         yield work
         (work / f".{_LOCK}").unlink()
         _replace_folder(work, out)
@@ -223,7 +227,7 @@ def _locked_file(target: Path) -> tuple[int, Path]:
 
 
 def _lock(claim: int, close: bool = True) -> bool:
-    """False, and closed, where somebody took it for abandoned between its making and its locking."""
+    """False, and closed if `close`, where somebody took it for abandoned between its making and its locking."""
     try:
         fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -233,7 +237,8 @@ def _lock(claim: int, close: bool = True) -> bool:
     except OSError:
         return True  # no locks here: nobody else can take it either
     if os.fstat(claim).st_nlink == 0:
-        os.close(claim)
+        if close:
+            os.close(claim)
         return False
     return True
 
