@@ -14,12 +14,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 from .messages.endings import Told, ending
 from .names import did_you_mean
-from .stopping import Stopped, stoppable
+from .stopping import Stopped, is_helper, stoppable
 
 HELP = """usage: vmoe-momentum [--debug] COMMAND [OPTIONS]
 
@@ -190,15 +190,13 @@ def _main(argv: list[str]) -> None:
     quieten()
     use_large_pages()
     try:
-        with stoppable():
+        with nullcontext() if is_helper() else stoppable():  # a helper's own command begins it
             run(argv)
     except Told as told:
         if debug:
             traceback.print_exception(told.__cause__)
         _leave(told.code)
     except Stopped as stopped:
-        from .robustness.processes import is_helper
-
         again = "" if argv[0] not in COMMANDS else f"{AGAIN.get(argv[0], '')}run the same command again"
         line, code = ending(Stopped(stopped.signum, again or stopped.way_out), {})
         if not is_helper():  # whoever started it says so

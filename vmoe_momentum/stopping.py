@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+HELPER = "VMOE_MOMENTUM_HELPER"  # set for those that `--processes` starts; their standard input ends with its process
 _LAST_BATCH = 20  # seconds; launchers kill after 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -45,6 +46,10 @@ def serve_until_done(worker: int) -> None:
         signal.alarm(_LAST_BATCH)
 
     signal.signal(signal.SIGTERM, leave_later)
+
+
+def is_helper() -> bool:
+    return HELPER in os.environ
 
 
 def heeded() -> list[int]:

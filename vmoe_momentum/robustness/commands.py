@@ -5,6 +5,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +16,9 @@ from ..files.staging import check_writable
 from ..parsers import DEVICE, Parser, new_parser, pick_device
 from ..pictures import UPRIGHT_HELP
 from ..ranges import COUNT, WORKERS, Range
+from ..stopping import is_helper, stoppable
 from .asked import ATTACK_NAMES, RANGES, TRANSFER_NAMES
-from .processes import Helpers, Place, choose_device, end_with_parent, find_place, is_helper, shared_cores
+from .processes import Helpers, Place, choose_device, end_with_parent, find_place, shared_cores
 from .sets import SETS, named_corruptions
 
 if TYPE_CHECKING:
@@ -93,7 +95,8 @@ def _run(
     if not place.rank:
         by = f"{workers} worker{'s' * (workers > 1)}" if workers else "this process"
         Console(stderr=True).print(f"on {picked}, pictures read by {by}", soft_wrap=True, highlight=False)
-    with shared_cores(place.local_count):
+    # a helper has nothing to leave in order before, and a signal that raises inside of what it imports may abort it
+    with stoppable() if is_helper() else nullcontext(), shared_cores(place.local_count):
         evaluation = evaluate(cells, models, out, given["batch_size"], workers, device, place, helpers)
     if place.rank:
         return  # the first of those that were started together writes

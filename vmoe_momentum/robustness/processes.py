@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-_HELPER = "VMOE_MOMENTUM_HELPER"  # set for those that `--processes` starts; their standard input ends with its process
+from ..stopping import HELPER
+
 _GRACE = 30.0  # seconds to end in order
 
 
@@ -68,10 +69,6 @@ def shared_cores(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def is_helper() -> bool:
-    return _HELPER in os.environ
-
-
 def end_with_parent() -> None:
     """Of a helper: SIGTERM once whoever started it is gone, however that ended."""
 
@@ -95,7 +92,7 @@ class Helpers:
         for rank in range(1, self.count):
             place = {"RANK": rank, "WORLD_SIZE": self.count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": self.count}
             environment = os.environ | {name: str(value) for name, value in place.items()}
-            environment |= {_HELPER: "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+            environment |= {HELPER: "1", "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
             command = [sys.executable, "-m", __name__.partition(".")[0], "robustness", *self.argv]
             # its own session: Ctrl-C is for this process to answer
             self.running[rank] = subprocess.Popen(
